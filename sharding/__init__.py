@@ -1,0 +1,1 @@
+"""Precaching: from images and captions to shards, and the tools around them."""

@@ -1,0 +1,330 @@
+"""Precache a source: images and captions -> shards of latents, text states and teacher features.
+
+    python -m sharding.build --source shapes --zoo tiny --limit 200     a first try, offline
+    python -m sharding.build --source portraits --sources my.toml       shards go to data/portraits
+    torchrun --nproc-per-node 8 -m sharding.build --source portraits    the same on 8 devices
+    sbatch --array 0-31 ... python -m sharding.build --source portraits the same on 32 nodes
+
+The same command goes on where a stopped or killed one was, and says so when there is nothing left to do.
+"""
+
+import os
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+import tyro
+from tqdm import tqdm
+
+from sharding.engine import Engine
+from sharding.inputs import Input
+from sharding.job import Job, JobError
+from sharding.readers import list_inputs
+from sharding.sources import SourceSpec, describe, find_source, load_sources, table
+from tinyflux.model.extract import extract, null_embeddings
+from tinyflux.model.zoo import ModelZoo
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.writer import atomic_write
+
+
+@dataclass
+class BuildConfig:
+    """What to build, and how."""
+
+    source: str = ""
+    """Name of a table in sources.toml."""
+    sources: str | None = None
+    """The sources file; default: ./sources.toml if there is one, else the packaged one."""
+    list: bool = False
+    """Show the known sources and stop."""
+    estimate: bool = False
+    """Time a few real batches, print hours and disk, and stop."""
+    out: str | None = None
+    """Output folder; default: data/SOURCE."""
+    zoo: str = "flux"
+    """The models: flux (from the Hub), tiny (packaged, offline), or a folder laid out like tiny."""
+    limit: int | None = None
+    """Take only the first N inputs."""
+    append: bool = False
+    """Take in inputs that are new since the source was built, or a larger --limit; they go last, in new shards."""
+    shard_size: int = 256
+    """Inputs a shard."""
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    """Stored precision."""
+    teacher_input: Literal["image", "noise"] = "image"
+    """What Lune and Sol look at: the noised image, or pure noise."""
+    lune: bool = True
+    """Keep Lune's features."""
+    sol: bool = True
+    """Keep Sol's statistics."""
+    preview: bool = True
+    """Keep a small JPEG of each image."""
+    device: str | None = None
+    """cpu, cuda, ...; default: cuda if there is one, else cpu. Ranks of a node take one device each."""
+    batch_size: int = 16
+    """Images encoded at once; it changes the last bits of the result."""
+    threads: int | None = None
+    """Threads of the CPU's kernels; they change the last bits too. Default: the cores of this rank, but 1 on a GPU or
+    with the tiny zoo, where waiting for each other costs more than it gains."""
+    workers: int | None = None
+    """Threads that read images, and as many that compress. Default: the cores of this rank, at most 16."""
+    seed: int = 0
+    """Everything random in a build is keyed by it, the dataset id and the input's ordinal."""
+    max_rejected: float = 0.01
+    """Exit with status 1 if a larger fraction of the inputs was left out."""
+
+    def __post_init__(self):
+        for name in ("limit", "shard_size", "batch_size", "threads", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ValueError(f"--device {self.device!r} is none that torch knows: cpu, cuda, cuda:1, ...") from error
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max-rejected must be a fraction from 0 to 1, not {self.max_rejected}")
+        if not self.source and not self.list:
+            raise ValueError("--source NAME is missing; --list shows the names")
+
+
+def place() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local world) from torchrun's environment, a SLURM array's, or both."""
+
+    def number(name: str, default: int) -> int:
+        text = os.environ.get(name, str(default))
+        if not text.isdigit():
+            raise ValueError(f"environment variable {name} must be a whole number, not {text!r}")
+        return int(text)
+
+    rank, world = number("RANK", 0), number("WORLD_SIZE", 1)
+    tasks = number("SLURM_ARRAY_TASK_COUNT", 1)
+    if tasks > 1:
+        task = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
+        rank, world = task // number("SLURM_ARRAY_TASK_STEP", 1) * world + rank, tasks * world
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} is impossible; see RANK, WORLD_SIZE and SLURM_ARRAY_TASK_*")
+    return rank, world, number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+
+
+def settle(config: BuildConfig, spec: SourceSpec, begun: dict | None, local_world: int) -> dict:
+    """The settings that decide a build's bytes; threads and device, if not asked for, stay as the build was begun."""
+    begun = (begun or {}).get("settings", {})
+    device = config.device and torch.device(config.device).type
+    device = device or begun.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    busy = device == "cpu" and config.zoo != "tiny"
+    cores = max(1, len(os.sched_getaffinity(0)) // local_world) if busy else 1
+    return {
+        "source": describe(spec),
+        "zoo": config.zoo,
+        "dtype": config.dtype,
+        "teacher_input": config.teacher_input,
+        "lune": config.lune,
+        "sol": config.sol,
+        "preview": config.preview,
+        "seed": config.seed,
+        "shard_size": config.shard_size,
+        "batch_size": config.batch_size,
+        "threads": config.threads or begun.get("threads") or cores,
+        "device": device,
+    }
+
+
+def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
+    """The device of this rank. Raises RuntimeError where the build needs one that isn't there."""
+    device = config.device or settings["device"]
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("the build needs cuda, and torch sees no such device")
+    return f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def load_models(zoo: ModelZoo, settings: dict) -> None:
+    """Load what the build needs, and no more."""
+    zoo.load_vae()
+    zoo.load_t5()
+    zoo.load_clip()
+    if settings["lune"] or settings["sol"]:
+        zoo.load_sd_vae()
+    if settings["lune"]:
+        zoo.load_lune()
+    if settings["sol"]:
+        zoo.load_sol()
+
+
+def producer(zoo: ModelZoo, settings: dict, size: int) -> dict:
+    """The manifest's fingerprint: all that decides what a sample's tensors mean."""
+    return zoo.fingerprint() | {
+        "resolution": size,
+        "resize": "lanczos",
+        "crop": settings["source"].get("crop", "center"),
+        "teacher_input": settings["teacher_input"] if settings["lune"] or settings["sol"] else None,
+        "seed": settings["seed"],
+        "dtype": settings["dtype"],
+    }
+
+
+class Progress:
+    """The bar: images of all ranks, images/s, time left, rejects."""
+
+    def __init__(self, job: Job, engine: Engine, show: bool):
+        self.job, self.engine = job, engine
+        self.before = self._finished()
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=job.total,
+            initial=self.before,
+            desc=job.source,
+            unit="image",
+            disable=not show,
+            mininterval=0.2 if tty else 30,  # a log file wants few lines
+        )
+        self.others, self.looked = 0, time.monotonic()
+
+    def _finished(self) -> int:
+        return sum(size for k, size in enumerate(self.job.sizes) if self.job.finished(k))
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.looked > 5:  # seconds; a look at the notes of the other ranks
+            self.others = max(self.others, self._finished() - self.before - self.engine.images)
+            self.looked = time.monotonic()
+        self.bar.set_postfix_str(f"{self.engine.rejects} rejected", refresh=False)
+        self.bar.update(self.before + self.others + self.engine.images - self.bar.n)
+
+    def close(self) -> None:
+        self()
+        self.bar.close()
+
+
+def estimate(engine: Engine, inputs: list[Input], world: int) -> None:
+    """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
+    batch = engine.batch_size
+    with tempfile.TemporaryDirectory(prefix="tinyflux-estimate-") as folder:
+        job = Job(Path(folder), engine.spec.name, engine.spec.dataset_id)
+        few = job.begin({}, inputs[: 4 * batch], shard_size=batch)
+        marks = []
+        engine.run(job, job.claim(0, 1), few, lambda: marks.append((time.perf_counter(), engine.images)))
+        notes = [job.finished(k)["shard"] for k in range(job.shards)]
+    made = sum(shard["count"] for shard in notes if shard)
+    if not made:
+        raise JobError(f"all of the first {len(few)} inputs are rejected: {job.rejected()[0]['reason']}, ...")
+    (start, warm), (end, images) = marks[0], marks[-1]  # the first batch pays for warming up
+    if images == warm:
+        raise JobError(f"--estimate needs more than {batch} inputs, or a smaller --batch-size")
+    rate = (images - warm) / (end - start)
+    each = sum(shard["bytes"] for shard in notes if shard) / made
+    kept = made / len(few)
+    hours, name = len(inputs) / rate / 3600, engine.spec.name
+    print(f"{name}: {len(inputs)} inputs at {rate:.1f} images/s a rank, from {images - warm} of them")
+    print(f"  time  {hours:.2f} hours on 1 rank, {hours / world:.2f} on {world}")
+    print(f"  disk  {len(inputs) * kept * each / 1e9:.2f} GB, {each / 1e3:.1f} kB a sample; {1 - kept:.1%} rejected")
+    print(f"  feed  a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
+
+
+def build(config: BuildConfig) -> int:
+    """Build the source, or this rank's share of it. Returns the exit status.
+
+    Raises ValueError, OSError or RuntimeError with a message for the user.
+    """
+    spec = find_source(config.source, config.sources)
+    rank, world, local_rank, local_world = place()
+    job = Job(Path(config.out or Path("data") / spec.name), spec.name, spec.dataset_id)
+    begun = None if config.estimate else job.config()
+    settings = settle(config, spec, begun, local_world)
+    if begun:
+        job.check({"settings": settings})
+    if begun and not config.append and job.complete(config.shard_size):
+        manifest = Manifest.load(job.out)
+        print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
+        return 0
+    zoo = ModelZoo(device=device_of(config, settings, local_rank), zoo=config.zoo)
+    size = spec.size or zoo.image_size
+    inputs = list_inputs(spec, size, config.seed)[: config.limit]
+    if begun is None and not config.estimate:
+        job.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
+    torch.set_num_threads(settings["threads"])
+    load_models(zoo, settings)
+    dtype = getattr(torch, config.dtype)
+    switches = {name: settings[name] for name in ("lune", "sol", "teacher_input")}
+    workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
+    encode = partial(extract, zoo, dtype=dtype, **switches)
+    engine = Engine(spec, encode, size, config.batch_size, config.seed, workers, config.preview)
+    if config.estimate:
+        estimate(engine, inputs, world)
+        return 0
+    fingerprint = producer(zoo, settings, size)
+    ordered = job.begin({"settings": settings, "fingerprint": fingerprint}, inputs, config.shard_size, config.append)
+    with job.lock():
+        if not (job.out / "null.safetensors").exists():
+            atomic_write(job.out / "null.safetensors", safetensors.torch.save(null_embeddings(zoo, dtype)))
+    progress = Progress(job, engine, show=local_rank == 0)
+    start = time.perf_counter()
+    engine.run(job, job.claim(rank, world), ordered, progress)
+    progress.close()
+    return finish(job, engine, fingerprint, config.max_rejected, time.perf_counter() - start)
+
+
+def finish(job: Job, engine: Engine, fingerprint: dict, max_rejected: float, seconds: float) -> int:
+    """Merge if all shards are done, print the summary, and return the exit status."""
+    spent = engine.stages.seconds
+    if engine.images:
+        work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("decode", "compress", "write"))
+        waits = spent["wait for decode"] + spent["wait for write"]
+        print(
+            f"this run: {engine.images} images in {seconds:.1f} s, {engine.images / seconds:.1f} images/s: "
+            f"encode {spent['encode']:.1f} s, waiting for files {waits:.1f} s; beside it, summed over threads: {work} s"
+        )
+    if left := job.unfinished():
+        print(f"{job.out}: {len(left)} of {job.shards} shards are still being written by other ranks; the last merges")
+        return 0
+    manifest = job.merge(fingerprint)
+    rejected = len(job.rejected())
+    listed = f"{rejected} of {job.total} inputs rejected, see {job.out / 'rejected.jsonl'}"
+    if manifest is None:
+        raise JobError(f"{job.out}: no sample is left, {listed}")
+    size = sum(shard.bytes for shard in manifest.shards)
+    print(f"{job.out}: {manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB; {listed}")
+    if rejected > max_rejected * job.total:
+        print(f"error: more than --max-rejected {max_rejected:.1%} of the inputs were rejected", file=sys.stderr)
+        return 1
+    return 0
+
+
+# what goes wrong before anything is built
+SETUP = (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ConnectionError)
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; `args` default to the process's own.
+
+    What goes wrong for a user is one message on stderr, with exit status 2 if nothing was begun, else 1.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, and of sizes that our own limit rejects
+    try:
+        config = tyro.cli(BuildConfig, prog="python -m sharding.build", description=__doc__, args=args)
+        if config.list:
+            print(table(load_sources(config.sources)))
+            return 0
+        return build(config)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2 if isinstance(error, SETUP) else 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # out of memory, a lost device, a model that cannot be loaded
+        print(f"error: {error}\nfinished shards are intact and the same command goes on", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

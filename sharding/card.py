@@ -1,0 +1,94 @@
+"""The dataset card of a Hub repo of sources: one config a source for `datasets`, and what each source holds."""
+
+import io
+import json
+
+from huggingface_hub import DatasetCard, DatasetCardData
+from PIL import Image
+
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.store import Source
+
+BEGIN, END = "<!-- tinyflux: what stands between these marks is written anew by each push -->", "<!-- /tinyflux -->"
+PREVIEW = "preview.jpg"
+COLUMNS, ROWS, SIDE = 8, 3, 128  # of the sheet of previews, pixels a side
+
+
+def render(old: str, repo: str, manifests: dict[str, Manifest], with_preview: set[str]) -> str:
+    """The text of README.md: `old` with its configs and its marked part brought up to date, the rest as it is.
+
+    manifests: by the folder of the repo that they are in. with_preview: those folders that have a `PREVIEW`.
+    """
+    card = DatasetCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
+    data = card.data.to_dict()
+    kept = [config for config in data.get("configs") or [] if config.get("config_name") not in manifests]
+    data["configs"] = kept + [
+        {"config_name": folder, "data_files": [{"split": "train", "path": f"{folder}/*.tar"}]}
+        for folder in sorted(manifests)
+    ]
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "webdataset", "tinyflux"]))
+    parts = [section(repo, folder, manifests[folder], folder in with_preview) for folder in sorted(manifests)]
+    marked = "\n\n".join([BEGIN, *parts, END])
+    before, begin, rest = card.text.partition(BEGIN)
+    after = rest.partition(END)[2] if begin else ""
+    text = f"{before.strip()}\n\n{marked}\n\n{after.strip()}".strip()
+    return f"---\n{DatasetCardData(**data).to_yaml()}\n---\n\n{text}\n"
+
+
+def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
+    """What the card says of one source."""
+    size = sum(shard.bytes for shard in manifest.shards)
+    rows = [f"| `{name}` | {field.dtype} | {list(field.shape)} |" for name, field in manifest.fields.items()]
+    fingerprint = json.dumps(manifest.fingerprint, indent=2, ensure_ascii=False)
+    return "\n".join(
+        [
+            f"## {folder}",
+            "",
+            f"{manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB; dataset id "
+            f"{manifest.dataset_id}; teacher features at t = {', '.join(f'{t:g}' for t in manifest.buckets)}.",
+            "",
+            *([f"![previews of {folder}]({folder}/{PREVIEW})", ""] if preview else []),
+            "| field | dtype | shape |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "A sample is a few members of a WebDataset tar: its tensors as zstd-compressed safetensors, a `.json` with "
+            "the prompt and the image's origin, maybe a `.jpg` preview.",
+            "",
+            f'    datasets.load_dataset("{repo}", "{folder}", streaming=True)     # each member as bytes',
+            f"    torchrun launch/train.py --data.sources hf://datasets/{repo}/{folder}",
+            "",
+            "Produced by:",
+            "",
+            *("    " + line for line in fingerprint.splitlines()),  # indented: no text in it can end the block
+        ]
+    )
+
+
+def contact_sheet(source: Source) -> bytes | None:
+    """A JPEG of previews of samples from all over the source; None where it has none.
+
+    Equal sources give equal bytes. Raises ShardError where a shard is damaged.
+    """
+    manifest = source.manifest
+    step = max(1, manifest.count / (COLUMNS * ROWS))
+    positions = sorted({int(i * step) for i in range(COLUMNS * ROWS) if int(i * step) < manifest.count})
+    pictures, open_shard = [], (-1, None)
+    for position in positions:
+        shard = int(manifest.starts.searchsorted(position, "right")) - 1
+        if open_shard[0] != shard:
+            open_shard = shard, source.open(shard)
+        file, row = open_shard[1], position - int(manifest.starts[shard])
+        file.key(row)
+        if "jpg" in file.samples[row].members:
+            picture = Image.open(io.BytesIO(file.read(row, "jpg"))).convert("RGB")
+            pictures.append(picture.resize((SIDE, SIDE)))
+    if not pictures:
+        return None
+    columns = min(COLUMNS, len(pictures))
+    sheet = Image.new("RGB", (columns * SIDE, -(-len(pictures) // columns) * SIDE), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * SIDE, i // columns * SIDE))
+    data = io.BytesIO()
+    sheet.save(data, "JPEG", quality=85)
+    return data.getvalue()

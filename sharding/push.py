@@ -1,0 +1,181 @@
+"""Put a source into a dataset repo of the Hugging Face Hub, in a folder of its name, with a dataset card.
+
+    python -m sharding.push data/portraits --repo USER/NAME
+    python -m sharding.push data/portraits --repo USER/NAME --private     a new repo is made private
+
+Only what the repo does not have yet is sent, so the same command goes on after a stop. Files that readers of the old
+content still need are replaced in the last commit, together with the manifest. The token is the one of HF_TOKEN or of
+`hf auth login`.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from tqdm import tqdm
+
+from sharding.card import PREVIEW, contact_sheet, render
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.store import open_source
+
+COMMIT = 100  # new shards a commit
+
+
+@dataclass
+class PushConfig:
+    """What to push, and where."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of the source."""
+    repo: str
+    """USER/NAME of the dataset repo; it is made if there is none."""
+    private: bool = False
+    """The repo must be private; one that is made will be."""
+
+
+def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = None) -> bool:
+    """Whether the repo's file has this content, as far as the repo tells: by its LFS hash, or by git's."""
+    if remote is None or remote.size != size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == sha256
+    return data is not None and remote.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises FileNotFoundError or ValueError where a shard is missing or has another size than the manifest says."""
+    for shard in manifest.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: missing, and the manifest lists it; see python -m sharding.verify {folder}"
+            )
+        if path.stat().st_size != shard.bytes:
+            raise ValueError(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}: nothing was pushed"
+            )
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    """Raises ValueError where a shard's content is not the manifest's."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(
+                f"{path}: its content is not what the manifest says; python -m sharding.verify --deep tells"
+            )
+
+
+class Repo:
+    """A dataset repo on the Hub: what it holds, and commits to it."""
+
+    def __init__(self, api: HfApi, name: str):
+        self.api, self.name = api, name
+        entries = api.list_repo_tree(name, repo_type="dataset", recursive=True)
+        self.files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def text(self, path: str) -> str:
+        """A small file's text, "" where there is none."""
+        if path not in self.files:
+            return ""
+        return Path(self.api.hf_hub_download(self.name, path, repo_type="dataset")).read_text(encoding="utf-8")
+
+    def manifests(self) -> dict[str, Manifest]:
+        """The manifests of the repo's sources by folder."""
+        folders = [
+            path.partition("/")[0] for path in self.files if path.endswith("/manifest.json") and path.count("/") == 1
+        ]
+        return {
+            folder: Manifest.from_json(self.text(f"{folder}/manifest.json"), f"{self.name}/{folder}")
+            for folder in folders
+        }
+
+    def commit(self, message: str, operations: list) -> None:
+        if operations:
+            self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset")
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Push a source; returns the URL to train from. Raises ValueError, OSError (the Hub's errors among them)."""
+    manifest = Manifest.load(folder)
+    source = open_source(folder)
+    check_files(folder, manifest)
+    api = HfApi()
+    api.create_repo(name, repo_type="dataset", private=True if private else None, exist_ok=True)
+    if private and not api.dataset_info(name).private:
+        raise ValueError(f"{name} is a public repo and --private was asked for: change it on the Hub, or name another")
+    repo, place = Repo(api, name), manifest.source
+
+    changed = [s for s in manifest.shards if not same(repo.files.get(f"{place}/{s.name}"), s.bytes, s.sha256)]
+    replaced = {shard.name for shard in changed if f"{place}/{shard.name}" in repo.files}
+    bar = tqdm(total=len(manifest.shards), initial=len(manifest.shards) - len(changed), desc=place, unit="shard")
+    operations = []
+    for shard in sorted(changed, key=lambda shard: shard.name in replaced):
+        check_hash(folder / shard.name, shard.sha256)
+        operations.append(CommitOperationAdd(f"{place}/{shard.name}", folder / shard.name))
+        if len(operations) == COMMIT and shard.name not in replaced:
+            repo.commit(f"Add shards of {place}", operations)
+            bar.update(len(operations))
+            operations = []
+
+    listed = {f"{place}/{shard.name}" for shard in manifest.shards}
+    gone = [
+        path for path in repo.files if path.startswith(f"{place}/") and path.endswith(".tar") and path not in listed
+    ]
+    sheet = contact_sheet(source)
+    manifests = repo.manifests() | {place: manifest}
+    pictured = {other for other in manifests if f"{other}/{PREVIEW}" in repo.files} - {place}
+    small = {
+        "README.md": render(repo.text("README.md"), name, manifests, pictured | ({place} if sheet else set())).encode(),
+        f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
+        f"{place}/null.safetensors": (folder / "null.safetensors").read_bytes(),
+    }
+    if sheet:
+        small[f"{place}/{PREVIEW}"] = sheet
+    if (folder / "rejected.jsonl").is_file():
+        small[f"{place}/rejected.jsonl"] = (folder / "rejected.jsonl").read_bytes()
+    sent = len(operations)
+    for path, data in small.items():
+        if not same(repo.files.get(path), len(data), hashlib.sha256(data).hexdigest(), data):
+            operations.append(CommitOperationAdd(path, data))
+    operations += [CommitOperationDelete(path) for path in gone]
+    repo.commit(f"Add {place}: {manifest.count} samples in {len(manifest.shards)} shards", operations)
+    bar.update(sent)
+    bar.close()
+    print(f"{folder}: {len(changed)} of {len(manifest.shards)} shards sent, {len(gone)} removed from {name}")
+    return f"hf://datasets/{name}/{place}"
+
+
+def explain(error: HTTPError, repo: str) -> str:
+    """The Hub's answer in words that say what to do."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    if isinstance(error, GatedRepoError) or status in (401, 403):
+        return f"{repo}: the Hub refuses it; set HF_TOKEN or run `hf auth login` with a token that may write ({error})"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo}: the Hub shows no such dataset repo to you ({error})"
+    return f"{repo}: {error}\nthe same command goes on"
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; `args` default to the process's own."""
+    config = tyro.cli(PushConfig, prog="python -m sharding.push", description=__doc__, args=args)
+    try:
+        print(push(config.source, config.repo, config.private))
+        return 0
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except HTTPError as error:  # before OSError, which the Hub's own errors also are
+        print(f"error: {explain(error, config.repo)}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the client's, of a file that it can't send
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

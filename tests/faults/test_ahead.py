@@ -1,0 +1,200 @@
+"""The look-ahead has a remote shard in the cache before it is needed, keeps what is needed soonest, and never hangs."""
+
+import itertools
+import os
+import shutil
+import threading
+import time
+
+import pytest
+
+from tests.make_source import make_source
+from tests.store_server import store_server
+from tinyflux.shards import ahead, cache
+from tinyflux.shards.cache import DownloadError, NodeCache, NoRoom
+from tinyflux.shards.stream import DataConfig, Stream, open_sources
+
+LANES, ROWS = 2, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("ahead") / "portraits", (ROWS,) * 8)
+
+
+@pytest.fixture
+def server(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "served" / "portraits")
+    with store_server(tmp_path / "served") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cache, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(ahead, "POLL", 0.1)
+
+
+def stream_of(server, tmp_path, **options):
+    sizes = {"global_batch_size": 2 * LANES, "micro_batch_size": 2 * LANES, "slots_per_stream": 2, "seed": 3}
+    config = DataConfig([f"{server.url}/portraits"], cache_dir=str(tmp_path / "cache"), **sizes | options)
+    return Stream(open_sources(config), config)
+
+
+def shards_of(plan, steps) -> list[int]:
+    """Shards in the order of their first use."""
+    return list(dict.fromkeys(itertools.chain(*(plan.batch(step).shard.tolist() for step in steps))))
+
+
+def name(shard: int) -> str:
+    return f"portraits-{shard:06d}.tar"
+
+
+def cached(tmp_path) -> set[int]:
+    return {int(path.stem.rpartition("-")[2]) for path in (tmp_path / "cache").glob("*/*.tar")}
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_shards_are_there_before_they_are_needed(server, tmp_path):
+    with stream_of(server, tmp_path) as stream:
+        next(stream)
+        wait_for(lambda: len(cached(tmp_path)) == 8)  # all of the source, though two shards were read so far
+        late = stream.late_shards
+        for _ in range(60):
+            next(stream)
+        assert stream.late_shards == late
+    assert [server.bodies[name(shard)] for shard in range(8)] == [1] * 8
+
+
+def test_shards_come_in_the_order_of_their_use(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "DOWNLOADS", 1)
+    with stream_of(server, tmp_path, threads=1) as stream:
+        next(stream)
+        wait_for(lambda: len(cached(tmp_path)) == 8)
+        asked = [int(n[-10:-4]) for n in server.bodies if n.endswith(".tar")]  # in the order of the first request
+        assert asked == shards_of(stream.plan, range(100))
+
+
+def test_the_start_waits_for_the_first_shards_alone(server, tmp_path):
+    first = shards_of(stream_of(server, tmp_path).plan, [0])
+    server.held = threading.Event()
+    server.hold = {name(shard) for shard in range(8) if shard not in first}
+    try:
+        with stream_of(server, tmp_path) as stream:
+            next(stream)
+            assert cached(tmp_path) == set(first) and len(first) == LANES
+    finally:
+        server.held.set()
+
+
+def test_the_cache_keeps_what_is_needed_soonest(server, folder, tmp_path):
+    size = (folder / name(0)).stat().st_size
+    with stream_of(server, tmp_path, cache_gb=4.5 * size / 1e9, prefetch=1, open_shards=LANES) as stream:
+        for step in range(40):
+            assert next(stream)["step"] == step
+            assert len(cached(tmp_path)) <= 4
+        loaded = stream.step  # what is loaded lies at most the prefetch and the chunks at work ahead of this
+        soonest = [set(shards_of(stream.plan, range(n, n + 50))[:4]) for n in range(loaded, loaded + 5)]
+        wait_for(lambda: cached(tmp_path) in soonest)
+        late = stream.late_shards
+        for _ in range(ROWS // 2 - 1):  # at least one lane changes shard
+            next(stream)
+            time.sleep(0.05)
+        assert stream.late_shards <= late + 1
+        assert len(cached(tmp_path)) <= 4
+
+
+def test_files_needed_sooner_are_not_evicted_for_later_ones(tmp_path):
+    store = NodeCache(tmp_path, limit=250)
+    for i, date in enumerate((10, 20)):
+        path = store.get(tmp_path / "s" / f"{i}.tar", 100, None, lambda a, b: bytes(b - a), f"{i}")
+        assert store.date(path, date)
+    assert not store.date(tmp_path / "s" / "none.tar", 30)
+    with pytest.raises(NoRoom):
+        store.get(tmp_path / "s" / "2.tar", 100, None, lambda a, b: bytes(b - a), "2", due=5)
+    assert {path.name for path in (tmp_path / "s").glob("*.tar")} == {"0.tar", "1.tar"}
+    store.get(tmp_path / "s" / "2.tar", 100, None, lambda a, b: bytes(b - a), "2", due=15)
+    assert {path.name for path in (tmp_path / "s").glob("*.tar")} == {"1.tar", "2.tar"}
+
+
+def test_a_steady_consumer_never_waits(server, folder, tmp_path):
+    """A store that is 45/35 as fast as its consumer, as 45 MB/s are for 100 full-size samples of 0.35 MB a second."""
+    shard_seconds = 0.5
+    server.rate = (folder / name(0)).stat().st_size / shard_seconds
+    step_seconds = shard_seconds * 45 / 35 * 2 * LANES / ROWS
+    with stream_of(server, tmp_path) as stream:
+        next(stream)
+        waits = []
+        for _ in range(8 * ROWS // (2 * LANES)):
+            time.sleep(step_seconds)
+            next(stream)
+            waits.append(stream.stats.last_wait)
+        assert sum(waits) < 0.2 * step_seconds * len(waits), waits  # without looking ahead it is more than half
+
+
+def test_a_failed_look_ahead_is_said_and_surfaces_where_it_is_needed(server, tmp_path, caplog):
+    last = shards_of(stream_of(server, tmp_path).plan, range(24))[-1]
+    server.faults[name(last)].extend([(503, {})] * 8)  # one series of tries: by the time it is needed it is there
+    with stream_of(server, tmp_path) as stream:
+        next(stream)
+        wait_for(lambda: f"{name(last)}: gave up after 8 tries" in caplog.text)
+        for _ in range(24):
+            next(stream)
+        assert last in cached(tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    server.faults[name(last)].extend([(503, {})] * 100)
+    with stream_of(server, tmp_path) as stream:
+        with pytest.raises(DownloadError, match=f"{server.url}/portraits/{name(last)}: gave up after 8 tries"):
+            for _ in range(24):
+                next(stream)
+        assert stream.step > 12
+
+
+@pytest.fixture
+def silent(server, tmp_path):
+    """A store that answers nothing for shards until the test is over."""
+    server.held, server.hold = threading.Event(), {name(shard) for shard in range(8)}
+    yield server
+    server.held.set()
+
+
+def test_every_wait_for_a_shard_ends_and_names_it(silent, tmp_path):
+    stream = stream_of(silent, tmp_path, timeout=0.5)
+    with pytest.raises(TimeoutError, match=rf"waited 0.5 s for {silent.url}/portraits/portraits-\d+.tar"):
+        next(stream)
+
+
+def test_closing_is_prompt_while_a_download_hangs(silent, tmp_path):
+    stream = stream_of(silent, tmp_path)
+    failures = []
+
+    def consume():
+        try:
+            next(stream)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is looked at below)
+            failures.append(error)
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    wait_for(lambda: stream.late_shards > 0)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 5
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+def test_files_deleted_under_the_look_ahead_come_back(server, tmp_path):
+    with stream_of(server, tmp_path) as stream:
+        next(stream)
+        wait_for(lambda: len(cached(tmp_path)) == 8)
+        for path in (tmp_path / "cache").glob("*/*.tar"):
+            os.unlink(path)
+        wait_for(lambda: len(cached(tmp_path)) >= 6)  # without a reader that asks for them
+        assert [next(stream)["step"] for _ in range(10)] == list(range(1, 11))

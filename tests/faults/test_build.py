@@ -1,0 +1,97 @@
+"""Builds that are killed, run on several ranks, or run out of room: the same command ends in the same bytes."""
+
+import json
+import os
+import random
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from tests.builds import start
+
+COUNT, SHARD = 48, 4
+KILLS = int(os.environ.get("TINYFLUX_KILLS", "3"))
+PATIENCE = 300  # seconds
+
+
+def rank(folder: Path, out: str, index: int = 0, world: int = 1, **limits) -> BaseProcess:
+    """A rank of the build of `folder`/sources.toml into `folder`/`out`."""
+    args = ["--source", "drawn", "--sources", "sources.toml", "--out", out, "--zoo", "tiny", "--threads", "1"]
+    args += ["--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
+    env = {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return start(folder, folder / f"{out}-{index}.log", args, env, **limits)
+
+
+def finished(process: BaseProcess) -> int:
+    """Its exit status; a build that hangs is killed and gives -9."""
+    process.join(PATIENCE)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """All files of a source but the notes of its build."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def notes(out: Path) -> int:
+    """How many shards are noted as finished."""
+    return len(list(out.glob(".build/0*.json")))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A folder with a sources.toml, and what an undisturbed build of it holds."""
+    folder = tmp_path_factory.mktemp("builds")
+    (folder / "sources.toml").write_text(f'[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = {COUNT}\n')
+    assert finished(rank(folder, "whole")) == 0, (folder / "whole-0.log").read_text()
+    assert f"{COUNT} samples in {COUNT // SHARD} shards" in (folder / "whole-0.log").read_text()
+    return folder, content(folder / "whole")
+
+
+@pytest.mark.parametrize("world, kills", [(1, 1), (2, 0), (3, KILLS)])
+def test_killed_ranks_come_back(whole, world, kills):
+    """Ranks killed with SIGKILL at random moments while shards are being written, and started again."""
+    folder, expected = whole
+    draw, out = random.Random(), f"storm-{world}"
+    ranks = {index: rank(folder, out, index, world) for index in range(world)}
+    struck = 0
+    for kill in range(kills):
+        target = (kill + draw.random()) / kills * (COUNT // SHARD)  # shards finished when it strikes
+        deadline = time.monotonic() + PATIENCE
+        while notes(folder / out) < int(target) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.2)
+        running = [index for index, process in ranks.items() if process.is_alive()]
+        victim = draw.choice(running or [0])
+        struck += victim in running
+        ranks[victim].kill()
+        ranks[victim].join()
+        ranks[victim] = rank(folder, out, victim, world)
+    for index, process in ranks.items():
+        assert finished(process) == 0, (folder / f"{out}-{index}.log").read_text()
+    print(f"{struck} of {kills} kills struck a running build")
+    assert struck or not kills
+    assert content(folder / out) == expected
+    assert not list((folder / out).rglob("*.tmp"))
+
+
+def test_no_room_leaves_finished_shards_intact(whole):
+    """A file size limit in the place of a full disk: one clear message; with room, the same command finishes."""
+    folder, expected = whole
+    sizes = [len(expected[name]) for name in sorted(expected) if name.endswith(".tar")]
+    last = max(range(len(sizes)), key=sizes.__getitem__)  # the first of the largest
+    process = rank(folder, "full", file_limit=sizes[last] - 1)
+    assert finished(process) == 1
+    log = (folder / "full-0.log").read_text()
+    assert "Traceback" not in log
+    assert f"error: File too large while writing full/drawn-{last:06d}.tar; what was finished before is intact" in log
+    done = {json.loads(path.read_bytes())["shard"]["name"] for path in (folder / "full" / ".build").glob("0*.json")}
+    assert f"drawn-{last:06d}.tar" not in done and len(done) >= last
+    assert not (folder / "full" / "manifest.json").exists() and not list((folder / "full").rglob("*.tmp"))
+    assert all((folder / "full" / name).read_bytes() == expected[name] for name in done)
+    assert finished(rank(folder, "full")) == 0
+    assert content(folder / "full") == expected

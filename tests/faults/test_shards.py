@@ -1,0 +1,240 @@
+"""Damaged shards: every fault is found and named, its sample is replaced, and nothing else of the run changes."""
+
+import dataclasses
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+
+from tests.make_source import make_samples, make_source
+from tinyflux.shards.format import SUFFIX, ShardError, encode_sample, parse_key, sample_key, scan_tar
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.stream import BadSamples, DataConfig, Stream, open_sources
+from tinyflux.shards.writer import write_shard
+
+COUNTS = (6, 6, 6)
+BAD_SHARD, BAD_ROW = 1, 3  # dataset positions 6..11, the bad one is 9
+SHARD = "portraits-000001.tar"
+STEPS = 12
+
+
+def place(path, row, extension):
+    return scan_tar(path)[row].members[extension]
+
+
+def flip(path, offset, bit=0):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def cut(path, size):
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+def in_data(path, extension="encodings" + SUFFIX):
+    offset, size = place(path, BAD_ROW, extension)
+    return offset + size // 2
+
+
+def first_header(path, row=BAD_ROW):
+    return min(offset for offset, _ in scan_tar(path)[row].members.values()) - 512
+
+
+def rewrite(path, change):
+    """The shard as a faulty producer would have written it, with a manifest to match."""
+    samples = list(make_samples(range(6, 12)))
+    change(samples[BAD_ROW])
+    manifest = Manifest.load(path.parent)
+    manifest.shards[BAD_SHARD] = write_shard(path, samples)
+    manifest.save(path.parent)
+
+
+def other_shape(sample):
+    tensors = {name: torch.zeros(3) for name in ("latents", "t5_embeds", "clip_pooled")}
+    sample |= encode_sample(sample_key(1, 9), tensors, {"origin": "x"})
+
+
+def member_of_another_group(sample):
+    sample["lune" + SUFFIX] = sample["sol" + SUFFIX]
+
+
+REST = range(9, 12)  # a tar that breaks at row 3 loses the rows behind it as well
+
+FAULTS = {
+    "bit flipped in encodings": (lambda p: flip(p, in_data(p)), [9], "encodings|latents"),
+    "bit flipped in lune": (lambda p: flip(p, in_data(p, "lune" + SUFFIX), 7), [9], "lune: "),
+    "bit flipped in a tar header's name": (lambda p: flip(p, first_header(p) + 3), REST, "checksum is wrong"),
+    "bit flipped in a tar header's size": (lambda p: flip(p, first_header(p) + 130), REST, "checksum is wrong"),
+    "bit flipped in a tar header's magic": (lambda p: flip(p, first_header(p) + 258), REST, "not a tar header"),
+    "cut at a sample's boundary": (lambda p: cut(p, first_header(p)), REST, "cut short"),
+    "cut inside a header": (lambda p: cut(p, first_header(p) + 200), REST, "cut short"),
+    "cut inside data": (lambda p: cut(p, in_data(p)), REST, "missing|cut short"),
+    "zeros from a boundary on": (lambda p: zero(p, first_header(p)), REST, "no row .: has 3 samples"),
+    "member missing": (lambda p: rewrite(p, lambda s: s.pop("lune" + SUFFIX)), [9], "member lune.* is missing"),
+    "tensors of another shape": (lambda p: rewrite(p, other_shape), [9], r"fields take"),
+    "member of another group": (lambda p: rewrite(p, member_of_another_group), [9], "lune: "),
+    "bomb": (lambda p: rewrite(p, lambda s: s.update({"lune" + SUFFIX: BOMB})), [9], "states 1073741824 bytes"),
+    "huge member": (lambda p: rewrite(p, lambda s: s.update({"lune" + SUFFIX: bytes(10**6)})), [9], "far more than"),
+}
+BOMB = bytes.fromhex("28b52ffda4000000400000000000000000")  # a frame header that states 1 GiB, with a checksum
+
+
+def zero(path, offset):
+    data = path.read_bytes()
+    path.write_bytes(data[:offset] + bytes(len(data) - offset))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("clean") / "portraits", COUNTS)
+
+
+def run(folder, **options):
+    config = DataConfig([str(folder)], global_batch_size=6, micro_batch_size=3, seed=3, **options)
+    with Stream(open_sources(config), config) as stream:
+        batches = [next(stream) for _ in range(2 * STEPS)]
+    rows = {}
+    for batch in batches:
+        for i, slot in enumerate(batch["slots"].tolist()):
+            rows[batch["step"], slot] = {name: batch[name][i] for name in batch if name != "step"}
+    return rows, stream.stats
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_and_its_sample_replaced(clean, tmp_path, caplog, name):
+    damage, bad, message = FAULTS[name]
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    damage(folder / SHARD)
+    expected, _ = run(clean)
+    with caplog.at_level(logging.WARNING):
+        rows, stats = run(folder)
+    assert rows.keys() == expected.keys()
+    replaced = 0
+    for key, row in rows.items():
+        same = expected[key]
+        if int(same["local_indices"]) in bad:
+            replaced += 1
+            index = int(row["local_indices"])
+            assert 6 <= index < 12 and index not in bad  # another sample of the same shard
+            same = next(r for r in expected.values() if int(r["local_indices"]) == index) | {
+                name: same[name] for name in ("sample_seeds", "slots")
+            }
+        for field, value in row.items():
+            assert value == same[field] if field == "keys" else torch.equal(value, same[field]), (key, field)
+    assert stats.bad == len(bad) and stats.replaced == replaced > 0
+    assert len(caplog.records) == len(bad)  # each said once, with shard and, where there is one, key
+    for record in caplog.records:
+        assert SHARD in record.message and re.search(message, record.message), record.message
+    if list(bad) == [9]:
+        assert sample_key(1, 9) in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name, (_, bad, _) in FAULTS.items() if bad is REST and "zeros" not in name])
+def test_scan_names_what_is_broken(clean, tmp_path, name):
+    path = tmp_path / SHARD
+    shutil.copy(clean / SHARD, path)
+    FAULTS[name][0](path)
+    with pytest.raises(ShardError, match="cut short|tar header") as caught:
+        scan_tar(path)
+    assert caught.value.shard == str(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"not a tar " * 100, bytes(512)])
+def test_scan_refuses_what_is_no_tar(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match="x.tar"):
+        scan_tar(path)
+
+
+def test_replacements_are_the_same_on_any_number_of_ranks(clean, tmp_path):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    flip(folder / SHARD, in_data(folder / SHARD))
+    whole, _ = run(folder)
+    config = DataConfig([str(folder)], global_batch_size=6, micro_batch_size=3, seed=3)
+    for rank in range(2):
+        with Stream(open_sources(config), config, rank, 2) as stream:
+            for step in range(STEPS):
+                batch = next(stream)
+                for i, slot in enumerate(batch["slots"].tolist()):
+                    assert batch["keys"][i] == whole[step, slot]["keys"]
+
+
+def test_stops_after_max_bad_samples(clean, tmp_path):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    cut(folder / SHARD, first_header(folder / SHARD))
+    rows, stats = run(folder, max_bad_samples=3)
+    assert len(rows) == 6 * STEPS and stats.bad == 3
+    with pytest.raises(BadSamples, match=f"more than data.max_bad_samples = 2 bad samples.*{SHARD}"):
+        run(folder, max_bad_samples=2)
+
+
+def test_stops_where_a_whole_shard_is_bad(tmp_path):
+    folder = make_source(tmp_path / "portraits", (30, 30))
+    for row in range(30):
+        flip(folder / SHARD, place(folder / SHARD, row, "lune" + SUFFIX)[0])
+    with pytest.raises(BadSamples, match=f"{SHARD} .* 20 bad samples in a row"):
+        run(folder)
+
+
+def test_a_shard_that_vanished_is_named(clean, tmp_path):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    (folder / SHARD).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{SHARD} does not exist"):
+        run(folder)
+
+
+def test_a_shard_of_another_build_is_refused(clean, tmp_path):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    size = (folder / SHARD).stat().st_size
+    for indices in (range(5), range(20, 26), range(6, 13), range(6, 30)):
+        write_shard(folder / SHARD, make_samples(indices))
+        with pytest.raises(ShardError, match=f"{SHARD}: is not the shard of the manifest .* expected {size} with 6"):
+            run(folder)
+
+
+def test_a_shard_unlinked_under_a_reader_stays_readable(clean, tmp_path):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    source = open_sources(DataConfig([str(folder)]))[0]
+    file = source.open(BAD_SHARD)
+    (folder / SHARD).unlink()
+    assert file.decode(0, source.fields).keys() == source.manifest.fields.keys()
+
+
+def test_bad_held_out_samples_are_marked(clean, tmp_path, caplog):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    flip(folder / SHARD, in_data(folder / SHARD))
+    config = DataConfig([str(folder)], global_batch_size=6, micro_batch_size=3, val_fraction=0.6, seed=3)
+    batches = list(Stream(open_sources(config), config).validation(4))
+    rows = [
+        (int(batch["local_indices"][i]), bool(batch["valid"][i]), batch["latents"][i])
+        for batch in batches
+        for i in range(4)
+        if batch["slots"][i] < sum(len(b["keys"]) for b in batches)
+    ]
+    bad = [latents for _, valid, latents in rows if not valid]
+    assert bad and not bad[0].any()
+    assert SHARD in caplog.text and sample_key(1, 9) in caplog.text
+
+
+def test_a_manifest_of_other_fields_is_said(clean, tmp_path, caplog):
+    folder = tmp_path / "portraits"
+    shutil.copytree(clean, folder)
+    manifest = Manifest.load(folder)
+    fields = manifest.fields | {"lune": dataclasses.replace(manifest.fields["lune"], shape=(10, 3, 2))}
+    dataclasses.replace(manifest, fields=fields).save(folder)
+    with pytest.raises(BadSamples, match="6 bad samples in a row"):
+        run(folder)
+    assert "lune is F16 [10, 6], the manifest says float16 [10, 3, 2]" in caplog.text
+    assert parse_key(scan_tar(folder / SHARD)[0].key) == (1, 6)

@@ -1,0 +1,167 @@
+"""Trainings that are killed, stopped, damaged or asked for the impossible."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+
+from launch.train import main
+from tests.training import command, curve, make_source, start, train, train_until, wait_for
+from tinyflux.trainer.checkpoint import lock
+
+STEPS = 24
+OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 2)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return [make_source(folder / "a", 1), make_source(folder / "b", 2, samples=40)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, sources):
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(run_dir, sources, *OPTIONS)
+    assert done.returncode == 0, done.stdout
+    return run_dir
+
+
+def test_kept_and_published(unbroken):
+    names = {path.name for path in (unbroken / "checkpoints").iterdir()}
+    kept = {f"step_{step}{suffix}" for step in (20, 24) for suffix in ("", ".safetensors", "_ema.safetensors")}
+    assert names == kept | {"config.json", "training_config.json"}
+    assert [r["step"] for r in curve(unbroken)] == list(range(1, STEPS + 1))
+
+
+def test_killed_at_a_random_step(unbroken, sources, tmp_path):
+    step = random.SystemRandom().randrange(2, STEPS)
+    status, output = train_until(tmp_path / "run", sources, step, signal.SIGKILL, *OPTIONS)
+    assert status == -signal.SIGKILL, output
+    done = train(tmp_path / "run", sources, *OPTIONS)
+    assert done.returncode == 0, done.stdout
+    assert curve(tmp_path / "run") == curve(unbroken), f"killed after step {step}"
+
+
+def test_killed_while_saving(unbroken, sources, tmp_path):
+    saving = tmp_path / "run" / "checkpoints" / "step_8" / "__0_0.distcp"
+    status, output = train_until(tmp_path / "run", sources, saving, signal.SIGKILL, *OPTIONS)
+    assert status == -signal.SIGKILL, output
+    assert not (saving.parent / "metadata.json").exists()
+    done = train(tmp_path / "run", sources, *OPTIONS)
+    assert done.returncode == 0 and "resuming at step 4" in done.stdout, done.stdout
+    assert curve(tmp_path / "run") == curve(unbroken)
+
+
+def test_full_disk(sources, tmp_path):
+    options = ("--trainer.save-every-steps", 2, "--trainer.total-steps")
+    done = train(tmp_path / "run", sources, *options, 4)
+    assert done.returncode == 0, done.stdout
+    done = train(tmp_path / "run", sources, *options, 8, file_limit=300_000)
+    assert done.returncode == 1 and "step 8 could not be saved" in done.stdout, done.stdout
+    assert done.stdout.count("WARNING: saving") == 3 and len(curve(tmp_path / "run")) == 8
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*") if p.is_dir()} == {"step_2", "step_4"}
+    done = train(tmp_path / "run", sources, *options, 8)
+    assert done.returncode == 0 and "resuming at step 4" in done.stdout, done.stdout
+
+
+def test_stopped_by_signals_and_requeued(unbroken, sources, tmp_path):
+    for step, number in ((3, signal.SIGTERM), (9, signal.SIGUSR1)):
+        status, output = train_until(tmp_path / "run", sources, step, number, *OPTIONS)
+        assert status == 75 and "stopped by a signal" in output, output
+        assert (tmp_path / "run" / "checkpoints" / f"step_{len(curve(tmp_path / 'run'))}" / "metadata.json").exists()
+    done = train(tmp_path / "run", sources, *OPTIONS)
+    assert done.returncode == 0, done.stdout
+    assert curve(tmp_path / "run") == curve(unbroken)
+    done = train(tmp_path / "run", sources, *OPTIONS)
+    assert done.returncode == 0 and "finished" in done.stdout
+
+
+def test_torchrun_killed_leaves_no_second_writer(unbroken, sources, tmp_path):
+    """Workers whose torchrun was killed save and stop; a training started meanwhile waits for them."""
+    process = start(tmp_path / "run", sources, *OPTIONS, ranks=2)
+    wait_for(process, tmp_path / "run", 5)
+    process.kill()
+    done = train(tmp_path / "run", sources, *OPTIONS, ranks=2)
+    orphans, _ = process.communicate(timeout=60)
+    assert "stopped by a signal" in orphans, orphans
+    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout
+    for a, b in zip(curve(tmp_path / "run"), curve(unbroken), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_locked_folder(tmp_path):
+    held = lock(tmp_path)
+    with pytest.raises(RuntimeError, match="another training runs in"):
+        lock(tmp_path, patience=0.1)
+    held.close()
+    lock(tmp_path, patience=0.1).close()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "unfinished"])
+def test_damaged_newest_checkpoint(unbroken, sources, tmp_path, damage):
+    run_dir = shutil.copytree(unbroken, tmp_path / "run")
+    newest = run_dir / "checkpoints" / "step_24"
+    data = newest / "__0_0.distcp"
+    if damage == "truncate":
+        data.write_bytes(data.read_bytes()[:5000])
+    elif damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    else:
+        (newest / "metadata.json").unlink()
+    done = train(run_dir, sources, *OPTIONS)
+    assert done.returncode == 0 and "resuming at step 20" in done.stdout, done.stdout
+    if damage != "unfinished":
+        assert "WARNING" in done.stdout and "step_24" in done.stdout and "falling back" in done.stdout
+    assert curve(run_dir) == curve(unbroken)
+
+
+def test_no_sound_checkpoint(unbroken, sources, tmp_path):
+    run_dir = shutil.copytree(unbroken, tmp_path / "run")
+    for step in (20, 24):
+        (run_dir / "checkpoints" / f"step_{step}" / "__0_0.distcp").unlink()
+    done = train(run_dir, sources, *OPTIONS)
+    assert done.returncode == 1 and "none of the checkpoints" in done.stdout, done.stdout
+    assert len(curve(run_dir)) == STEPS
+
+
+def test_changed_data_is_said(sources, tmp_path):
+    done = train(tmp_path / "run", sources, "--trainer.total-steps", 2)
+    assert done.returncode == 0, done.stdout
+    done = train(tmp_path / "run", sources[:1], "--trainer.total-steps", 3)
+    assert done.returncode == 0 and "WARNING: sources was" in done.stdout, done.stdout
+
+
+BAD = {
+    "unknown option": (("--trainer.learning-rat", "1"), "learning-rat"),
+    "wrong value": (("--trainer.lr-scheduler", "wavy"), "cosine"),
+    "negative": (("--trainer.ema-decay", "1.5"), "trainer.ema_decay is 1.5: it must be in [0, 1)"),
+    "batch": (("--data.global-batch-size", "9"), "data.global_batch_size is 9, must be a multiple of"),
+    "contradiction": (("--model.in-channels", "16"), "model.in_channels is 16, but the shards' latents are [4, 4, 4]"),
+    "no folder": (("--data.sources", "nowhere"), "nowhere"),
+    "no file": (("--config", "nowhere.toml"), "nowhere.toml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused(sources, tmp_path, capfd, name):
+    options, message = BAD[name]
+    try:
+        status = main(command(tmp_path / "run", sources, *options)[2:])
+    except SystemExit as error:  # what the option parser itself refuses
+        status = error.code
+    assert status in (1, 2)
+    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_nonfinite_steps_stop_the_run(sources, tmp_path):
+    options = ("--trainer.learning-rate", "1e38", "--trainer.max-nonfinite-steps", 3, "--trainer.total-steps", 40)
+    done = train(tmp_path / "run", sources, *options)
+    assert done.returncode == 1 and "3 steps in a row" in done.stdout, done.stdout
+    dump = json.loads(next((tmp_path / "run").glob("nonfinite_step_*.json")).read_text())
+    assert len(dump["keys"]) == 8
+    assert [r["skipped"] for r in curve(tmp_path / "run")][-1]

@@ -1,0 +1,94 @@
+"""A real Slurm of two nodes on this machine, for as long as a `with` block (needs slurm-wlm and munge, as root)."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+
+
+def missing() -> list[str]:
+    """Programs that a cluster needs and this machine lacks."""
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@contextmanager
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """Start munged, slurmctld and two slurmd; yields the environment in which sbatch, srun and scontrol find them."""
+    folder.mkdir()
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    host, (control, n1, n2) = socket.gethostname(), _free_ports(3)
+    (folder / "slurm.conf").write_text(f"""\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=10
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+""")
+    env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
+              f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"]  # fmt: skip
+    daemons = []
+    try:
+        for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            with open(folder / f"{len(daemons)}-{command[0]}.out", "wb") as out:
+                daemons.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+            time.sleep(1)
+        deadline = time.monotonic() + 60
+        while _idle_nodes(env) < 2:
+            if time.monotonic() > deadline:
+                logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+                raise RuntimeError(f"Slurm's two nodes did not come up in 60 s:\n{logs}")
+            time.sleep(0.5)
+        yield env
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def _idle_nodes(env: dict[str, str]) -> int:
+    done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle"], env=env, capture_output=True, text=True, check=False)
+    return len(done.stdout.splitlines())

@@ -1,0 +1,135 @@
+"""An HTTP server on loopback that serves a folder, and the part of the Hub's API that its client needs, with faults."""
+
+import json
+import re
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class StoreServer(ThreadingHTTPServer):
+    """`faults[name]` holds what happens to the next requests of a file; `bodies` counts the requests answered.
+
+    rate: bytes a second of all answers together. hold: files that are not answered before `held` is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = Path(root)
+        self.faults: dict[str, deque] = defaultdict(deque)
+        self.bodies: Counter = Counter()
+        self.rate: float | None = None
+        self.hold: set[str] = set()
+        self.held = threading.Event()
+        self._line, self._free_at = threading.Lock(), 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def transmit(self, length: int) -> None:
+        """Take the time that `length` bytes need on the one line that all answers share."""
+        if self.rate is not None:
+            with self._line:
+                self._free_at = max(self._free_at, time.monotonic()) + length / self.rate
+                until = self._free_at
+            time.sleep(max(0.0, until - time.monotonic()))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StoreServer
+
+    def log_message(self, *_):
+        pass
+
+    def _send(self, status: int, body: bytes = b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, value):
+        self._send(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/paths-info/" in self.path:
+            paths = json.loads(body)["paths"]
+            self._json([entry for path in paths if (entry := self._entry(path))])
+        else:
+            self._send(404)
+
+    def _entry(self, path: str):
+        file = self.server.root / path
+        if file.is_dir():
+            return {"type": "directory", "path": path, "oid": "0" * 40}
+        return {"type": "file", "path": path, "oid": "0" * 40, "size": file.stat().st_size} if file.is_file() else None
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if re.match(r"/api/datasets/[^/]+/[^/]+(/revision/[^/]+)?$", path):
+            self._json({"id": "user/repo", "sha": COMMIT, "siblings": []})
+        elif match := re.match(r"/api/datasets/[^/]+/[^/]+/tree/[^/]+/?(.*)$", path):
+            folder = self.server.root / match[1]
+            names = sorted(folder.iterdir()) if folder.is_dir() else []
+            self._json([self._entry(str(file.relative_to(self.server.root))) for file in names])
+        else:
+            self._file(re.sub(rf"^/datasets/[^/]+/[^/]+/resolve/{COMMIT}/", "/", path).lstrip("/"))
+
+    def _file(self, name: str):
+        file = self.server.root / name
+        if not file.is_file():
+            return self._send(404)
+        data, base = file.read_bytes(), file.name
+        if base in self.server.hold:
+            self.server.held.wait()
+        faults = self.server.faults[base]
+        fault = faults.popleft() if faults and self.command == "GET" else ""
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        status, headers = 200, {}
+        if match and fault != "ignore range":
+            start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            status, headers = 206, {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
+            data = data[start : end + 1]
+        if isinstance(fault, tuple):
+            return self._send(fault[0], b"", **fault[1])
+        if fault == "cut":  # promises all of it, breaks off in the middle
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return None
+        if fault == "short":  # a consistent answer that lacks the end
+            data = data[: len(data) // 2]
+        if fault == "flip":
+            data = data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
+        if self.command == "GET":
+            self.server.bodies[base] += 1
+            self.server.transmit(len(data))
+        return self._send(status, data, **headers)
+
+
+@contextmanager
+def store_server(root: Path) -> Iterator[StoreServer]:
+    """A running server of a folder."""
+    server = StoreServer(root)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=5)

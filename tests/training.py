@@ -1,0 +1,146 @@
+"""What the training tests share: small sources of random tensors, and real torchrun processes on them."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from launch.train import main
+from tinyflux.shards.format import encode_sample, fields_of, sample_key
+from tinyflux.shards.manifest import Manifest, shard_name
+from tinyflux.shards.writer import write_shard
+
+ROOT = Path(__file__).parent.parent
+LENGTH, WIDTH, LATENTS = 6, 24, (4, 4, 4)
+SMALL = [  # a network and a run small enough for a test; the sizes that the shards fix are not given
+    *("--model.hidden-size", "32", "--model.num-attention-heads", "2", "--model.attention-head-dim", "16"),
+    *("--model.axes-dims-rope", "4", "6", "6", "--model.num-double-layers", "1", "--model.num-single-layers", "2"),
+    *("--model.lune-hidden-dim", "16", "--model.sol-hidden-dim", "8"),
+    *("--trainer.dtype", "float32", "--trainer.learning-rate", "3e-3", "--trainer.warmup-steps", "4"),
+    *("--trainer.lune-warmup-steps", "5", "--trainer.sol-warmup-steps", "5", "--trainer.ema-decay", "0.9"),
+    *("--trainer.save-every-epochs", "0", "--trainer.log-every", "5"),
+    *("--data.global-batch-size", "8", "--data.micro-batch-size", "2", "--data.seed", "7"),
+]
+
+
+def make_source(folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8) -> Path:
+    """A source of random tensors."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(dataset_id)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        shapes = {"latents": LATENTS, "t5_embeds": (LENGTH, WIDTH), "clip_pooled": (WIDTH,), "lune": (10, WIDTH)}
+        made = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+        made["sol_stats"] = torch.rand(10, 3, generator=generator).half()
+        made["sol_spatial"] = torch.rand(10, 8, 8, generator=generator).half()
+        return made
+
+    shards = []
+    for k in range(0, samples, shard_size):
+        entries = [
+            encode_sample(sample_key(dataset_id, i), tensors(), {"origin": f"{folder.name}/{i}"})
+            for i in range(k, min(k + shard_size, samples))
+        ]
+        shards.append(write_shard(folder / shard_name(folder.name, k // shard_size), entries))
+    fields = fields_of(tensors())
+    Manifest(folder.name, dataset_id, fields, shards).save(folder)
+    null = {name: torch.zeros(fields[name].shape).half() for name in ("t5_embeds", "clip_pooled")}
+    safetensors.torch.save_file(null, folder / "null.safetensors")
+    return folder
+
+
+def command(run_dir: Path, sources: list[Path], *options: object, ranks: int = 1) -> list[str]:
+    """The command of a training: torchrun for several ranks, plain python for one."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    head = [sys.executable, *torchrun, str(ROOT / "launch/train.py"), "--run-dir", str(run_dir)]
+    return [*head, "--data.sources", *map(str, sources), *SMALL, *map(str, options)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(
+    run_dir: Path, sources: list[Path], *options: object, ranks: int = 1, file_limit: int | None = None
+) -> subprocess.CompletedProcess:
+    """Run a training to its end; stdout has stderr too. file_limit: bytes beyond which writing a file fails.
+
+    One rank without a limit trains in this process, which spares it the start.
+    """
+    argv = command(run_dir, sources, *options, ranks=ranks)
+    if ranks == 1 and file_limit is None:
+        return _train_here(argv)
+    limit = ["prlimit", f"--fsize={file_limit}"] if file_limit else []
+    return subprocess.run(
+        [*limit, *argv],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def _train_here(argv: list[str]) -> subprocess.CompletedProcess:
+    output, threads = io.StringIO(), torch.get_num_threads()
+    torch.set_num_threads(1)  # as the other processes have it: the order of a sum depends on it
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            status = main(argv[2:])
+    except RuntimeError as error:
+        status = 1
+        output.write(str(error))
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(argv, status, output.getvalue())
+
+
+def start(run_dir: Path, sources: list[Path], *options: object, ranks: int = 1) -> subprocess.Popen:
+    """Start a training in a process group of its own."""
+    return subprocess.Popen(
+        command(run_dir, sources, *options, ranks=ranks),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, run_dir: Path, when: int | Path) -> None:
+    """Wait until a step of a run is recorded, or a file is there."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if when.exists() if isinstance(when, Path) else len(records(run_dir)) >= when:
+            return
+        time.sleep(0.002)
+
+
+def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: int, *options: object) -> tuple[int, str]:
+    """Train on one rank until a step is recorded or a file is there, then send a signal. (Exit status, output)."""
+    process = start(run_dir, sources, *options)
+    wait_for(process, run_dir, when)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def records(run_dir: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """The records without what depends on the clock."""
+    timing = ("samples_per_s", "step_s", "data_wait")
+    return [{k: v for k, v in record.items() if k not in timing} for record in records(run_dir)]

@@ -1,0 +1,200 @@
+"""Inspecting sources: the table, and the page in a real browser."""
+
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import zstandard
+from PIL import Image
+
+from sharding import build, inspect
+from sharding.report import look, spread
+from tests.make_source import make_source, make_tensors
+from tinyflux.shards.format import encode_sample, fields_of, sample_key, scan_tar
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.store import open_source
+from tinyflux.shards.writer import write_shard
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NASTY = "</p><script>document.title='gotcha'</script><img src=x onerror=\"document.title='gotcha'\"> & 'quoted'"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A source of the tiny zoo."""
+    folder = tmp_path_factory.mktemp("inspect")
+    (folder / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 12\n')
+    args = ["--source", "drawn", "--sources", str(folder / "sources.toml"), "--out", str(folder / "drawn")]
+    assert build.main([*args, "--zoo", "tiny", "--shard-size", "4", "--batch-size", "4", "--device", "cpu"]) == 0
+    return folder / "drawn"
+
+
+def nasty_source(folder: Path) -> Path:
+    """One sample whose every text is an attack on the page."""
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), (20, 160, 60)).save(picture, "JPEG")
+    meta = {"origin": NASTY, "prompt": NASTY, "index": 0}
+    samples = [
+        encode_sample(sample_key(3, i), make_tensors(i), meta | {"index": i}, picture.getvalue()) for i in (0, 1)
+    ]
+    shard = write_shard(folder / "evil-000000.tar", samples)
+    Manifest("evil", 3, fields_of(make_tensors(0)), [shard], {"source": {"location": NASTY}}).save(folder)
+    (folder / "rejected.jsonl").write_text(json.dumps({"index": 2, "origin": NASTY, "reason": NASTY}) + "\n")
+    shutil.copy(make_source(folder.parent / "other") / "null.safetensors", folder)
+    return folder
+
+
+def table_row(text: str, name: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()
+
+
+def test_the_table_says_what_is_there(tmp_path, capsys):
+    source = make_source(tmp_path / "portraits")
+    rejected = [
+        {"index": 1, "origin": "a", "reason": "too small: 3 x 3"},
+        {"index": 2, "origin": "b", "reason": "too small: 1 x 9"},
+    ]
+    (source / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected))
+    assert inspect.main([str(source)]) == 0
+    text = capsys.readouterr().out
+    assert "portraits: 12 samples in 3 shards" in text and "looked at 12 samples; 0 prompts are empty, 0 repeat" in text
+    every = torch.stack([make_tensors(i)["lune"] for i in range(12)]).double()
+    row = table_row(text, "lune")
+    assert row[:4] == ["lune", "float16", "10x6", "120"] and row[-1] == "0"
+    assert [float(cell) for cell in row[4:6]] == pytest.approx(
+        [every.mean().item(), every.std(unbiased=False).item()], rel=1e-3
+    )
+    member = table_row(text, "encodings.safetensors.zst")
+    raw, stored, ratio = (float(cell) for cell in member[-3:])
+    assert raw == 2 * (4 * 4 * 4 + 6 * 8 + 8) and ratio == pytest.approx(raw / stored, abs=0.01)
+    assert table_row(text, "characters")[1:] == ["8", "8", "9", "9"]
+    assert "  vae.revision: 'abc'" in text and "  2  too small" in text
+
+
+def test_a_sample_is_taken_from_all_over(tmp_path):
+    source = open_source(make_source(tmp_path / "portraits", (10, 10, 10, 10)))
+    report = look(source, samples=8, shards=2, shown=4)
+    assert (report.read, report.scanned) == (8, 20)
+    assert len(report.shown) == 4 and report.shown[-1].key > sample_key(1, 19)
+    assert report.similarity.shape == (10, 10) and np.allclose(np.diag(report.similarity), 1)
+    assert [spread(10, 3), spread(2, 5), spread(7, 7)] == [[0, 3, 6], [0, 1], list(range(7))]
+
+
+def test_damage_is_told(tmp_path, capsys):
+    """A damaged sample is a fault and decides the exit status; the others are still looked at."""
+    source = make_source(tmp_path / "portraits", (4,))
+    path = source / "portraits-000000.tar"
+    offset, size = scan_tar(path)[1].members["lune.safetensors.zst"]
+    data = bytearray(path.read_bytes())
+    data[offset + size // 2] ^= 1
+    path.write_bytes(data)
+    assert inspect.main([str(source), "--html", str(tmp_path / "page.html")]) == 1
+    text = capsys.readouterr().out
+    assert "faults" in text and "0001_000000001" in text and "looked at 3 samples" in text
+    assert "0001_000000001" in (tmp_path / "page.html").read_text()
+
+
+def test_nan_is_counted(tmp_path, capsys):
+    """In a shard that another tool wrote: ours refuses to."""
+    source = make_source(tmp_path / "portraits", (1,))
+    tensors = make_tensors(0)
+    sample = encode_sample(sample_key(1, 0), tensors, {"origin": "a", "prompt": "", "index": 0})
+    tensors["lune"][0, :2] = torch.tensor([torch.nan, torch.inf])
+    frame = zstandard.ZstdCompressor(write_checksum=True).compress(safetensors.torch.save({"lune": tensors["lune"]}))
+    shard = write_shard(source / "portraits-000000.tar", [sample | {"lune.safetensors.zst": frame}])
+    Manifest("portraits", 1, fields_of(tensors), [shard]).save(source)
+    assert inspect.main([str(source), "--html", str(tmp_path / "page.html")]) == 0
+    row = table_row(capsys.readouterr().out, "lune")
+    assert row[-1] == "2" and "nan" not in row
+
+
+def test_what_is_refused(tmp_path, capsys, built):
+    assert inspect.main([str(tmp_path / "none")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    for args, message in (
+        (["--decode"], "--decode needs --html"),
+        (["--shown", "0"], "--shown must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            inspect.main([str(built), *args])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    other = make_source(tmp_path / "other")
+    page = tmp_path / "page.html"
+    assert inspect.main([str(other), "--html", str(page), "--decode", "--zoo", "tiny"]) == 2
+    assert "--zoo tiny is not what the source was built with: vae." in capsys.readouterr().err and not page.exists()
+
+
+class Links(html.parser.HTMLParser):
+    """All tags, and everything that a browser might fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action", "data")
+        ]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+
+@pytest.fixture(scope="module")
+def page(built, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "drawn.html"
+    assert inspect.main([str(built), "--html", str(path), "--decode", "--zoo", "tiny"]) == 0
+    return path
+
+
+def test_the_page_needs_nothing_and_escapes_everything(page, tmp_path):
+    evil = tmp_path / "evil.html"
+    assert inspect.main([str(nasty_source(tmp_path / "evil")), "--html", str(evil)]) == 0
+    for path in (page, evil):
+        found = Links(path.read_text())
+        assert "script" not in found.tags and "img" not in found.tags
+        assert found.links and all(link.startswith(("data:image/jpeg;base64,", "#p")) for link in found.links)
+    assert "gotcha" in evil.read_text() and "url(" not in evil.read_text()
+
+
+def test_the_page_shows_pictures_maps_and_reconstructions(page):
+    text = page.read_text()
+    assert text.count('class="card"') == 12 + 6  # samples, histograms
+    assert len(re.findall(r'<image id="p\d+"', text)) == len(re.findall(r'<image id="d\d+"', text)) == 12
+    assert text.count("Sol, t = 0.95") == 12 and "Lune: cosine between buckets" in text
+
+
+def screenshot(page: Path, out: Path, profile: Path, *more: str) -> subprocess.CompletedProcess:
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += [f"--user-data-dir={profile}", "--window-size=1280,2400", "--hide-scrollbars", *more]
+    flags += [f"--screenshot={out}"] if not more else []
+    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_the_page(page, tmp_path):
+    assert screenshot(page, tmp_path / "page.png", tmp_path / "profile").returncode == 0
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    assert pixels.shape == (2400, 1280, 3)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    drawn = (abs(red - 31) < 12) & (abs(green - 111) < 12) & (abs(blue - 178) < 12)
+    assert drawn.sum() > 2000, "the histograms and the similarity are blue"
+    assert len(np.unique(pixels.reshape(-1, 3)[::7], axis=0)) > 1000, "there are pictures"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_runs_nothing_of_a_hostile_source(tmp_path):
+    evil = tmp_path / "evil.html"
+    assert inspect.main([str(nasty_source(tmp_path / "evil")), "--html", str(evil)]) == 0
+    done = screenshot(evil, tmp_path / "evil.png", tmp_path / "profile", "--dump-dom")
+    assert done.returncode == 0 and "<title>evil</title>" in done.stdout

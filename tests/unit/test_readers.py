@@ -1,0 +1,188 @@
+"""Lists, tars and `datasets` datasets as sources: real files, a real HTTP server, the real library."""
+
+import functools
+import http.server
+import io
+import json
+import os
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+import webdataset
+from PIL import Image
+
+from sharding.images import Rejected, open_image
+from sharding.inputs import caption
+from sharding.readers import list_inputs
+from sharding.sources import SourceError, SourceSpec
+
+COLOURS = ["red", "green", "blue", "white", "black", "orange"]
+
+
+def spec(folder: Path, kind: str, location: str, **keys) -> SourceSpec:
+    return SourceSpec("photos", kind, 7, location=location, base=folder, **keys)
+
+
+def png(colour: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (40, 40), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def contents(source: SourceSpec) -> list[tuple[str, str]]:
+    """(caption, colour) of all inputs in order; reasons in the place of what is rejected."""
+    found = []
+    for item in list_inputs(source, 64, 0):
+        row = []
+        for read in (lambda i=item: caption(source, i, 0), lambda i=item: colour_of(i.image())):
+            try:
+                row.append(read())
+            except Rejected as reason:
+                row.append(f"rejected: {reason}")
+        found.append(tuple(row))
+    return found
+
+
+def colour_of(data) -> str:
+    pixel = open_image(data).getpixel((5, 5))
+    return next(name for name in COLOURS if pixel == Image.new("RGB", (1, 1), name).getpixel((0, 0)))
+
+
+ALL = [(f"a {colour} square", colour) for colour in COLOURS]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
+def test_lists_of_paths_and_captions(tmp_path, kind):
+    (tmp_path / "lists" / "images").mkdir(parents=True)
+    rows = []
+    for i, colour in enumerate(COLOURS):
+        (tmp_path / "lists" / "images" / f"{i}.png").write_bytes(png(colour))
+        path = f"images/{i}.png" if i else str(tmp_path / "lists" / "images" / "0.png")
+        rows.append({"path": path, "prompt": f"a {colour} square"})
+    rows += [{"path": "../lists.png", "prompt": "outside"}, {"path": "images/9.png", "prompt": "none"}]
+    path = tmp_path / "lists" / f"list.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    else:
+        comma = {"csv": ",", "tsv": "\t"}[kind]
+        path.write_text("".join(f'"{a}"{comma}{b}\n' for a, b in [("path", "prompt"), *(r.values() for r in rows)]))
+    kind = "jsonl" if kind == "jsonl" else "csv"
+    source = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption="prompt")
+    expected = [("outside", "rejected: outside the folder: ../lists.png"), *ALL]
+    assert contents(source) == [*expected, ("none", "rejected: unreadable file: No such file or directory")]
+    elsewhere = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption="prompt", root="other")
+    assert {colour for _, colour in contents(elsewhere)} > {"rejected: outside the folder: ../lists/images/0.png"}
+    with pytest.raises(SourceError, match="no record has the field 'text'; the first has path, prompt"):
+        list_inputs(spec(tmp_path, kind, f"lists/{path.name}", image="path"), 64, 0)
+    with pytest.raises(SourceError, match="text under 'image'" if kind == "jsonl" else "nothing in column 'image'"):
+        list_inputs(spec(tmp_path, kind, f"lists/{path.name}", caption="prompt"), 64, 0)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        list_inputs(spec(tmp_path, kind, "lists/other"), 64, 0)
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Two tars in img2dataset's layout: image, caption as text, record as JSON; one image without a caption."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for k in range(2):
+        with webdataset.TarWriter(str(folder / f"{k:05d}.tar")) as writer:
+            writer.write({"__key__": f"{k}_url", "json": {"status": "failed"}})
+            for i, colour in enumerate(COLOURS[3 * k : 3 * k + 3]):
+                texts = {"txt": f"a {colour} square", "json": {"caption": f"a {colour} square", "alt": [colour, "x"]}}
+                writer.write({"__key__": f"{k:05d}{i:04d}", "png": png(colour)} | texts)
+    return folder
+
+
+def test_webdataset_folder_and_pattern(tmp_path, tars):
+    assert contents(spec(tmp_path, "webdataset", "tars")) == ALL
+    assert contents(spec(tmp_path, "webdataset", "tars/{00001..00001}.tar")) == ALL[3:]
+    assert [text for text, _ in contents(spec(tmp_path, "webdataset", "tars", caption="alt"))] == COLOURS
+    both = spec(tmp_path, "webdataset", "tars", caption="alt", captions="all")
+    assert [text for text, _ in contents(both)][:4] == ["red", "x", "green", "x"]
+    origins = [item.origin for item in list_inputs(both, 64, 0)]
+    assert origins[:3] == ["00000.tar/000000000", "00000.tar/000000000", "00000.tar/000000001"]
+    with pytest.raises(FileNotFoundError, match="no such tar"):
+        list_inputs(spec(tmp_path, "webdataset", "none-{0..1}.tar"), 64, 0)
+    data = (tars / "00001.tar").read_bytes()
+    (tars / "00001.tar").write_bytes(data[:3000])
+    with pytest.raises(ValueError, match="00001.tar.*(cut short|not a readable tar)"):
+        list_inputs(spec(tmp_path, "webdataset", "tars"), 64, 0)
+
+
+def test_webdataset_by_url(tmp_path, tars, monkeypatch):
+    monkeypatch.setenv("TINYFLUX_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tars))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        for _ in range(2):
+            assert contents(spec(tmp_path, "webdataset", url + "/{00000..00001}.tar")) == ALL
+        assert asked == ["/00000.tar", "/00001.tar"]  # once each
+        with pytest.raises(SourceError, match="00002.tar: cannot be downloaded: HTTP Error 404"):
+            list_inputs(spec(tmp_path, "webdataset", url + "/00002.tar"), 64, 0)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    cells = [{"bytes": png(colour), "path": None} for colour in COLOURS]
+    captions = [f"a {colour} square" for colour in COLOURS]
+    features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
+    return datasets.Dataset.from_dict({"picture": cells, "text": captions}, features=features)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "arrow", "arrow splits", "parquet streamed"])
+def test_hf_layouts(tmp_path, rows, layout):
+    folder = tmp_path / "set"
+    keys = {"image": "picture"}
+    if layout.startswith("parquet"):
+        folder.mkdir()
+        rows.to_parquet(folder / "train.parquet")
+    elif layout == "arrow":
+        rows.save_to_disk(folder)
+    else:
+        datasets.DatasetDict({"train": rows}).save_to_disk(folder)
+    if layout.endswith("streamed"):
+        keys |= {"streaming": True, "count": 6}
+    assert contents(spec(tmp_path, "hf", "set", **keys)) == ALL
+    if layout == "parquet streamed":
+        inputs = list_inputs(spec(tmp_path, "hf", "set", **keys), 64, 0)
+        assert [colour_of(inputs[i].image()) for i in (4, 5, 1, 0)] == ["black", "orange", "green", "red"]
+        inputs = list_inputs(spec(tmp_path, "hf", "set", **keys | {"count": 7}), 64, 0)
+        with pytest.raises(SourceError, match="count: 7 rows asked for, set ends before row 7"):
+            inputs[6].image()
+        with pytest.raises(SourceError, match="streaming: needs count"):
+            list_inputs(spec(tmp_path, "hf", "set", streaming=True), 64, 0)
+    with pytest.raises(SourceError, match=r"image: no column 'image'; .* has picture, text"):
+        list_inputs(spec(tmp_path, "hf", "set"), 64, 0)
+    with pytest.raises(SourceError, match="image: column 'text' is .*string.*, must be an Image"):
+        list_inputs(spec(tmp_path, "hf", "set", image="text", caption="picture"), 64, 0)
+
+
+def test_hf_imagefolder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i, colour in enumerate(COLOURS):
+            (folder / f"{i}.png").write_bytes(png(colour))
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"a {colour} square"}) + "\n")
+    assert contents(spec(tmp_path, "hf", "images")) == ALL
+    assert contents(spec(tmp_path, "imagefolder", "images")) == ALL
+    with pytest.raises(SourceError, match="cannot be loaded as a dataset"):
+        list_inputs(spec(tmp_path, "hf", os.fspath(tmp_path / "nothing")), 64, 0)

@@ -1,0 +1,3 @@
+"""TinyFlux-Deep: precache, stream, train and sample a compact rectified-flow transformer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,327 @@
+"""Weights in and out: the only place that knows how the published layout differs from the one in memory.
+
+Published checkpoints have 0-d gates (in memory 1-d: FSDP2 refuses 0-d parameters), rotary frequencies as buffers
+(in memory computed) and `sol_prior.spatial_to_qk_scale`, which nothing uses (not in memory). Whatever values a
+checkpoint holds there are dropped on the way in; on the way out it is weight 0, bias 1, as every published one has it.
+All else maps one to one, bit for bit, and nothing is ever loaded in part.
+"""
+
+import functools
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .layers import rope_frequencies
+from .model import TinyFluxConfig, TinyFluxDeep
+
+log = logging.getLogger(__name__)
+
+GATES = ("text_balance", "lune_predictor.expert_gate", "sol_prior.blend_gate")
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # left in names by torch.compile and activation checkpointing
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*)/?)?")
+
+
+class CheckpointError(ValueError):
+    """A file that is not a whole checkpoint of this network; the message says which and why."""
+
+
+def _constants(config: TinyFluxConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The published entries that have no counterpart in memory."""
+    entries = {f"rope.freqs_{i}": rope_frequencies(dim).to(dtype) for i, dim in enumerate(config.axes_dims_rope)}
+    if config.use_sol_prior:
+        entries["sol_prior.spatial_to_qk_scale.weight"] = torch.zeros(config.num_attention_heads, 1, dtype=dtype)
+        entries["sol_prior.spatial_to_qk_scale.bias"] = torch.ones(config.num_attention_heads, dtype=dtype)
+    return entries
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same entries without what wrappers left in their names."""
+    out = {}
+    for key, value in state.items():
+        for wrapper in WRAPPERS:
+            key = key.replace(wrapper, "")
+        if key in out:
+            raise CheckpointError(f"{key} is there twice, with and without a wrapper's prefix")
+        out[key] = value
+    return out
+
+
+def _check(state: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    """CheckpointError that lists every missing, unexpected and mis-shaped entry."""
+    faults = [f"  missing {key} {list(shape)}" for key, shape in expected.items() if key not in state]
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            faults.append(f"  {key} is a {type(value).__name__}, not a tensor")
+        elif key not in expected:
+            faults.append(f"  unexpected {key} {list(value.shape)}")
+        elif value.shape != expected[key]:
+            faults.append(f"  {key} has shape {list(value.shape)} instead of {list(expected[key])}")
+        elif value.dtype not in DTYPES:
+            faults.append(f"  {key} has dtype {value.dtype}; known are {', '.join(map(str, DTYPES))}")
+    if faults:
+        raise CheckpointError(f"{len(faults)} entries do not fit the model config:\n" + "\n".join(faults))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config_items: tuple) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = TinyFluxDeep(TinyFluxConfig(**dict(config_items)))
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def memory_shapes(config: TinyFluxConfig) -> dict[str, torch.Size]:
+    """Name and shape of every entry of the model's own state dict."""
+    return dict(_shapes(tuple(config.to_dict().items())))
+
+
+def published_shapes(config: TinyFluxConfig) -> dict[str, torch.Size]:
+    """Name and shape of every published entry: 683 at the default config."""
+    shapes = {key: torch.Size() if key in GATES else shape for key, shape in memory_shapes(config).items()}
+    return shapes | {key: value.shape for key, value in _constants(config).items()}
+
+
+def to_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
+    """The model's full, unsharded state dict in the published layout. CheckpointError where it does not fit config."""
+    state = _unwrapped(state)
+    _check(state, memory_shapes(config))
+    out = {key: value.detach().reshape(()) if key in GATES else value.detach() for key, value in state.items()}
+    return out | _constants(config, state["img_in.weight"].dtype)
+
+
+def from_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
+    """Published entries in the model's own layout, in the dtypes they have. CheckpointError lists every misfit."""
+    state = _unwrapped(state)
+    _check(state, published_shapes(config))
+    dropped = _constants(config)
+    for key, value in dropped.items():
+        # bfloat16 files round the frequencies; anything further off was trained with other positions
+        if key.startswith("rope.") and not torch.allclose(state[key].float().cpu(), value, rtol=1e-2, atol=0):
+            raise CheckpointError(f"{key} is not that of theta 10000: this is another network")
+    return {k: v.reshape(1) if k in GATES else v for k, v in state.items() if k not in dropped}
+
+
+def save_published(model_or_state: nn.Module | dict, path: str | Path, config: TinyFluxConfig | None = None) -> None:
+    """Write a `.safetensors` file in the published layout, and `config.json` beside it.
+
+    All or nothing: a temporary file, fsync, rename. ValueError where the folder's config.json is another model's.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: published weights are written as .safetensors")
+    if isinstance(model_or_state, nn.Module):
+        config, model_or_state = config or model_or_state.config, model_or_state.state_dict()
+    if config is None:
+        raise ValueError(f"{path}: a state dict needs its config to be saved with")
+    state = {key: value.contiguous() for key, value in to_published(model_or_state, config).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name("config.json")
+    if not beside.exists():
+        _atomic(beside, config.save_json)
+    elif TinyFluxConfig.from_json(beside) != config:
+        raise ValueError(f"{beside} is another model's: save to a folder of its own")
+    _atomic(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+
+
+def _atomic(path: Path, write) -> None:
+    """`write(temporary path)`, then fsync and rename to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_weights(path: Path) -> dict:
+    """Whatever a `.safetensors` or `.pt` file holds, on the CPU. CheckpointError where it is damaged or unsafe."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged or cut short ({error}): fetch or export it again") from error
+    if path.suffix not in (".pt", ".pth"):
+        raise CheckpointError(f"{path}: weights are .safetensors or .pt files")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors and plain values, which could run code when read. Have its "
+            f"weights saved as .safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}): fetch or export it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
+    return content
+
+
+def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
+    """The file to load of a folder: model or ema, else the newest step, else the best, else the only one, else None.
+
+    Weights of the wanted kind come first; where there are only others those are taken, with a warning.
+    """
+    ranked = []
+    for name in names:
+        found = re.fullmatch(r"(?:(model)|(ema)|step_(\d+)|best|(.+?))(_ema)?\.(safetensors|pt)", name)
+        if found:
+            fixed, ema, step, other, suffix, kind = found.groups()
+            is_ema = kind == "safetensors" and bool(ema or suffix)  # a .pt holds both
+            order = 3 if fixed or ema else 2 if step else 0 if other else 1
+            wanted = kind == "pt" or is_ema == use_ema
+            ranked.append((wanted, kind == "safetensors", order, int(step or 0), name))
+    if not ranked:
+        return None
+    ranked.sort()
+    wanted, *rank, name = ranked[-1]
+    if len(ranked) > 1 and ranked[-2][:-1] == (wanted, *rank):
+        raise CheckpointError(f"{name} and {ranked[-2][-1]} could both be meant: name one of them")
+    if not wanted:
+        log.warning("no %s weights here: loading %s", "EMA" if use_ema else "raw", name)
+    return name
+
+
+def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tuple[Path, Path | None]:
+    """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`."""
+    path = Path(source)
+    if path.is_dir():
+        for folder in (path, path / "checkpoints"):
+            names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
+            if name := pick_weights(names, use_ema):
+                path = folder / name
+                break
+        else:
+            raise FileNotFoundError(f"{path}: no .safetensors or .pt weights in this folder")
+    if path.is_file():
+        folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
+        return path, next((f / "config.json" for f in folders if (f / "config.json").is_file()), None)
+    match = REPO.fullmatch(str(source))
+    if path.suffix in (".safetensors", ".pt") or not match:
+        raise FileNotFoundError(f"{source}: no such file or directory, and not of the form user/repo[:sub/folder]")
+    return _locate_on_hub(match["repo"], match["folder"] or "", use_ema, revision)
+
+
+def _locate_on_hub(repo: str, folder: str, use_ema: bool, revision: str | None) -> tuple[Path, Path | None]:
+    try:
+        if is_offline_mode():
+            root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            paths = [PurePosixPath(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+        else:
+            paths = [PurePosixPath(file.rfilename) for file in HfApi().model_info(repo, revision=revision).siblings]
+    except httpx.TransportError as error:
+        raise ConnectionError(
+            f"{repo}: no answer from the Hub ({error}); HF_HUB_OFFLINE=1 loads a cached copy"
+        ) from error
+    name = pick_weights([path.name for path in paths if path.parent == PurePosixPath(folder)], use_ema)
+    if name is None:
+        where = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(f"{repo}{folder and ':' + folder} has no .safetensors or .pt weights{where}")
+    weights = PurePosixPath(folder, name)
+    config = next((p / "config.json" for p in weights.parents if p / "config.json" in paths), None)
+    fetched = Path(hf_hub_download(repo, str(weights), revision=revision))
+    commit = fetched.parents[len(weights.parts) - 1].name
+    log.info("loading %s of %s at revision %s", weights, repo, commit)
+    # the config of the same commit: a push in between cannot mix two models
+    return fetched, Path(hf_hub_download(repo, str(config), revision=commit)) if config else None
+
+
+def _read(source: str | Path, use_ema: bool, revision: str | None) -> tuple[Path, dict, TinyFluxConfig]:
+    """The file's path, a dictionary with at least `model` (published entries), and the config."""
+    path, config_path = locate(source, use_ema, revision)
+    content = read_weights(path)
+    if path.suffix == ".safetensors" or not isinstance(content.get("model"), dict):
+        content = {"model": content}
+    if isinstance(content.get("model_config"), dict):
+        return path, content, TinyFluxConfig.from_dict(content["model_config"])
+    if config_path is not None:
+        return path, content, TinyFluxConfig.from_json(config_path)
+    config = TinyFluxConfig()
+    try:
+        _check(_unwrapped(content["model"]), published_shapes(config))
+    except CheckpointError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: no config.json beside it, and with the default config {reason}") from error
+    log.warning("%s: no config.json beside it; every entry fits the default config, which is used", path)
+    return path, content, config
+
+
+def _build(path: Path, state: dict, config: TinyFluxConfig, device, dtype: torch.dtype | None) -> TinyFluxDeep:
+    try:
+        state = from_published(state, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # one dtype for all: where a file mixes them, the one that holds every value
+    dtype = dtype or functools.reduce(torch.promote_types, {value.dtype for value in state.values()})
+    with torch.device("meta"):
+        model = TinyFluxDeep(config)
+    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    return model.eval()
+
+
+def load_model(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    use_ema: bool = False,
+    revision: str | None = None,
+) -> TinyFluxDeep:
+    """The model, in eval mode, out of a `.safetensors` or `.pt` file, a directory or `user/repo[:sub/folder]`.
+
+    dtype None keeps the file's. use_ema chooses among a directory's files and the two sets of weights in a `.pt`.
+    Errors: FileNotFoundError; CheckpointError for damaged, unsafe or misfitting files, with every misfit listed.
+    """
+    path, content, config = _read(source, use_ema, revision)
+    state = content["model"]
+    if use_ema and path.suffix != ".safetensors":
+        if isinstance(content.get("ema"), dict):
+            state = content["ema"]
+        else:
+            log.warning("%s holds no EMA weights: loading the raw ones", path)
+    return _build(path, state, config, device, dtype)
+
+
+def from_pretrained(
+    repo: str | Path,
+    use_ema: bool = True,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TinyFluxDeep:
+    """`load_model` with the EMA weights unless told otherwise; `revision` pins a branch, tag or commit."""
+    return load_model(repo, device, dtype, use_ema, revision)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict:
+    """A training checkpoint: `model` (a TinyFluxDeep), `step`, `epoch`, `ema` (its state dict for that model), and
+    `optimizer`, `scheduler`, `best_loss`, `trainer_config` as a `.pt` holds them; None where there is none.
+
+    Of a `.safetensors` file the step is read from its name.
+    """
+    path, content, config = _read(path, False, None)
+    named = re.match(r"step_(\d+)", path.name)
+    keys = ("epoch", "optimizer", "scheduler", "best_loss", "trainer_config")
+    checkpoint = {"step": int(named[1]) if named else None, "ema": None, **dict.fromkeys(keys)} | content
+    checkpoint["model"] = _build(path, content["model"], config, device, dtype)
+    if checkpoint["ema"] is not None:
+        checkpoint["ema"] = from_published(checkpoint["ema"], config)
+    return checkpoint

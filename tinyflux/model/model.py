@@ -1,0 +1,308 @@
+"""TinyFlux-Deep: a rectified-flow transformer that predicts v = data - noise, with two distilled heads.
+
+Everything is in the dtype of the weights except the timestep, positions, rotary table, spatial map and temperature,
+which stay in float32. Under FSDP2 with low-precision parameters use `MixedPrecisionPolicy(cast_forward_inputs=False)`:
+its default would round those, and the forward casts by itself what has to be cast.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .experts import LunePredictor, SolPrior
+from .layers import DoubleBlock, Linear, RMSNorm, SingleBlock, resize_map, rope_table
+
+TIME_FREQUENCIES = 128
+
+
+@dataclass
+class TinyFluxConfig:
+    """The network's shape. The defaults are the published 245M-parameter model."""
+
+    hidden_size: int = 512
+    """Channels: num_attention_heads x attention_head_dim."""
+    num_attention_heads: int = 4
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    """Latent channels."""
+    patch_size: int = 1
+    """One token per latent pixel; no other value is supported."""
+    joint_attention_dim: int = 768
+    """Width of the T5 states."""
+    pooled_projection_dim: int = 768
+    """Width of the pooled CLIP vector."""
+    num_double_layers: int = 15
+    num_single_layers: int = 25
+    mlp_ratio: float = 4.0
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    """Rotary channels of (frame, row, column); they sum to attention_head_dim."""
+    use_lune_expert: bool = True
+    lune_expert_dim: int = 1280
+    """Width of the Lune teacher's features."""
+    lune_hidden_dim: int = 512
+    lune_dropout: float = 0.1
+    freeze_lune: bool = False
+    use_sol_prior: bool = True
+    sol_spatial_size: int = 8
+    """Points along each side of the Sol map."""
+    sol_hidden_dim: int = 256
+    sol_geometric_weight: float = 0.7
+    """Initial share of the geometric prior against the learned one, in [0, 1]."""
+    freeze_sol: bool = False
+    use_t5_vec: bool = True
+    """Condition on a vector pooled from the T5 states besides the CLIP one."""
+
+    def __post_init__(self):
+        self.axes_dims_rope = tuple(self.axes_dims_rope)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < (0 if "layers" in field.name else 1)):
+                raise ValueError(f"{field.name} must be a positive integer, not {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+        heads, head_dim = self.num_attention_heads, self.attention_head_dim
+        if self.hidden_size != heads * head_dim:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not num_attention_heads x attention_head_dim = {heads} x {head_dim}"
+            )
+        if len(self.axes_dims_rope) != 3 or any(type(d) is not int or d < 0 or d % 2 for d in self.axes_dims_rope):
+            raise ValueError(f"axes_dims_rope must be three even numbers, not {self.axes_dims_rope}")
+        if sum(self.axes_dims_rope) != head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must sum to attention_head_dim {head_dim}")
+        if self.patch_size != 1:
+            raise ValueError(f"patch_size must be 1, not {self.patch_size}")
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
+        if self.sol_hidden_dim < 2:
+            raise ValueError(f"sol_hidden_dim must be at least 2, not {self.sol_hidden_dim}")
+        if not 0 <= self.sol_geometric_weight <= 1:
+            raise ValueError(f"sol_geometric_weight must be in [0, 1], not {self.sol_geometric_weight}")
+        if not 0 <= self.lune_dropout < 1:
+            raise ValueError(f"lune_dropout must be in [0, 1), not {self.lune_dropout}")
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TinyFluxConfig":
+        """Keys that start with `_` are metadata and left out; ValueError names any other unknown key."""
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"unknown model config keys: {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**values)
+
+    def save_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "TinyFluxConfig":
+        """ValueError, with the path, where the file holds no object of known keys."""
+        try:
+            values = json.loads(Path(path).read_text())
+            if not isinstance(values, dict):
+                raise ValueError("not a JSON object")
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t in [0, 1] itself, then an MLP."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(2 * TIME_FREQUENCIES, dim), nn.SiLU(), Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t float32 [B] -> [B, C]."""
+        i = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
+        angles = t[:, None] * torch.exp(-math.log(10000) / (TIME_FREQUENCIES - 1) * i)
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class TinyFluxDeep(nn.Module):
+    """The network. Built under `torch.device("meta")` it has no values until `to_empty` and `init_weights`."""
+
+    def __init__(self, config: TinyFluxConfig | None = None):
+        super().__init__()
+        self.config = cfg = config or TinyFluxConfig()
+        C, pooled = cfg.hidden_size, cfg.pooled_projection_dim
+        self.img_in = Linear(cfg.in_channels, C)
+        self.txt_in = Linear(cfg.joint_attention_dim, C)
+        self.time_in = TimestepEmbedder(C)
+        self.vector_in = nn.Sequential(nn.SiLU(), Linear(pooled, C))
+        self.t5_pool = self.lune_predictor = self.sol_prior = None
+        if cfg.use_t5_vec:
+            self.t5_pool = nn.Sequential(Linear(cfg.joint_attention_dim, C), nn.SiLU(), Linear(C, C))
+            self.text_balance = nn.Parameter(torch.empty(1))
+        if cfg.use_lune_expert:
+            self.lune_predictor = LunePredictor(C, pooled, cfg.lune_hidden_dim, cfg.lune_expert_dim, cfg.lune_dropout)
+            self.lune_predictor.requires_grad_(not cfg.freeze_lune)
+        if cfg.use_sol_prior:
+            self.sol_prior = SolPrior(
+                C, pooled, cfg.sol_hidden_dim, cfg.num_attention_heads, cfg.sol_spatial_size, cfg.sol_geometric_weight
+            )
+            self.sol_prior.requires_grad_(not cfg.freeze_sol)
+        block = (cfg.num_attention_heads, cfg.attention_head_dim, cfg.mlp_dim, cfg.use_sol_prior)
+        self.double_blocks = nn.ModuleList(DoubleBlock(*block) for _ in range(cfg.num_double_layers))
+        self.single_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(cfg.num_single_layers))
+        self.final_norm = RMSNorm(C)
+        self.final_linear = Linear(C, cfg.in_channels)
+        if not self.img_in.weight.is_meta:
+            self.init_weights()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor | float,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        lune_features: Tensor | None = None,
+        sol_stats: Tensor | None = None,
+        sol_spatial: Tensor | None = None,
+        return_expert_pred: bool = False,
+        *,
+        lune_teacher: Tensor | None = None,
+        sol_teacher: Tensor | None = None,
+        lune_dropout_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
+        """Velocity [B, N, 16] at the noisy latents `hidden_states` [B, N, 16], or (velocity, info).
+
+        encoder_hidden_states [B, L, 768] (T5), pooled_projections [B, 768] (CLIP), timestep [B] or a scalar, 0 = noise.
+        img_ids [N, 3] or [B, N, 3] as `create_img_ids` gives them, None = a square grid. txt_ids is not used: text has
+        no position. lune_features [B, 1280], sol_stats [B, 3], sol_spatial [B, 8, 8]: the teachers' values, used where
+        lune_teacher and sol_teacher (bool [B], None = everywhere) are true; elsewhere the heads' own predictions are.
+        lune_dropout_mask [B, lune_hidden_dim], scaled by 1 / (1 - p), takes the place of the Lune head's dropout.
+        info: `lune` {expert_pred}, `sol` {pred_stats, pred_spatial}, None where the head is off, and the same as
+        lune_pred, sol_stats_pred, sol_spatial_pred.
+        """
+        B, N, _ = hidden_states.shape
+        L, dtype = encoder_hidden_states.shape[1], self.img_in.weight.dtype
+        ids = image_positions(img_ids, N, hidden_states.device)
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=hidden_states.device).expand(B)
+        pooled = pooled_projections.to(dtype)
+        img = self.img_in(hidden_states.to(dtype))  # [B, N, C]
+        txt = self.txt_in(encoder_hidden_states.to(dtype))  # [B, L, C]
+
+        time = self.time_in(t)
+        text = self.vector_in(pooled)
+        if self.t5_pool is not None:
+            g = self.text_balance.sigmoid()
+            text = g * text + (1 - g) * self.t5_pool(pool_tokens(encoder_hidden_states).to(dtype))
+        vec = time + text
+        info = {"lune": None, "sol": None}
+        if self.lune_predictor is not None:
+            signal, features = self.lune_predictor(time, pooled, lune_features, lune_teacher, lune_dropout_mask)
+            vec = vec + signal
+            info |= {"lune": {"expert_pred": features}, "lune_pred": features}
+        double_temper = single_temper = spatial = None
+        if self.sol_prior is not None:
+            temperature, spatial, stats, maps = self.sol_prior(t, time, pooled, sol_stats, sol_spatial, sol_teacher)
+            single_temper = (1 / temperature.mean(dim=-1).clamp(min=0.1))[:, None].expand(B, L + N)
+            double_temper = F.pad(single_temper[:, L:], (L, 0), value=1.0)  # there text queries keep the plain scale
+            spatial = resize_map(spatial, ids)  # [B, N]
+            info["sol"] = {"pred_stats": stats, "pred_spatial": maps}
+            info |= {"sol_stats_pred": stats, "sol_spatial_pred": maps}
+
+        vec = F.silu(vec)
+        rope = rope_table(ids, self.config.axes_dims_rope, L)
+        for block in self.double_blocks:
+            txt, img = block(txt, img, vec, rope, double_temper, spatial)
+        x = torch.cat([txt, img], dim=1)  # [B, T, C]
+        for block in self.single_blocks:
+            x = block(x, vec, rope, single_temper, spatial)
+        v = self.final_linear(self.final_norm(x[:, L:])).clone()  # FSDP2 hooks the output, and warns of views
+        return (v, info) if return_expert_pred else v
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter: linear layers xavier-uniform, norms one, the rest as the gates and zeros need it.
+
+        Values are drawn on the CPU in float32, so they depend on the generator (None = torch's own) alone, not on the
+        device, dtype or sharding of the parameters.
+        """
+        zero = ("bias", "gate", "text_balance", "final_linear.weight", "spatial_to_mod.weight")
+        for name, parameter in self.named_parameters():
+            value = torch.zeros(parameter.shape)
+            if name.endswith("blend_gate"):
+                value.fill_(self.sol_prior.blend_logit())
+            elif parameter.ndim == 1 and not name.endswith(zero):
+                value.fill_(1)
+            elif not name.endswith(zero):
+                nn.init.xavier_uniform_(value, generator=generator)
+            value = value.to(parameter.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
+
+    @staticmethod
+    def create_img_ids(batch: int, h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
+        """Positions (0, row, column) of an h x w grid in row-major order, int64 [batch, h*w, 3]."""
+        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        return torch.stack([torch.zeros_like(y), y, x], dim=-1).view(-1, 3).expand(batch, -1, -1)
+
+    def num_parameters(self, trainable_only: bool = False) -> int:
+        """All, or those with gradients. The published layout counts 2 x heads more, used by nothing (see loader.py)."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+
+def image_positions(img_ids: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    """Positions [1 or B, N, 3]; one row where all samples share them. None = a square grid."""
+    if img_ids is None:
+        side = math.isqrt(tokens)
+        if side**2 != tokens:
+            raise ValueError(f"{tokens} image tokens are not a square grid: pass img_ids (see create_img_ids)")
+        img_ids = TinyFluxDeep.create_img_ids(1, side, side, device)
+    if img_ids.shape[-2:] != (tokens, 3):
+        raise ValueError(f"img_ids must be [N, 3] or [B, N, 3] with N = {tokens}, not {list(img_ids.shape)}")
+    if img_ids.ndim == 2:
+        img_ids = img_ids[None]
+    elif img_ids.stride(0) == 0:
+        img_ids = img_ids[:1]  # an expanded batch
+    return img_ids.to(device)
+
+
+def pool_tokens(states: Tensor) -> Tensor:
+    """[B, L, E] -> float32 [B, E]: each token weighs by the softmax, over tokens, of the mean of its features."""
+    states = states.float()
+    return (states.mean(dim=-1).softmax(dim=-1)[:, None] @ states).squeeze(1)
+
+
+def flops_per_sample(config: TinyFluxConfig, image_tokens: int, text_tokens: int) -> int:
+    """Floating-point operations of one sample's forward: matrix products, 2 per multiply-add, and attention.
+
+    Norms, activations and rotary are left out, as usual for MFU. A training step takes 3 times this (4 times with full
+    activation checkpointing, but MFU counts 3).
+    """
+    C, M, N, L = config.hidden_size, config.mlp_dim, image_tokens, text_tokens
+    token = 4 * C * C + 2 * C * M  # qkv, out and MLP: the same for each token of either kind of block
+    attention = 2 * (N + L) ** 2 * C  # q @ k and probabilities @ v, all heads
+    double = (N + L) * token + attention + 12 * C * C  # AdaNorm of two streams
+    single = (N + L) * token + attention + 3 * C * C
+    ends = 2 * N * config.in_channels * C + L * config.joint_attention_dim * C
+    vector = 2 * TIME_FREQUENCIES * C + C * C + config.pooled_projection_dim * C
+    if config.use_t5_vec:
+        vector += config.joint_attention_dim * C + C * C
+    given = C + config.pooled_projection_dim
+    if config.use_lune_expert:
+        H, E = config.lune_hidden_dim, config.lune_expert_dim
+        vector += given * H + 2 * H * H + H * E + E * C
+    if config.use_sol_prior:
+        H = config.sol_hidden_dim
+        vector += 2 * (given * H + H * H) + H * (3 + config.sol_spatial_size**2)
+        vector += (3 + config.num_attention_heads) * (H // 2)
+    return 2 * (config.num_double_layers * double + config.num_single_layers * single + ends + vector)

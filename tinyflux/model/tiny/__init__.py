@@ -1,0 +1,1 @@
+"""The offline zoo: real diffusers and transformers classes with small configs and weights."""

@@ -1,0 +1,302 @@
+"""ModelZoo: the frozen models that samples are encoded and teachers' features extracted with."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from tinyflux.model.origin import Origin
+from tinyflux.model.teachers import SolAttnProcessor
+
+__all__ = ["FLUX", "TINY_DIR", "ModelZoo", "SolAttnProcessor"]
+
+log = logging.getLogger(__name__)
+
+TINY_DIR = Path(__file__).parent / "tiny"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+EXPERTS = "AbstractPhil/tinyflux-experts"
+FLUX = {
+    "vae": Origin("black-forest-labs/FLUX.1-schnell", "vae"),
+    "sd_vae": Origin(SD15, "vae"),
+    "clip": Origin("openai/clip-vit-large-patch14"),
+    "t5": Origin("google/flan-t5-base"),
+    "lune": Origin(EXPERTS, file="sd15-flow-lune-unet.safetensors"),
+    "sol": Origin(EXPERTS, file="sd15-flow-sol-unet.safetensors"),
+}
+UNET_CONFIG = Origin(SD15, "unet")  # of weights that come as a single file
+CLIP_LENGTH = 77
+
+
+class ModelZoo:
+    """Loads, runs and unloads the frozen models: vae, sd_vae, clip, t5, lune, sol, and tinyflux itself.
+
+    zoo: "flux" (the real models, from the Hub), "tiny" (the offline ones that come with this package), or a folder
+    with `vae`, `sd_vae`, `clip`, `t5`, `lune` and `sol` in it and an optional `zoo.json` {"image_size", "t5_length"}.
+    dtype: one for all or {name: dtype}; float32 unless given. revision: one for all Hub repos or {name: revision}.
+    Every model is None until its `load_*`, then in eval mode without gradients.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        zoo: str | Path = "flux",
+        revision: str | dict[str, str] | None = None,
+    ):
+        self.device = torch.device(device)
+        self._dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys((*FLUX, "tinyflux"), dtype)
+        revisions = revision if isinstance(revision, dict) else dict.fromkeys(FLUX, revision)
+        for given in (self._dtypes, revisions):
+            if unknown := given.keys() - {*FLUX, "tinyflux"}:
+                raise ValueError(f"no such model: {', '.join(sorted(unknown))}; known: {', '.join(FLUX)}, tinyflux")
+        settings = {"image_size": 512, "t5_length": 128}
+        if zoo == "flux":
+            self._origins = {name: Origin(o.at, o.subfolder, o.file, revisions.get(name)) for name, o in FLUX.items()}
+        else:
+            folder = TINY_DIR if zoo == "tiny" else Path(zoo)
+            if not folder.is_dir():
+                raise FileNotFoundError(f'{folder}: a zoo is "flux", "tiny" or a folder of models')
+            self._origins = {name: Origin(str(folder), name, local=True) for name in FLUX}
+            if (folder / "zoo.json").is_file():
+                settings |= json.loads((folder / "zoo.json").read_text())
+        self.image_size: int = settings["image_size"]
+        self.t5_length: int = settings["t5_length"]
+        self.vae: AutoencoderKL | None = None
+        self.sd_vae: AutoencoderKL | None = None
+        self.clip: CLIPTextModel | None = None
+        self.t5: T5EncoderModel | None = None
+        self.lune: UNet2DConditionModel | None = None
+        self.sol: UNet2DConditionModel | None = None
+        self.tinyflux: nn.Module | None = None
+        self._tokenizers: dict = {}
+        self._identities: dict[str, dict] = {}
+
+    def load_vae(self, source: str | Path | None = None) -> AutoencoderKL:
+        """The FLUX VAE. `source`, here and below: a folder or `user/repo[:sub/folder]` instead of the zoo's own."""
+        return self._load_vae("vae", source)
+
+    def load_sd_vae(self, source: str | Path | None = None) -> AutoencoderKL:
+        """The SD1.5 VAE, for what the teachers see."""
+        return self._load_vae("sd_vae", source)
+
+    def load_clip(self, source: str | Path | None = None) -> CLIPTextModel:
+        """The CLIP text encoder and its tokenizer."""
+        return self._load_text("clip", source, CLIPTextModel)
+
+    def load_t5(self, source: str | Path | None = None) -> T5EncoderModel:
+        """The T5 encoder and its tokenizer."""
+        return self._load_text("t5", source, T5EncoderModel)
+
+    def load_lune(self, source: str | Path | None = None) -> UNet2DConditionModel:
+        """The Lune teacher. `source` may also be a safetensors file of a UNet with SD1.5's config."""
+        return self._load_unet("lune", source)
+
+    def load_sol(self, source: str | Path | None = None) -> UNet2DConditionModel:
+        """The Sol teacher. `source` may also be a safetensors file of a UNet with SD1.5's config."""
+        return self._load_unet("sol", source)
+
+    def load_tinyflux(self, source: str | Path) -> nn.Module:
+        """TinyFlux from a file, a folder or `user/repo[:sub/folder]`."""
+        from tinyflux.model.loader import load_model  # here, for a build has no use for it
+
+        self.tinyflux = load_model(source, device=self.device, dtype=self._dtypes.get("tinyflux")).requires_grad_(False)
+        return self.tinyflux
+
+    def _load_vae(self, name: str, source: str | Path | None) -> AutoencoderKL:
+        origin = self._find(name, source)
+        vae = pretrained(AutoencoderKL, origin, torch_dtype=self._dtype(name))
+        self._keep(name, origin, vae)
+        self._identities[name]["scaling_factor"] = vae.config.scaling_factor
+        return vae
+
+    def _load_text(self, name: str, source: str | Path | None, kind: type[nn.Module]) -> nn.Module:
+        origin = self._find(name, source)
+        tokenizer = AutoTokenizer.from_pretrained(**origin.pretrained())
+        model = self._keep(name, origin, pretrained(kind, origin, dtype=self._dtype(name)))
+        self._tokenizers[name] = tokenizer
+        return model
+
+    def _load_unet(self, name: str, source: str | Path | None) -> UNet2DConditionModel:
+        origin = self._find(name, source, single_file=True)
+        if origin.file:
+            unet = unet_from_file(origin.path(), UNET_CONFIG.resolve(), self._dtype(name))
+        else:
+            unet = pretrained(UNet2DConditionModel, origin, torch_dtype=self._dtype(name))
+        if extra := [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key) is not None]:
+            raise ValueError(f"{name}: {origin} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
+        return self._keep(name, origin, unet)
+
+    def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Origin:
+        if source is None:
+            self._origins[name] = self._origins[name].resolve()  # once: the commit stays the same from here on
+            return self._origins[name]
+        origin = Origin.parse(source, name)
+        if origin.file and not single_file:
+            raise ValueError(f"{name}: {origin} is a single file; a folder with config.json is needed")
+        return origin.resolve()
+
+    def _keep(self, name: str, origin: Origin, model: nn.Module) -> nn.Module:
+        model = model.eval().requires_grad_(False).to(self.device)
+        setattr(self, name, model)
+        self._identities[name] = origin.identity() | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
+        return model
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._dtypes.get(name) or torch.float32
+
+    def loaded(self) -> list[str]:
+        """Names of the models that are loaded."""
+        return [name for name in (*FLUX, "tinyflux") if getattr(self, name) is not None]
+
+    def unload(self, name: str) -> None:
+        """Forgets a model and frees its memory. One that isn't loaded is left so."""
+        self._check_name(name)
+        setattr(self, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def unload_all(self) -> None:
+        """Forgets every model."""
+        for name in self.loaded():
+            self.unload(name)
+
+    def offload(self, name: str) -> None:
+        """Moves a model to the CPU, where it still works."""
+        self.required(name).to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def onload(self, name: str) -> None:
+        """Moves a model back to the zoo's device."""
+        self.required(name).to(self.device)
+
+    def required(self, name: str) -> nn.Module:
+        """A loaded model; RuntimeError that names the call that loads it."""
+        self._check_name(name)
+        if (model := getattr(self, name)) is None:
+            raise RuntimeError(f"{name} is not loaded: call zoo.load_{name}({'source' * (name == 'tinyflux')}) first")
+        return model
+
+    @staticmethod
+    def _check_name(name: str) -> None:
+        if name not in (*FLUX, "tinyflux"):
+            raise ValueError(f"no model {name!r} in a zoo; known: {', '.join(FLUX)}, tinyflux")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of an image of the zoo's size. Reads only the VAE's config where the VAE isn't loaded."""
+        config = self.vae.config if self.vae is not None else AutoencoderKL.load_config(
+            **self._find("vae", None).pretrained()
+        )  # fmt: skip
+        side = self.image_size // 2 ** (len(config["block_out_channels"]) - 1)
+        return config["latent_channels"], side, side
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor | list) -> Tensor:
+        """Latents [B, C, h, w]: the VAE's mode times its scaling factor, without a shift.
+
+        pixels: [B, 3, H, W] in [-1, 1], or PIL images of one size.
+        """
+        return _encode(self.required("vae"), pixels)
+
+    encode_image = encode_images
+
+    @torch.no_grad()
+    def encode_sd(self, pixels: Tensor | list) -> Tensor:
+        """The SD1.5 VAE's latents [B, 4, h, w], likewise."""
+        return _encode(self.required("sd_vae"), pixels)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pixels float32 [B, 3, H, W] in [-1, 1] of latents [B, C, h, w]."""
+        vae = self.required("vae")
+        pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        return pixels.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_t5(self, prompts: str | list[str]) -> Tensor:
+        """T5 states [B, L, D], L = `t5_length`; padding is masked in the encoder, its own states are kept."""
+        t5 = self.required("t5")
+        tokens = self._tokenize("t5", prompts, self.t5_length).to(t5.device)
+        return t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+
+    @torch.no_grad()
+    def encode_clip(self, prompts: str | list[str]) -> Tensor:
+        """CLIP's pooled vectors [B, D]."""
+        return self._clip(prompts).pooler_output
+
+    @torch.no_grad()
+    def encode_clip_hidden(self, prompts: str | list[str]) -> Tensor:
+        """CLIP's last hidden states [B, 77, D], the teachers' condition."""
+        return self._clip(prompts).last_hidden_state
+
+    def _clip(self, prompts: str | list[str]):
+        clip = self.required("clip")
+        return clip(input_ids=self._tokenize("clip", prompts, CLIP_LENGTH).input_ids.to(clip.device))
+
+    def _tokenize(self, name: str, prompts: str | list[str], length: int):
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokenizer = self._tokenizers[name]
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for row in tokens.attention_mask.all(dim=1).nonzero().flatten().tolist():
+            n = len(tokenizer(prompts[row], verbose=False).input_ids)
+            if n > length:
+                kept = tokenizer.decode(tokens.input_ids[row], skip_special_tokens=True)
+                log.warning(
+                    "prompt %d has %d %s tokens, %d are kept: cut after '...%s'", row, n, name, length, kept[-40:]
+                )
+        return tokens
+
+    def fingerprint(self) -> dict:
+        """What the outputs depend on, of every model that was loaded, also after its unload.
+
+        Its repo and commit (or the hash of its local files), dtype and scaling factor; which latent of the VAE's
+        distribution is taken; T5's length.
+        """
+        return {**self._identities, "latent": "mode", "t5_length": self.t5_length}
+
+
+def pretrained(kind: type[nn.Module], origin: Origin, **dtype: torch.dtype) -> nn.Module:
+    """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
+    model, info = kind.from_pretrained(**origin.pretrained(), output_loading_info=True, **dtype)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{origin} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
+    return model
+
+
+def unet_from_file(path: Path, config: Origin, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**config.pretrained()))
+    state = load_file(path)
+    expected = unet.state_dict()
+    faults = [f"missing {key}" for key in expected.keys() - state.keys()]
+    faults += [f"unexpected {key}" for key in state.keys() - expected.keys()]
+    faults += [
+        f"{key} is {list(state[key].shape)} instead of {list(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    ]
+    if faults:
+        shown = "\n  ".join(sorted(faults)[:20])
+        raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
+    unet.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    return unet
+
+
+def _encode(vae: AutoencoderKL, pixels: Tensor | list) -> Tensor:
+    if not isinstance(pixels, Tensor):
+        if len(sizes := {image.size for image in pixels}) != 1:
+            raise ValueError(f"images of one batch need one size, these have {sorted(sizes)}")
+        arrays = np.stack([np.asarray(image.convert("RGB")) for image in pixels])
+        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % factor for side in pixels.shape[2:]):
+        raise ValueError(f"pixels are {list(pixels.shape)}; [B, 3, H, W] with sides divisible by {factor} are needed")
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor

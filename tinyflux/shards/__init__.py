@@ -1,0 +1,1 @@
+"""The contract between precaching and training: shard format, stores, the plan and the stream."""

@@ -1,0 +1,271 @@
+"""Plan -> load -> collate -> pin -> prefetch: the batches of a run, from its step number alone.
+
+The only file that knows torchdata. Threads, not worker processes: zstd and memcpy release the GIL, and samples are
+decoded straight into the batch's tensors. A batch's memory is used again once nothing refers to it, so a consumer may
+keep it as long as it likes.
+"""
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata import nodes
+
+from tinyflux.shards.ahead import LookAhead
+from tinyflux.shards.cache import RemoteStore, Stopped
+from tinyflux.shards.config import DataConfig, open_sources
+from tinyflux.shards.format import ShardError
+from tinyflux.shards.plan import Plan
+from tinyflux.shards.reader import BadSamples, Reader, StreamStats
+from tinyflux.shards.store import Source
+from tinyflux.util import rng
+
+__all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 8  # samples a thread takes at a time: enough to hide the queues, few enough to spread a batch over threads
+
+
+class _Pipeline:
+    """The threads of a stream, from one position on."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        rank: int,
+        world: int,
+        position: int,
+        collate: Callable | None,
+        pin: bool,
+        ranks_on_node: int,
+    ):
+        self.reader, self.rank, self.world, self.collate = reader, rank, world, collate
+        self.stopped, self._change, self._busy = False, threading.Condition(), set()
+        self.ahead = None
+        if limits := [s.store.cache.limit for s in reader.sources if isinstance(s.store, RemoteStore)]:
+            step, options = position // reader.config.accumulation(world), {"timeout": reader.config.timeout}
+            options |= {"budget": min(limits) // ranks_on_node}
+            self.ahead = LookAhead(reader.sources, reader.plan, rank, world, step, **options)
+            reader.shards.ahead = self.ahead
+        # the nodes' own snapshots are off: the plan is sought, nothing is replayed
+        node = _Node(self.chunks(position))
+        node = nodes.ParallelMapper(node, self.load, num_workers=reader.config.threads, snapshot_frequency=0)
+        node = _Node(self.assemble(node))
+        if pin:
+            node = nodes.PinMemory(node, snapshot_frequency=0)
+        self.root = nodes.Prefetcher(node, reader.config.prefetch, snapshot_frequency=0)
+
+    def chunks(self, position: int) -> Iterator[tuple]:
+        """The micro-batches of the rank, each allocated here and cut into chunks for the threads."""
+        config = self.reader.config
+        B, accumulation = config.micro_batch_size, config.accumulation(self.world)
+        draws, step = None, -1
+        while not self.stopped:
+            with self._working():
+                if position // accumulation != step:
+                    step = position // accumulation
+                    draws = self.reader.plan.batch(step)
+                first = self.rank * (len(draws) // self.world) + position % accumulation * B
+                mine, slots = draws[first : first + B], np.arange(first, first + B)
+                seeds = rng.sample_seeds(config.seed, step, slots)
+                batch, rows = self.reader.new_batch(mine.source, seeds, slots, step)
+            for i in range(0, B, _CHUNK):
+                yield batch, rows, mine, range(i, min(i + _CHUNK, B))
+            position += 1
+
+    def load(self, chunk: tuple) -> tuple[dict | Exception, bool]:
+        """Fill a chunk's rows; gives (batch, whether this was its last chunk), or (what went wrong, True)."""
+        batch, rows, draws, part = chunk
+        with self._working():
+            try:
+                for i in part:
+                    if not self.stopped:
+                        self.reader.load(batch, rows, draws, i)
+            except (ShardError, BadSamples, OSError, Stopped) as error:  # as a value it reaches the consumer as it is
+                return error, True
+        return batch, part.stop == len(draws)
+
+    def assemble(self, loaded: Iterator) -> Iterator[tuple[list[int], Any]]:
+        """(samples of each source, collated batch) from the loaded chunks, which come in order."""
+        for batch, whole in loaded:
+            if isinstance(batch, Exception):
+                yield [], batch
+                return
+            if whole:
+                with self._working():
+                    counts = torch.bincount(batch["source_index"], minlength=len(self.reader.sources)).tolist()
+                    if self.ahead is not None:
+                        self.ahead.advance(batch["step"])
+                    if self.collate is not None:
+                        batch = self.collate(batch)
+                yield counts, batch
+
+    def next(self) -> tuple[list[int], Any]:
+        """The next batch with its samples of each source. Raises what went wrong in a thread."""
+        counts, batch = next(self.root)
+        if isinstance(batch, Exception):
+            raise batch
+        return counts, batch
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._change:
+            self._busy.add(me)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._busy.discard(me)
+                self._change.notify_all()
+
+    def close(self) -> None:
+        """End the threads: returns once none is at work; they leave on their own then."""
+        self.stopped, self.root = True, None
+        if self.ahead is not None:
+            self.ahead.stop()
+            self.reader.shards.ahead = None
+        me = {threading.get_ident()}  # a worker may be the one that collects a forgotten stream
+        with self._change:
+            if not self._change.wait_for(lambda: self._busy <= me, timeout=30):
+                log.warning("a thread of the stream is still reading after 30 s")
+
+
+class _Node(nodes.BaseNode):
+    """An iterator as a node; its state is the stream's step."""
+
+    def __init__(self, items: Iterator):
+        super().__init__()
+        self.items = items
+
+    def next(self):
+        return next(self.items)
+
+    def get_state(self) -> dict:
+        return {}
+
+
+class Stream:
+    """The micro-batches of one rank, in order and without end, from `start_step` on.
+
+    sources: of `open_sources`. collate: raw batch -> batch, called in a thread of the stream (default: the raw batch).
+    device: where the batches go next; they are pinned for "cuda". ranks_on_node: how many share the cache of remote
+    sources: each fetches ahead into its part. A raw batch has
+      latents [B,C,H,W], t5_embeds [B,L,D], clip_pooled [B,D] and, as far as the sources have them, lune [B,K,D],
+      sol_stats [B,K,3], sol_spatial [B,K,8,8], all in the stored dtype;
+      lune_mask, sol_mask bool [B] only where some source lacks that group (its rows are zero);
+      source_index, dataset_ids, local_indices, sample_seeds, slots int64 [B]; keys list[str]; step int.
+    Iterating raises what went wrong in a thread, with shard and key; calling next again then tries the same batch.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        config: DataConfig,
+        rank: int = 0,
+        world: int = 1,
+        collate: Callable[[dict[str, Any]], Any] | None = None,
+        start_step: int = 0,
+        device: str | torch.device = "cpu",
+        ranks_on_node: int = 1,
+    ):
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world} ranks")
+        self.sources, self.config, self.rank, self.world = sources, config, rank, world
+        self.accumulation, self.ranks_on_node = config.accumulation(world), ranks_on_node
+        self._collate, self._pin = collate, torch.device(device).type == "cuda"
+        self._reader = Reader(sources, config)
+        self._position = start_step * self.accumulation  # micro-batches handed out since step 0
+        self._pipeline: _Pipeline | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self._reader.plan
+
+    @property
+    def stats(self) -> StreamStats:
+        return self._reader.stats
+
+    @property
+    def late_shards(self) -> int:
+        """Remote shards that were not in the cache when they were wanted."""
+        return self._pipeline.ahead.late if self._pipeline and self._pipeline.ahead else 0
+
+    @property
+    def step(self) -> int:
+        """The step that the next batch belongs to."""
+        return self._position // self.accumulation
+
+    def state_dict(self) -> dict[str, int]:
+        """The position between steps; a step that was handed out in part begins again."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.close()
+        self._position = state["step"] * self.accumulation
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Any:
+        if self._pipeline is None:
+            options = (self._collate, self._pin, self.ranks_on_node)
+            self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *options)
+            # also when the stream is forgotten, and before the interpreter ends: threads in C++ must not outlive it
+            self._shut_down = weakref.finalize(self, self._pipeline.close)
+        began = time.perf_counter()
+        done = False
+        try:
+            counts, batch = self._pipeline.next()
+            done = True
+        finally:
+            if not done:
+                self.close()
+        self.stats.last_wait = time.perf_counter() - began
+        self.stats.wait += self.stats.last_wait
+        self.stats.samples = [a + b for a, b in zip(self.stats.samples, counts, strict=True)]
+        self._position += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and drop what was loaded ahead. The stream may be iterated again, from where it was."""
+        if self._pipeline is not None:
+            self._pipeline = None
+            self._shut_down()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def validation(self, batch_size: int, rank: int | None = None, world: int | None = None) -> Iterator[dict]:
+        """Raw batches of this rank's part of the held-out samples: the same samples, seeds and order every time.
+
+        Every rank gets equally many batches of equal size: `valid` bool [B] is False in rows that only fill up the
+        last ones (they repeat a sample) and in rows that are bad (zero). `slots` is the place in the order.
+        """
+        rank, world = self.rank if rank is None else rank, self.world if world is None else world
+        reader, seed = self._reader, self.config.seed
+        pairs = [(s, position) for s, held_out in enumerate(reader.held_out) for position in held_out.tolist()]
+        order = rng.permutation(len(pairs), seed, "validation order")  # mixed, so that a few batches stand for all
+        stride = world * batch_size
+        for first in range(rank * batch_size, -(-len(pairs) // stride) * stride, stride):
+            slots = np.arange(first, first + batch_size)
+            chosen = [pairs[i] for i in order[slots % len(pairs)]]
+            seeds = rng.splitmix64(np.uint64(rng.key(seed, "validation")) + slots.astype(np.uint64)).view(np.int64)
+            batch, rows = reader.new_batch(np.array([source for source, _ in chosen]), seeds, slots, 0)
+            batch["valid"] = torch.from_numpy(slots < len(pairs))
+            for i, (source, position) in enumerate(chosen):
+                if not reader.decode(batch, rows, i, source, position):
+                    batch["valid"][i] = False
+                    for values in rows.values():
+                        values[i] = 0
+            yield batch

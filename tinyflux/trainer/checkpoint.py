@@ -1,0 +1,330 @@
+"""Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), complete or invisible, resumed by themselves.
+
+    step_N/                     one .distcp file a rank (weights, optimizer, EMA), and
+    step_N/metadata.json        written last: without it the folder does not count. Step, data identity, checksums.
+    step_N[_ema].safetensors    the same weights in the published layout
+    step_N.pt                   all of it in one file, on request
+    best_ema.safetensors        of the lowest validation loss
+    config.json, training_config.json
+
+    python -m tinyflux.trainer.checkpoint export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
+
+DCP's own .metadata file is a pickle: read step_N folders only where you wrote them, and never from a hub.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import warnings
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tinyflux.model.loader import load_model, save_published, to_published
+from tinyflux.model.model import TinyFluxConfig
+from tinyflux.shards.writer import atomic_write
+from tinyflux.trainer.metrics import say
+
+METADATA = "metadata.json"
+# said of every read by one process alone, which is what exports are
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)  # what a full disk or a damaged file raises
+
+
+def lock(run_dir: Path, patience: float = 120) -> IO | None:
+    """Hold a run folder until the file returned is closed. Waits for a training that is just stopping in it.
+
+    Raises RuntimeError where the other one goes on. None on a file system without locks.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file, deadline, waiting = open(run_dir / ".lock", "a+"), time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"another training runs in {run_dir}: stop it, or choose another folder") from None
+            if not waiting:
+                say(f"waiting for another training to leave {run_dir}")
+            waiting = True
+            time.sleep(0.5)
+        except OSError as error:
+            say(f"WARNING: {run_dir} cannot be locked ({error}): start one training there at a time")
+            file.close()
+            return None
+
+
+def _step(folder: Path) -> int:
+    match = re.fullmatch(r"step_(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """The complete checkpoints of a folder, newest first."""
+    folders = [path for path in Path(root).glob("step_*") if _step(path) >= 0 and (path / METADATA).is_file()]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def read_metadata(folder: Path) -> dict:
+    """The metadata of a complete checkpoint."""
+    return json.loads((folder / METADATA).read_text())
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError naming the file that is not what was written."""
+    for name, (size, crc) in read_metadata(folder)["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"{path} is missing or not {size} bytes long")
+        if _crc32(path) != crc:
+            raise ValueError(f"{path} is damaged: its checksum differs from the one in {METADATA}")
+
+
+def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
+    """The full tensors of a checkpoint folder whose names begin with `model.`, `ema.` or `optimizer.`, on the CPU.
+
+    One process alone reads them: no process group is needed, and in a run none is disturbed.
+    """
+    reader = dcp.FileSystemReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.partition(".")[0] in kinds
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _of(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): x for name, x in state.items() if name.startswith(f"{kind}.")}
+
+
+def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True) -> Path:
+    """Write a checkpoint folder's weights in the published layout. Returns `out`.
+
+    A `.safetensors` file has the averaged weights, or the trained ones with `ema=False`; a `.pt` file has both, the
+    optimizer's state by parameter name, step, epoch, best_loss and the configs, and loads with `weights_only=True`.
+    """
+    if out.suffix == ".safetensors":
+        kind = "ema" if ema else "model"
+        save_published(_of(read_tensors(folder, kind), kind), out, config)
+        return out
+    if out.suffix != ".pt":
+        raise ValueError(f"{out}: a checkpoint is exported to .safetensors or .pt")
+    state, metadata = read_tensors(folder, "model", "ema", "optimizer"), read_metadata(folder)
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _of(state, "optimizer").items():
+        parameter, _, entry = name.rpartition(".")
+        optimizer.setdefault(parameter, {})[entry] = tensor
+    content = {
+        "model": to_published(_of(state, "model"), config),
+        "ema": to_published(_of(state, "ema"), config),
+        "optimizer": {"state": optimizer},
+        "scheduler": {"last_epoch": metadata["step"]},  # every schedule is a function of the step
+        **{key: metadata[key] for key in ("step", "epoch", "best_loss")},
+        "trainer_config": json.loads((folder.parent / "training_config.json").read_text())["trainer"],
+        "model_config": config.to_dict(),
+    }
+    temporary = out.with_name(f".{out.name}.tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, out)
+    return out
+
+
+def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str, Tensor] | None]:
+    """Config and weights (on rank 0, {} elsewhere) to fine-tune from: a file, a folder or user/repo[:sub/folder].
+
+    Where `root` has checkpoints already the run is resumed instead: their config, and None. A collective.
+    """
+    found: list = [None, False]
+    state: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        if list_checkpoints(root):
+            found = [TinyFluxConfig.from_json(root / "config.json"), True]
+        else:
+            model = load_model(source, use_ema=True)
+            found, state = [model.config, False], model.state_dict()
+            say(f"starting from the weights of {source}")
+    dist.broadcast_object_list(found, src=0)
+    config, resuming = found
+    return config, None if resuming else state
+
+
+class Checkpointer:
+    """Saves and finds the checkpoints of a run.
+
+    A save copies the shards aside and returns; a thread writes them, then checksums, exports and prunes on rank 0.
+    It has a process group of its own, so that its collectives never meet those of the training step.
+    """
+
+    def __init__(
+        self, root: Path, config: TinyFluxConfig, *, keep_steps: int = 3, keep_epochs: int = 3, save_pt: bool = False
+    ):
+        self.root, self.config, self.save_pt = root, config, save_pt
+        self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        self.executor = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+        self.newest = -1  # step of the newest complete checkpoint of this process
+        self.leads = dist.get_rank() == 0
+        if self.leads:
+            root.mkdir(parents=True, exist_ok=True)
+            for path in root.glob("step_*"):
+                if _step(path) >= 0 and path.is_dir() and not (path / METADATA).is_file():
+                    shutil.rmtree(path)  # a save that was cut off
+        dist.barrier(self.group)
+
+    def write_configs(self, training_config: dict) -> None:
+        """Write config.json and training_config.json beside the checkpoints.
+
+        Raises ValueError on every rank where the folder holds checkpoints of another network.
+        """
+        path = self.root / "config.json"
+        if path.exists() and TinyFluxConfig.from_json(path) != self.config:
+            raise ValueError(f"{path} is another network than the one configured: choose another run folder")
+        dist.barrier(self.group)
+        if self.leads:
+            atomic_write(path, json.dumps(self.config.to_dict(), indent=2).encode())
+            atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2).encode())
+
+    def save(self, step: int, state: dict, metadata: dict, reasons: set[str]) -> None:
+        """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. A collective.
+
+        reasons: which of "step", "epoch" and "best" it is kept for. A failure is reported, not raised.
+        """
+        self.wait()
+        folder = self.root / f"step_{step}"
+        future = dcp.async_save(state, checkpoint_id=folder, process_group=self.group)
+        metadata = {**metadata, "step": step, "reasons": sorted(reasons)}
+        self.pending = self.executor.submit(self._complete, future, folder, metadata)
+
+    def _complete(self, future: Future, folder: Path, metadata: dict) -> None:
+        try:
+            future.result()
+            if not self.leads:
+                return
+            files = [path for path in sorted(folder.iterdir()) if path.name != METADATA]
+            metadata["files"] = {path.name: [path.stat().st_size, _crc32(path)] for path in files}
+            atomic_write(folder / METADATA, json.dumps(metadata, indent=2).encode())
+            weights = export(folder, self.config, folder.with_name(f"{folder.name}_ema.safetensors"))
+            export(folder, self.config, folder.with_name(f"{folder.name}.safetensors"), ema=False)
+            if self.save_pt:
+                export(folder, self.config, folder.with_name(f"{folder.name}.pt"))
+            if "best" in metadata["reasons"]:
+                shutil.copyfile(weights, self.root / ".best.tmp")
+                os.replace(self.root / ".best.tmp", self.root / "best_ema.safetensors")
+            self._prune()
+        except FAILURES as error:
+            say(f"WARNING: saving {folder} failed: {error}\n  training goes on; the checkpoints before it are intact")
+            if self.leads and not (folder / METADATA).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Delete what no reason keeps: of each reason the newest few stay, and the newest of all."""
+        folders = list_checkpoints(self.root)
+        reasons = {folder: read_metadata(folder)["reasons"] for folder in folders}
+        kept = set(folders[:1])
+        for reason, count in self.keep.items():
+            having = [folder for folder in folders if reason in reasons[folder]]
+            kept.update(having[:count] if count else having)
+        for folder in set(folders) - kept:
+            (folder / METADATA).unlink()  # invisible first, then gone
+            shutil.rmtree(folder)
+            for suffix in (".safetensors", "_ema.safetensors", ".pt"):
+                folder.with_name(folder.name + suffix).unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Wait for the save in flight; afterwards every rank knows what is saved. A collective."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+            found = [_step(list_checkpoints(self.root)[0]) if self.leads and list_checkpoints(self.root) else -1]
+            dist.broadcast_object_list(found, src=0, group=self.group)
+            self.newest = found[0]
+
+    def load_newest(self, state: dict) -> dict | None:
+        """Load the newest sound checkpoint into the tensors of `state`; a damaged one is set aside, loudly.
+
+        Returns its metadata, or None where there is no checkpoint. Raises RuntimeError where none can be read.
+        """
+        found = [list_checkpoints(self.root)]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        for folder in found[0]:
+            fault = [None]
+            if self.leads:
+                try:
+                    _check_files(folder)
+                except FAILURES as error:
+                    fault = [str(error)]
+            dist.broadcast_object_list(fault, src=0, group=self.group)
+            if fault[0] is None:
+                metadata = read_metadata(folder)
+                dcp.load(state, checkpoint_id=folder, process_group=self.group)
+                return metadata
+            say(f"WARNING: {folder} cannot be used: {fault[0]}\n  falling back to the checkpoint before it")
+            if self.leads:
+                folder.rename(folder.with_name(f"{folder.name}.damaged"))
+        if found[0]:
+            raise RuntimeError(f"none of the checkpoints in {self.root} can be read: move it away to start anew")
+        return None
+
+    def close(self) -> None:
+        """Wait for the save in flight and stop the thread."""
+        self.wait()
+        self.executor.shutdown()
+
+
+def main(argv: list[str]) -> int:
+    """The command of this module."""
+
+    def command(folder: tyro.conf.Positional[Path], out: Path | None = None, ema: bool = True) -> None:
+        """Write a checkpoint folder's weights in the published layout.
+
+        Args:
+            folder: RUN_DIR/checkpoints/step_N, or RUN_DIR for its newest checkpoint.
+            out: a .safetensors or .pt file; by default step_N_ema.safetensors or step_N.safetensors, beside the folder.
+            ema: the averaged weights, or those that were trained. A .pt file has both.
+        """
+        if not (folder / METADATA).is_file():
+            found = list_checkpoints(folder) or list_checkpoints(folder / "checkpoints")
+            if not found:
+                raise FileNotFoundError(f"{folder}: no complete checkpoint here")
+            folder = found[0]
+        _check_files(folder)
+        config = TinyFluxConfig.from_json(folder.parent / "config.json")
+        out = out or folder.with_name(f"{folder.name}{'_ema' if ema else ''}.safetensors")
+        print(export(folder, config, out, ema=ema))
+
+    try:
+        tyro.extras.subcommand_cli_from_dict({"export": command}, args=argv, description=__doc__)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

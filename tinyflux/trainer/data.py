@@ -1,0 +1,109 @@
+"""From stored samples to a training batch: timestep, teacher features at that timestep, text dropout."""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tinyflux.shards.plan import PLAN_VERSION
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
+from tinyflux.util import rng
+from tinyflux.util.buckets import BUCKETS, interpolate
+
+VALIDATION_TIMESTEPS = 8
+
+
+class StreamCollate:
+    """Collate of the shard stream; every draw is keyed by the sample's seed.
+
+    nulls: for each source, `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt. Takes the stream's raw
+    batch and returns `latents` [B, C, H, W], `t5_embeds` [B, L, D], `clip_pooled` [B, D], `local_indices`,
+    `dataset_ids` and `sample_seeds` int64 [B], `masks` None, `t` [B], `keys`, and where the teacher is on
+    `lune_features` [B, D], `sol_stats` [B, 3], `sol_spatial` [B, h, w] in float32; `lune_mask` and `sol_mask`
+    bool [B], which samples have them, where a source lacks them.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        nulls: list[dict[str, Tensor]],
+        *,
+        global_batch_size: int,
+        seed: int,
+        buckets: tuple[float, ...] = BUCKETS,
+    ):
+        self.config, self.buckets = config, buckets
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.null_t5 = torch.stack([null["t5_embeds"] for null in nulls])
+        self.null_clip = torch.stack([null["clip_pooled"] for null in nulls])
+
+        c = config
+        self.shape = {"shift": c.shift, "logit_normal": c.logit_normal_sampling}
+        self.shape |= {"mean": c.logit_mean, "std": c.logit_std}
+
+    def timesteps(self, seeds: Tensor, step: int, slots: Tensor) -> Tensor:
+        """Training timesteps [B] of the samples in these slots of a step's global batch."""
+        strata = None
+        if self.config.stratified_sampling:
+            strata = torch.from_numpy(rng.permutation(self.global_batch_size, self.seed, "strata", step))[slots]
+        return keyed_timesteps(seeds, strata, self.global_batch_size, **self.shape)
+
+    def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
+        """The teachers' features at t."""
+        names = {"lune_features": "lune"} if self.config.enable_lune else {}
+        if self.config.enable_sol:
+            names |= {"sol_stats": "sol_stats", "sol_spatial": "sol_spatial"}
+        return {name: interpolate(raw[stored], t, self.buckets) for name, stored in names.items()}
+
+    def at(self, raw: dict, t: Tensor) -> dict:
+        """The batch at given timesteps [B], with all prompts."""
+        names = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids", "sample_seeds", "keys")
+        batch = {name: raw[name] for name in names}
+        batch |= {name: raw[name] for name in ("lune_mask", "sol_mask", "valid") if name in raw}
+        return batch | {"masks": None, "t": t, **self.features(raw, t)}
+
+    def __call__(self, raw: dict) -> dict:
+        seeds, source = raw["sample_seeds"], raw["source_index"]
+        batch = self.at(raw, self.timesteps(seeds, raw["step"], raw["slots"]))
+        drop = rng.uniform(seeds, "text_dropout") < self.config.text_dropout
+        batch["t5_embeds"] = torch.where(drop[:, None, None], self.null_t5[source], raw["t5_embeds"])
+        batch["clip_pooled"] = torch.where(drop[:, None], self.null_clip[source], raw["clip_pooled"])
+        return batch
+
+
+class HeldOut:
+    """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
+    distribution evenly; the same batches every time. `valid` bool [B] says which rows count."""
+
+    def __init__(self, stream: Stream, collate: StreamCollate, samples: int):
+        self.stream, self.collate = stream, collate
+        self.batch_size = stream.config.micro_batch_size
+        self.batches = -(-samples // (self.batch_size * stream.world))
+        u = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
+        self.timesteps = shape_timesteps(u, **collate.shape)
+
+    def __iter__(self) -> Iterator[dict]:
+        for raw in islice(self.stream.validation(self.batch_size), self.batches):
+            for t in self.timesteps:
+                yield self.collate.at(raw, t.expand(self.batch_size))
+
+
+def data_identity(stream: Stream) -> dict:
+    """What the order of a run's samples depends on besides the step; recorded in its checkpoints."""
+    c = stream.config
+    manifests = {s.name: hashlib.sha256(s.manifest.to_json().encode()).hexdigest() for s in stream.sources}
+    return {
+        "plan_version": PLAN_VERSION,
+        "global_batch_size": c.global_batch_size,
+        "seed": c.seed,
+        "sources": manifests,
+        "dataset_ids": [s.dataset_id for s in stream.sources],
+        "weights": list(stream.plan.weights),
+        "val_fraction": c.val_fraction,
+        "slots_per_stream": c.slots_per_stream,
+        "resample": c.resample,
+    }

@@ -1,0 +1,112 @@
+"""What a run would be, before it is started: config, sizes, memory, the first batch, and whether the data keep up."""
+
+import json
+import time
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer import devices
+from tinyflux.trainer.config import RunConfig
+from tinyflux.trainer.parallel import DTYPES, freeze
+
+EXPECTED_MFU = 0.4  # of a GPU whose peak is known
+SECONDS = 3.0  # that the data are read for
+
+
+def activation_bytes(
+    config: TinyFluxConfig, B: int, grid: tuple[int, int], text_tokens: int, dtype: torch.dtype
+) -> int:
+    """Bytes that autograd keeps of a micro-batch for the backward, counted on tensors without memory."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    # fake CPU tensors: on the meta device attention would keep its whole matrix
+    with FakeTensorMode():
+        model = TinyFluxDeep(config)
+        for module in model.modules():  # Module.to cannot swap fake tensors
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+        image = torch.empty(B, grid[0] * grid[1], config.in_channels)
+        text = torch.empty(B, text_tokens, config.joint_attention_dim), torch.empty(B, config.pooled_projection_dim)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(image, *text, torch.empty(B), TinyFluxDeep.create_img_ids(1, *grid)[0])
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+
+
+def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int) -> dict[str, float]:
+    """Estimated GiB on each device: `state` (weights, gradients, AdamW, EMA) in float32 shards, `gathered` blocks,
+    `activations` of a micro-batch."""
+    with torch.device("meta"):
+        model = TinyFluxDeep(config.model)
+    freeze(model, config.trainer.freeze)
+    blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.double_blocks, *model.single_blocks)]
+    total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
+    dtype = DTYPES[config.trainer.dtype]
+    # weights and EMA of all; gradients and two moments of what is trained
+    state = 4 * (2 * total + 3 * trained) / (config.parallel.shard_size or world)
+    # what is outside the blocks stays gathered; of the blocks two at a time, or all of them
+    gathered = (
+        total - sum(blocks) + (2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks))
+    )
+    B, tokens = config.data.micro_batch_size, grid[0] * grid[1] + text_tokens
+    activations = activation_bytes(config.model, B, grid, text_tokens, dtype)
+    if config.trainer.gradient_checkpointing == "full":  # the input of each block, and one block's own
+        activations = len(blocks) * B * tokens * config.model.hidden_size * dtype.itemsize + activations / len(blocks)
+    parts = {"state": state, "gathered": gathered * dtype.itemsize, "activations": activations}
+    return {name: value / 2**30 for name, value in parts.items()}
+
+
+def measure(stream: Stream) -> tuple[dict, float, float]:
+    """The first batch, and samples and megabytes of tensors a second that this rank's stream delivers."""
+    first, samples, size, started = None, 0, 0, time.perf_counter()
+    for batch in stream:
+        if first is None:
+            first, started = batch, time.perf_counter()  # the start is paid once a run
+            continue
+        samples += len(batch["keys"])
+        size += sum(x.nbytes for x in batch.values() if isinstance(x, torch.Tensor))
+        if time.perf_counter() - started > SECONDS:
+            break
+    seconds = time.perf_counter() - started
+    return first, samples / seconds, size / seconds / 1e6
+
+
+def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
+    """The text of a dry run. Reads the first batches of this rank; nothing is trained or written."""
+    fields, world = stream.sources[0].manifest.fields, dist.get_world_size()
+    (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
+    with torch.device("meta"):
+        model = TinyFluxDeep(config.model)
+    freeze(model, config.trainer.freeze)
+    parts = memory(config, (height, width), text_tokens, world)
+    first, rate, megabytes = measure(stream)
+    peak, dtype = devices.peak_flops(device), DTYPES[config.trainer.dtype]
+    speed = EXPECTED_MFU * peak if peak else devices.measured_flops(device, dtype)
+    basis = f"{EXPECTED_MFU:.0%} of its peak" if peak else "the rate of a matrix product here"
+    needed = speed / (3 * flops_per_sample(config.model, height * width, text_tokens))
+    sources = ", ".join(f"{s.name} {s.manifest.count:,}" for s in stream.sources)
+    G, B = config.data.global_batch_size, config.data.micro_batch_size
+    estimate = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+    if config.trainer.gradient_checkpointing == "selective":
+        estimate += " (as without checkpointing: an upper bound)"
+    verdict = "the data keep up" if rate > needed else "THE DATA DO NOT KEEP UP: raise data.threads, use faster storage"
+    rows = {
+        "parameters": f"{model.num_parameters():,}, of which {model.num_parameters(trainable_only=True):,} are trained",
+        "devices": f"{world} x {device.type}",
+        "memory of each": f"{sum(parts.values()):.2f} GiB: {estimate}",
+        "sources": f"{sources}; {stream.plan.total:,} are trained on, {stream.plan.total / G:.1f} steps an epoch",
+        "a step": f"{G} samples, on each rank {stream.accumulation} micro-batches of {B}",
+        "data": f"{rate:.0f} samples/s, {megabytes:.1f} MB/s on this rank",
+        "needed": f"{needed:.0f} samples/s, {needed * megabytes / rate:.1f} MB/s, at {basis}: {verdict}",
+        "first batch": " ".join(first["keys"]),
+    }
+    table = [f"{name:16}{text}" for name, text in rows.items()]
+    return "\n".join([json.dumps(config.to_dict(), indent=2), *table])

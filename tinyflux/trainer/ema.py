@@ -1,0 +1,114 @@
+"""Exponential moving average of the weights, kept in float32 and sharded as the parameters are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def _local(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _full(x: Tensor) -> Tensor:
+    """The whole of a tensor; a collective where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+class EMA:
+    """Shadow weights: shadow += (1 - d) (weights - shadow), with d = min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The rising d lets the first updates forget the random start. `apply_shadow` exchanges weights and shadow in
+    place, one tensor at a time: no second copy of the model is ever held.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay is {decay}: it must be in [0, 1)")
+        self.model, self.decay, self.updates = model, decay, 0
+        self.swapped = False
+        self.shadow = {name: p.detach().clone().float() for name, p in model.named_parameters()}
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        shadow = [_local(x) for x in self.shadow.values()]
+        return shadow, [_local(p.detach()) for p in self.model.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One update, after an optimizer step."""
+        if self.swapped:
+            raise RuntimeError("the shadow weights are in the model: call restore() before update()")
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        shadow, weights = self._pairs()
+        torch._foreach_lerp_(shadow, [w.float() for w in weights], 1 - decay)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # drops gathered weights: the next forward gathers the exchanged ones
+        for shadow, weight in zip(*self._pairs(), strict=True):
+            kept = weight.clone()
+            weight.copy_(shadow)
+            shadow.copy_(kept)
+        self.swapped = not self.swapped
+
+    def apply_shadow(self) -> None:
+        """Put the averaged weights into the model; `restore` takes them out again."""
+        if not self.swapped:
+            self._swap()
+
+    def restore(self) -> None:
+        """Put the trained weights back into the model."""
+        if self.swapped:
+            self._swap()
+
+    @contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """The model with the averaged weights for the length of a `with` block."""
+        self.apply_shadow()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Copy the averaged weights into another model of the same names. A collective where they are sharded."""
+        parameters = dict(model.named_parameters())
+        if missing := sorted(self.shadow.keys() ^ parameters.keys()):
+            raise ValueError(f"the models differ in {', '.join(missing)}")
+        for name, shadow in self.shadow.items():
+            parameters[name].copy_(_full(shadow))
+
+    def state_dict(self) -> dict:
+        """`shadow`: name -> tensor, sharded as the model is; `decay` and `updates`."""
+        return {"decay": self.decay, "updates": self.updates, "shadow": self.shadow}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Load what `state_dict` gave; shapes and names must agree. The configured decay stays."""
+        if differ := sorted(self.shadow.keys() ^ state["shadow"].keys()):
+            raise ValueError(f"the EMA state differs from the model in {', '.join(differ)}")
+        self.updates = int(state["updates"])
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state["shadow"][name])
+
+    def save(self, path: str | Path) -> None:
+        """Write the averaged weights and the counter to a safetensors file (one process, unsharded model)."""
+        tensors = {name: _full(x).contiguous().cpu() for name, x in self.shadow.items()}
+        save_file(tensors, path, metadata={"updates": str(self.updates), "decay": str(self.decay)})
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            updates = int((file.metadata() or {}).get("updates", 0))
+        self.load_state_dict({"updates": updates, "shadow": load_file(path)})

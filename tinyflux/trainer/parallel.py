@@ -1,0 +1,180 @@
+"""One path for 1 to N ranks: process group, mesh, then activation checkpointing -> compile -> fully_shard."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from fnmatch import fnmatch
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# the caller never changes the network's output in place, which is what this warns of at every start
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# what selective activation checkpointing keeps: matrix products and attention; the cheap rest is computed again
+SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+@dataclass
+class ParallelConfig:
+    shard_size: int = 0
+    """Ranks that one copy of the model is sharded over; 0 is all of them. Fewer: HSDP, replicas of shard groups
+    (set it to the GPUs of a node to keep the gathering of weights inside the node)."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after the forward and gather them again for the backward: less memory, more traffic."""
+    timeout: int = 600
+    """Seconds after which a collective that a dead rank never joins ends the job."""
+
+    def __post_init__(self):
+        if self.shard_size < 0:
+            raise ValueError(f"parallel.shard_size is {self.shard_size}: 0 (all ranks) or a divisor of the rank count")
+        if self.timeout <= 0:
+            raise ValueError(f"parallel.timeout is {self.timeout}: it must be positive, in seconds")
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def join_process_group(device: torch.device, timeout: int = 600) -> None:
+    """Join torchrun's process group, or make one of a single rank where torchrun did not start this process.
+
+    CUDA tensors go through NCCL; gloo is there too, for checkpoints and other host-side exchanges.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: int = 600) -> Iterator[None]:
+    """`join_process_group` for the length of a `with` block."""
+    join_process_group(device, timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, shard_size: int = 0) -> DeviceMesh:
+    """The mesh that the model is sharded over: one axis, or two (replicate, shard) for HSDP."""
+    world = dist.get_world_size()
+    size = shard_size or world
+    if world % size:
+        raise ValueError(f"parallel.shard_size is {size}: it must divide the {world} ranks")
+    if size == world:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Turn off the gradients of the modules and parameters that match. Raises ValueError where nothing does."""
+    for pattern in patterns:
+        matching = [
+            p for name, p in model.named_parameters() if any(fnmatch(name, x) for x in (pattern, f"{pattern}.*"))
+        ]
+        if not matching:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"trainer.freeze: {pattern!r} names no parameter. The parts are {names}")
+        for p in matching:
+            p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("trainer.freeze leaves nothing to train")
+
+
+def _save_products(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def prepare_block(block: nn.Module, gradient_checkpointing: str = "none", compile_mode: str | None = None) -> None:
+    """Activation checkpointing, then compilation, of a block, in place.
+
+    The forward is wrapped, not the module, so that parameter names stay as they are.
+    """
+    if gradient_checkpointing != "none":
+        # every random draw of the network is handed in, so no generator state needs restoring
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        if gradient_checkpointing == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, _save_products)
+        block.forward = partial(checkpoint, block.forward, **how)
+    if compile_mode is not None:
+        block.forward = torch.compile(block.forward, mode=compile_mode)
+
+
+def distribute(
+    model: nn.Module,
+    device: torch.device,
+    config: ParallelConfig,
+    *,
+    dtype: str = "float32",
+    gradient_checkpointing: str = "none",
+    compile_mode: str | None = None,
+) -> None:
+    """Shard a TinyFluxDeep over all ranks, in place; each block is gathered, used and freed by itself.
+
+    A model on the meta device gets memory, not values: `init_weights` or a checkpoint fills it. Parameters are float32;
+    with `dtype="bfloat16"` they are gathered and used in bfloat16, and gradients are reduced in float32.
+    """
+    mesh = make_mesh(device, config.shard_size)
+    # inputs are cast by the caller: FSDP would round timesteps and rotary tables to bfloat16 too
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
+    meta = any(p.is_meta for p in model.parameters())
+    if not meta:
+        model.to(device=device, dtype=torch.float32)
+    for block in (*model.double_blocks, *model.single_blocks):
+        prepare_block(block, gradient_checkpointing, compile_mode)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    if meta:
+        model.to_empty(device=device)
+
+
+def load_full(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Fill a sharded model from the unsharded state dict that rank 0 has; other ranks pass {}. A collective."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(model, state, options=options)
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """The global norm of a sharded model's gradients, which are scaled down to `max_norm` (0: left as they are).
+
+    Works on the local shards: DTensor's dispatch of long lists takes longer than the arithmetic. A collective.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    mesh = parameters[0].device_mesh
+    gradients = [p.grad.to_local() for p in parameters]
+    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))  # replicas hold the same shards
+    norm = total.sqrt()
+    if max_norm:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm

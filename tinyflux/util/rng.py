@@ -1,0 +1,91 @@
+"""Counter-based randomness: every draw is a function of named integers, never of global state.
+
+The hash is splitmix64 (Steele et al., 2014, "Fast splittable pseudorandom number generators").
+Integer draws are the same on every device; float draws differ by rounding alone.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Hash of each element of a uint64 array."""
+    x = np.asarray(x, np.uint64) + np.uint64(_GOLDEN)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*parts: int | str) -> int:
+    """One unsigned 64-bit integer for an ordered tuple of integers and strings."""
+    state = 0
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else (part & _MASK).to_bytes(8, "little")
+        # the length separates ("ab", "c") from ("a", "bc")
+        for word in (len(data), *(int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8))):
+            state = (state ^ word) + _GOLDEN & _MASK
+            state = (state ^ (state >> 30)) * _MIX1 & _MASK
+            state = (state ^ (state >> 27)) * _MIX2 & _MASK
+            state ^= state >> 31
+    return state
+
+
+def permutation(n: int, *parts: int | str) -> np.ndarray:
+    """The order of `range(n)` keyed by `parts`, int64 [n]."""
+    hashes = splitmix64(np.uint64(key(*parts)) + np.arange(n, dtype=np.uint64))
+    return np.argsort(hashes, kind="stable")
+
+
+def sample_seeds(seed: int, step: int, slots: np.ndarray) -> np.ndarray:
+    """One seed for each slot of the global batch of a step, int64 like `slots`."""
+    return splitmix64(np.uint64(key(seed, "sample", step)) + np.asarray(slots, np.uint64)).view(np.int64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch has no unsigned 64-bit shift
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
+    return x ^ _shift_right(x, 31)
+
+
+def _bits(seeds: Tensor, what: str, n: int) -> Tensor:
+    streams = _mix(seeds ^ _signed(key(what)))  # [B]
+    return _mix(streams[:, None] + torch.arange(n, device=seeds.device))  # [B, n]
+
+
+def uniform(seeds: Tensor, what: str, shape: tuple[int, ...] = ()) -> Tensor:
+    """Draws in [0, 1) for each sample.
+
+    seeds int64 [B]; `what` names the draw. Returns float32 [B, *shape] on the seeds' device.
+    """
+    bits = _bits(seeds, what, math.prod(shape))
+    return (_shift_right(bits, 40).float() * 2.0**-24).view(len(seeds), *shape)
+
+
+def normal(seeds: Tensor, what: str, shape: tuple[int, ...] = ()) -> Tensor:
+    """Standard normal draws for each sample (Box-Muller).
+
+    seeds int64 [B]; `what` names the draw. Returns float32 [B, *shape] on the seeds' device.
+    """
+    n = math.prod(shape)
+    bits = _bits(seeds, what, (n + 1) // 2)
+    radius = torch.sqrt(-2 * torch.log((_shift_right(bits, 32).float() + 1) * 2.0**-32))
+    angle = (bits & 0xFFFFFF).float() * (2 * math.pi * 2.0**-24)
+    draws = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return draws.flatten(1)[:, :n].reshape(len(seeds), *shape)

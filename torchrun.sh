@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# torchrun with its arguments filled in from a SLURM job's or the user's environment.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: ./torchrun.sh [TORCHRUN OPTION ...] SCRIPT [ARGUMENT ...]
+
+Runs torchrun with nodes, node rank, endpoint and processes per node filled in; everything given here is
+passed through after that, so an option of torchrun's own wins. One process a node calls this.
+
+  a laptop           ./torchrun.sh launch/train.py --config launch/configs/demo.toml
+  inside a SLURM job srun --ntasks-per-node=1 ./torchrun.sh launch/train.py --config FILE.toml
+  two hosts by hand  NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./torchrun.sh launch/train.py ...   (NODE_RANK=1 on the other)
+
+variable          from SLURM                                    otherwise
+NNODES            SLURM_JOB_NUM_NODES                           1
+NODE_RANK         SLURM_NODEID                                  0
+MASTER_ADDR       NodeAddr of the first of SLURM_JOB_NODELIST    required where NNODES > 1
+MASTER_PORT       20000 + SLURM_JOB_ID % 20000                  29500
+NPROC_PER_NODE    SLURM_GPUS_ON_NODE                            the GPUs that nvidia-smi lists, 1 without any
+MAX_RESTARTS      0                                             0
+A variable that is set wins over SLURM's. On one node without MASTER_ADDR a free port is taken (--standalone).
+TEXT
+}
+
+die() { echo "torchrun.sh: $*" >&2; exit 2; }
+
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    "") usage >&2; exit 2 ;;
+esac
+
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+    NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+    NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    if ((NNODES > 1)); then
+        [[ -n "${SLURM_STEP_ID:-}" ]] || die "this job has $NNODES nodes: start with 'srun --ntasks-per-node=1 $0 ...'"
+        if [[ -z "${MASTER_ADDR:-}" ]]; then
+            # assignments of their own, so that a failing scontrol ends the script
+            hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+            node=$(scontrol show node "${hosts%%$'\n'*}")
+            MASTER_ADDR=$(grep -o 'NodeAddr=[^ ]*' <<<"$node") # a node's name need not resolve, its address does
+            MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
+        fi
+        MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+    fi
+fi
+
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_PORT=${MASTER_PORT:-29500}
+if [[ -z "${NPROC_PER_NODE:-}" ]]; then
+    NPROC_PER_NODE=1
+    if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi --list-gpus); then
+        NPROC_PER_NODE=$(grep -c '^GPU' <<<"$gpus" || true)
+        ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
+    fi
+fi
+[[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES must be a positive number, not '$NNODES'"
+[[ "$NODE_RANK" =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK must be in 0..$((NNODES - 1)), not '$NODE_RANK'"
+
+args=(--nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
+if ((NNODES > 1)) || [[ -n "${MASTER_ADDR:-}" ]]; then
+    [[ -n "${MASTER_ADDR:-}" ]] || die "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
+    args+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+else
+    args+=(--standalone)
+fi
+
+# one thread a process unless told: ranks that share cores slow each other down
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+echo "torchrun.sh: torchrun ${args[*]} $*" >&2
+exec torchrun "${args[@]}" "$@"
