@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
+import transformers
 import tyro
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from sharding.job import Job, JobError
 from sharding.readers import list_inputs
 from sharding.sources import SourceSpec, describe, find_source, load_sources, table
 from tinyflux.model.extract import extract, null_embeddings
-from tinyflux.model.zoo import ModelZoo
+from tinyflux.model.zoo import FLUX, ModelZoo
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.writer import atomic_write
 
@@ -50,6 +51,9 @@ class BuildConfig:
     """Output folder; default: data/SOURCE."""
     zoo: str = "flux"
     """The models: flux (from the Hub), tiny (packaged, offline), or a folder laid out like tiny."""
+    revision: dict[str, str] = field(default_factory=dict)
+    """Commits or branches of the Hub's models: `--revision t5 0f1e2d... vae main`. Default: those that the build was
+    begun with, else main; what they stand for is resolved once and recorded."""
     limit: int | None = None
     """Take only the first N inputs."""
     append: bool = False
@@ -134,6 +138,13 @@ def settle(config: BuildConfig, spec: SourceSpec, begun: dict | None, local_worl
         "threads": config.threads or begun.get("threads") or cores,
         "device": device,
     }
+
+
+def revisions(config: BuildConfig, begun: dict | None) -> dict[str, str]:
+    """The models' revisions: those asked for, else the commits that the build was begun with."""
+    models = (begun or {}).get("fingerprint", {})
+    pinned = {name: model["revision"] for name, model in models.items() if name in FLUX and "revision" in model}
+    return pinned | config.revision
 
 
 def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
@@ -242,7 +253,8 @@ def build(config: BuildConfig) -> int:
         manifest = Manifest.load(job.out)
         print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
         return 0
-    zoo = ModelZoo(device=device_of(config, settings, local_rank), zoo=config.zoo)
+    device = device_of(config, settings, local_rank)
+    zoo = ModelZoo(device=device, zoo=config.zoo, revision=revisions(config, begun))
     size = spec.size or zoo.image_size
     inputs = list_inputs(spec, size, config.seed)[: config.limit]
     if begun is None and not config.estimate:
@@ -304,6 +316,7 @@ def main(args: list[str] | None = None) -> int:
 
     What goes wrong for a user is one message on stderr, with exit status 2 if nothing was begun, else 1.
     """
+    transformers.logging.disable_progress_bar()  # one bar is enough: the build's own
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, and of sizes that our own limit rejects
     try:
         config = tyro.cli(BuildConfig, prog="python -m sharding.build", description=__doc__, args=args)

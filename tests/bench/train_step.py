@@ -13,7 +13,6 @@ baseline (medians of the ratios within a turn).
 
 import argparse
 import copy
-import ctypes
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.bench.memory import Memory
 from tests.reference_model import ReferenceTinyFlux
 from tinyflux.model.loader import from_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
@@ -62,32 +62,6 @@ SIZES = {
 }
 # dense peaks of bfloat16 products, from the makers' data sheets
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-class Memory:
-    """Bytes that a step needs above what was in use before: allocated on CUDA, resident on Linux."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # else freed memory still counts as resident
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident now
-            self.before = self.status("VmRSS")
-        return self
-
-    def __exit__(self, *exc):
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.status("VmHWM")
-        self.bytes = peak - self.before
-
-    @staticmethod
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 class Runner:
