@@ -3,6 +3,7 @@
     python -m sharding.verify data/portraits             counts, sizes, keys, members: reads headers only
     python -m sharding.verify data/portraits --deep      also hashes, and decodes every tensor of every sample
     python -m sharding.verify data/portraits --repair    sets bad shards aside, and rebuilds a lost manifest
+    python -m sharding.verify hf://datasets/me/faces/portraits    fetches it all, through the node's cache
 
 Prints one line a fault and exits with status 1 if there is one.
 """
@@ -24,9 +25,10 @@ import tyro
 import zstandard
 from tqdm import tqdm
 
+from tinyflux.shards.cache import RemoteStore
 from tinyflux.shards.format import GROUPS, SUFFIX, Field, ShardError, fields_of, parse_key, read_member, scan_tar
 from tinyflux.shards.manifest import Manifest, ManifestError, check_name
-from tinyflux.shards.store import ShardFile, open_source
+from tinyflux.shards.store import LocalStore, ShardFile, open_source
 from tinyflux.shards.writer import Shard, origin_hash
 
 
@@ -34,8 +36,8 @@ from tinyflux.shards.writer import Shard, origin_hash
 class VerifyConfig:
     """What to check."""
 
-    source: tyro.conf.Positional[Path]
-    """Folder of the source."""
+    source: tyro.conf.Positional[str]
+    """Folder or URL of the source."""
     deep: bool = False
     """Hash every shard and decode every tensor."""
     repair: bool = False
@@ -44,12 +46,16 @@ class VerifyConfig:
     """Shards checked at once."""
 
 
-def check_shard(folder: Path, manifest: Manifest, shard: Shard, deep: bool) -> list[str]:
-    """The faults of one shard, each as a line."""
+def check_shard(
+    store: LocalStore | RemoteStore, manifest: Manifest, shard: Shard, deep: bool
+) -> tuple[list[str], list[str]]:
+    """(the faults of one shard, each as a line; its keys)."""
     try:
-        file = ShardFile(folder / shard.name, shard)
+        file = ShardFile(store.fetch(shard.name, shard.bytes, shard.sha256), shard)
+    except FileNotFoundError:
+        return [f"{shard.name}: No such file or directory"], []
     except (OSError, ShardError) as error:
-        return [f"{shard.name}: {error.strerror if isinstance(error, OSError) else error.why}"]
+        return [f"{shard.name}: {error.why if isinstance(error, ShardError) else error.strerror or error}"], []
     faults = [f"{shard.name}: {file.fault.why}"] if file.fault else []
     for row, sample in enumerate(file.samples):
         try:
@@ -57,10 +63,10 @@ def check_shard(folder: Path, manifest: Manifest, shard: Shard, deep: bool) -> l
         except ShardError as error:
             faults.append(f"{shard.name}, sample {sample.key}: {error.why}")
     if deep:
-        with open(folder / shard.name, "rb") as data:
+        with open(file.path, "rb") as data:
             if hashlib.file_digest(data, "sha256").hexdigest() != shard.sha256:
                 faults.append(f"{shard.name}: its sha256 is not the manifest's")
-    return faults
+    return faults, [sample.key for sample in file.samples]
 
 
 def check_sample(file: ShardFile, row: int, manifest: Manifest, origin: int, deep: bool) -> None:
@@ -94,29 +100,32 @@ def check_sample(file: ShardFile, row: int, manifest: Manifest, origin: int, dee
         raise fault("the manifest has another origin hash for it")
 
 
-def verify(folder: Path, deep: bool, workers: int) -> tuple[list[str], set[str]]:
-    """(faults, names of the shards that have one). Raises ManifestError; FileNotFoundError without a manifest."""
-    manifest, faults, bad = Manifest.load(folder), [], set()
+def check_local(folder: Path, manifest: Manifest) -> list[str]:
+    """Faults of a folder around its shards: the null embeddings, and shards that the manifest doesn't list."""
+    faults, known = [], {shard.name for shard in manifest.shards}
     try:
         open_source(folder)
     except (ValueError, FileNotFoundError) as error:
         faults.append(f"null.safetensors: {error}")
-    known = {shard.name for shard in manifest.shards}
-    faults += [f"{path.name}: not in the manifest" for path in sorted(folder.glob("*.tar")) if path.name not in known]
+    return faults + [f"{p.name}: not in the manifest" for p in sorted(folder.glob("*.tar")) if p.name not in known]
+
+
+def check_shards(
+    store: LocalStore | RemoteStore, manifest: Manifest, deep: bool, workers: int
+) -> tuple[list[str], set[str]]:
+    """(faults, names of the shards that have one)."""
+    faults, bad = [], set()
     keys: dict[str, str] = {}
-    check = partial(check_shard, folder, manifest, deep=deep)
+    check = partial(check_shard, store, manifest, deep=deep)
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(check, manifest.shards)
         bar = tqdm(zip(manifest.shards, results, strict=True), manifest.source, len(manifest.shards), unit="shard")
-        for shard, found in bar:
+        for shard, (found, in_it) in bar:
+            repeated = [key for key in in_it if keys.setdefault(key, shard.name) != shard.name] if not found else []
+            found += [f"{shard.name}, sample {key}: is also in {keys[key]}" for key in repeated]
             faults += found
             if found:
                 bad.add(shard.name)
-            else:
-                for sample in ShardFile(folder / shard.name, shard).samples:
-                    if (other := keys.setdefault(sample.key, shard.name)) != shard.name:
-                        faults.append(f"{shard.name}, sample {sample.key}: is also in {other}")
-                        bad.add(shard.name)
     return faults, bad
 
 
@@ -184,26 +193,37 @@ def fields_in(path: Path) -> dict[str, Field]:
 
 def run(config: VerifyConfig) -> int:
     """Check, print, repair if asked to; returns the exit status."""
-    folder = config.source
+    if "://" in config.source:
+        if config.repair:
+            raise ValueError("--repair is for a folder: pull the source, repair it, push it again")
+        source = open_source(config.source)
+        faults, bad = check_shards(source.store, source.manifest, config.deep, config.workers)
+        return report(config.source, source.manifest, faults)
+    folder = Path(config.source)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     try:
-        Manifest.load(folder)
+        manifest = Manifest.load(folder)
     except (ManifestError, FileNotFoundError) as error:
         print(error if isinstance(error, ManifestError) else f"{folder / 'manifest.json'}: missing")
         if not config.repair:
             return 1
         manifest = rebuild(folder)
         print(f"rebuilt: {manifest.count} samples in {len(manifest.shards)} shards")
-    faults, bad = verify(folder, config.deep, config.workers)
-    for fault in faults:
-        print(fault)
-    manifest = Manifest.load(folder)
+    faults, bad = check_shards(LocalStore(folder), manifest, config.deep, config.workers)
+    status = report(config.source, manifest, check_local(folder, manifest) + faults)
     if bad and config.repair:
         repair(folder, bad)
         print(f"{len(bad)} shards are set aside in {folder / 'bad'}; the command that built them makes them anew")
+    return status
+
+
+def report(source: str, manifest: Manifest, faults: list[str]) -> int:
+    """Print the faults, or that there are none; returns the exit status."""
+    for fault in faults:
+        print(fault)
     if not faults:
-        print(f"{folder}: {manifest.count} samples in {len(manifest.shards)} shards, no faults")
+        print(f"{source}: {manifest.count} samples in {len(manifest.shards)} shards, no faults")
     return 1 if faults else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sharding import build, verify
+from tests.store_server import store_server
 from tinyflux.shards.format import scan_tar
 from tinyflux.shards.manifest import Manifest
 
@@ -144,3 +145,17 @@ def test_nothing_to_verify(tmp_path, capsys):
     assert "none: no such folder" in capsys.readouterr().err
     assert verify.main([str(tmp_path), "--repair"]) == 2
     assert "no manifest can be rebuilt: no whole shard" in capsys.readouterr().err
+
+
+def test_a_source_behind_a_url(source, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with store_server(source.parent) as server:
+        url = f"{server.url}/drawn"
+        assert faults(capsys, url, "--deep") == (0, [f"{url}: 12 samples in 3 shards, no faults"])
+        assert verify.main([url, "--repair"]) == 2
+        assert "pull the source" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    tensor_bit(source)
+    with store_server(source.parent) as server:
+        status, lines = faults(capsys, f"{server.url}/drawn")
+    assert status == 1 and len(lines) == 1 and "drawn-000001.tar" in lines[0]
