@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.shards.stream import Stream, open_sources
+from tinyflux.shards.stream import Stream
 from tinyflux.trainer.checkpoint import starting_weights
 from tinyflux.trainer.config import RunConfig, fit_model, load_config
-from tinyflux.trainer.data import HeldOut, StreamCollate, data_identity
+from tinyflux.trainer.data import HeldOut, StreamCollate, data_identity, open_run_sources
 from tinyflux.trainer.dryrun import describe
 from tinyflux.trainer.metrics import say
 from tinyflux.trainer.parallel import local_device, process_group
@@ -33,7 +33,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     """Build the stream, the model and the trainer, and train. Returns the exit status."""
     c, seed = config.trainer, config.data.seed
     groups = [name for name, on in (("lune", c.enable_lune), ("sol", c.enable_sol)) if on]
-    sources = open_sources(config.data, tuple(groups))
+    sources = open_run_sources(config.data, tuple(groups), Path(config.run_dir, c.checkpoint_dir))
     shapes = {name: field.shape for source in sources for name, field in source.manifest.fields.items()}
     weights = None
     if c.init_from:

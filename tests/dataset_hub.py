@@ -29,6 +29,7 @@ class DatasetHub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.lfs: dict[str, bytes] = {}
         self.messages: list[str] = []
+        self.served: list[tuple[str, str]] = []  # (commit, path) of every file that was read
         self.fail_after = 1 << 30
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -122,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def file(self, commit: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             return self.send(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        self.server.served.append((commit, path))
         data, status = files[path], 200
         headers = {"X_Repo_Commit": commit, "ETag": f'"{entry(path, data)["oid"]}"', "Accept_Ranges": "bytes"}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):

@@ -37,6 +37,18 @@ _NEVER = threading.Event()
 _HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
 
 
+def is_remote(url: str) -> bool:
+    """Whether a source is read through the cache."""
+    scheme, separator, _ = url.partition("://")
+    return bool(separator) and scheme in SCHEMES
+
+
+def without_revision(url: str) -> str:
+    """A Hub URL without its @REVISION; any other as it is."""
+    match = _HUB.fullmatch(url)
+    return "/".join(filter(None, (f"hf://{match[1]}", match[3]))) if match else url
+
+
 class DownloadError(OSError):
     """A remote file could not be had; says which and what to look at."""
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.cache import NodeCache, RemoteStore, is_remote, without_revision
 from tinyflux.shards.format import GROUPS
 from tinyflux.shards.manifest import diff_fingerprints
 from tinyflux.shards.store import Source, open_source
@@ -83,6 +83,17 @@ class DataConfig:
                 f"ranks x data.micro_batch_size = {world} x {self.micro_batch_size} = {world * self.micro_batch_size}"
             )
         return steps
+
+
+def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str | None]:
+    """What pins each source's content now, for `open_sources` on all ranks; None for local ones.
+
+    recorded: {url: commit} of the run's checkpoint. A Hub source stays at its commit there, although the branch may
+    have moved on, unless its URL now names another revision. Raises ValueError, DownloadError.
+    """
+    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9))
+    known = {without_revision(url): commit for url, commit in recorded.items()} | recorded
+    return [known.get(url) or RemoteStore(url, cache).revision if is_remote(url) else None for url in config.sources]
 
 
 def open_sources(

@@ -84,6 +84,16 @@ def read_metadata(folder: Path) -> dict:
     return json.loads((folder / METADATA).read_text())
 
 
+def newest_identity(root: str | Path) -> dict:
+    """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
+    for folder in list_checkpoints(root):
+        try:
+            return read_metadata(folder).get("identity", {})
+        except FAILURES:  # resuming says what is wrong with it, and takes the one before it too
+            continue
+    return {}
+
+
 def _crc32(path: Path) -> int:
     crc = 0
     with open(path, "rb") as file:

@@ -3,12 +3,17 @@
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tinyflux.shards.config import DataConfig, open_sources, resolve_revisions
 from tinyflux.shards.plan import PLAN_VERSION
+from tinyflux.shards.store import Source
 from tinyflux.shards.stream import Stream
+from tinyflux.trainer.checkpoint import newest_identity
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
 from tinyflux.util import rng
@@ -75,6 +80,24 @@ class StreamCollate:
         return batch
 
 
+def open_run_sources(config: DataConfig, groups: tuple[str, ...], checkpoints: Path) -> list[Source]:
+    """The sources of a run, every remote one at the same revision on all ranks; a collective.
+
+    What a checkpoint of the run recorded is read again (see `resolve_revisions`). Raises as `open_sources`.
+    """
+    found, error = [None, None], None
+    if dist.get_rank() == 0:
+        try:
+            identity = newest_identity(checkpoints)
+            found[0] = resolve_revisions(config, identity.get("revisions", {}))
+        except (ValueError, OSError) as caught:  # the others must not wait for rank 0
+            error, found[1] = caught, str(caught)
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise error or ValueError(found[1])
+    return open_sources(config, groups, found[0])
+
+
 class HeldOut:
     """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
     distribution evenly; the same batches every time. `valid` bool [B] says which rows count."""
@@ -96,7 +119,9 @@ def data_identity(stream: Stream) -> dict:
     """What the order of a run's samples depends on besides the step; recorded in its checkpoints."""
     c = stream.config
     manifests = {s.name: hashlib.sha256(s.manifest.to_json().encode()).hexdigest() for s in stream.sources}
+    commits = {s.url: s.revision for s in stream.sources if s.url.startswith("hf://")}
     return {
+        **({"revisions": commits} if commits else {}),
         "plan_version": PLAN_VERSION,
         "global_batch_size": c.global_batch_size,
         "seed": c.seed,
