@@ -1,3 +1,6 @@
+import json
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -42,6 +45,71 @@ def test_schedule():
         sampling.timestep_schedule(0)
 
 
+def settings(**given):
+    return sampling.Settings(**{"steps": 3, "shift": 2.0} | given)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"solver": "rk4"}, {"shift": 0.0}, {"guidance_interval": (0.8, 0.2)}, {"guidance_rescale": 2.0}],
+)
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        sampling.Settings(**wrong)
+    with pytest.raises(TypeError, match="stepps"):
+        sampling.Settings(stepps=3)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_solvers_converge_with_their_order(solver, order):
+    """dx/dt = x (1 + t), whose solution is known."""
+
+    def error(steps):
+        x, schedule = torch.ones(1, dtype=torch.float64), sampling.timestep_schedule(steps, 1.0)
+        for now, after in zip(schedule, schedule[1:], strict=False):
+            x = sampling.solver_step(lambda x, t: x * (1 + t), x, now, after, solver)
+        return abs(x.item() - math.exp(1.5))
+
+    assert error(32) / error(64) == pytest.approx(2**order, rel=0.15)
+
+
+def draw(model, **given):
+    torch.manual_seed(1)
+    inputs = torch.randn(2, 16, 4, 6), torch.randn(2, 5, 128), torch.randn(2, 128)
+    return sampling.denoise(model, *inputs, torch.randn(2, 5, 128), torch.randn(2, 128), settings(**given))
+
+
+def test_solvers_agree_in_the_limit(model):
+    exact = draw(model, steps=64, solver="heun", guidance=1.5)
+    far = {s: (draw(model, steps=16, solver=s, guidance=1.5) - exact).abs().max() for s in sampling.SOLVERS}
+    assert far["heun"] < far["euler"] and far["midpoint"] < far["euler"]
+
+
+def test_guidance_applies_in_its_interval_alone(model):
+    full, none = draw(model), draw(model, guidance=1.0)
+    assert torch.equal(draw(model, guidance_interval=(0.0, 1.0)), full)
+    torch.testing.assert_close(draw(model, guidance_interval=(0.9, 0.95)), none)  # no timestep of the schedule
+    part = draw(model, guidance_interval=(0.3, 0.7))
+    assert not torch.allclose(part, full, atol=1e-3) and not torch.allclose(part, none, atol=1e-3)
+
+
+def test_outside_the_interval_the_negative_prompt_is_not_run(model):
+    rows = []
+    hook = model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    draw(model, steps=4, shift=1.0, guidance_interval=(0.25, 0.5))
+    hook.remove()
+    assert rows == [2, 4, 4, 2]
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_text_prediction(model):
+    null, text = torch.randn(2, 24, 16), torch.randn(2, 24, 16)
+    whole = sampling.guide(null, text, 6.0, 1.0)
+    torch.testing.assert_close(whole.std((1, 2)), text.std((1, 2)))
+    plain = sampling.guide(null, text, 6.0)
+    torch.testing.assert_close(sampling.guide(null, text, 6.0, 0.7), 0.7 * whole + 0.3 * plain)
+    assert not torch.allclose(draw(model, guidance_rescale=0.7), draw(model), atol=1e-3)
+
+
 def test_tokens_round_trip():
     latents = torch.randn(2, 3, 4, 5)
     tokens = sampling.to_tokens(latents)
@@ -52,7 +120,7 @@ def test_tokens_round_trip():
 def test_guidance_is_two_calls_in_one_batch(model):
     noise, t5, clip = torch.randn(2, 16, 4, 6), torch.randn(2, 5, 128), torch.randn(2, 128)
     null_t5, null_clip = torch.randn(2, 5, 128), torch.randn(2, 128)
-    drawn = sampling.denoise(model, noise, t5, clip, null_t5, null_clip, steps=3, guidance=4.0, shift=2.0)
+    drawn = sampling.denoise(model, noise, t5, clip, null_t5, null_clip, settings(guidance=4.0))
     model.eval()
     ids = model.create_img_ids(1, 4, 6, "cpu")[0]
     x, schedule = sampling.to_tokens(noise), flux_shift(torch.linspace(0, 1, 4), 2.0)
@@ -61,7 +129,7 @@ def test_guidance_is_two_calls_in_one_batch(model):
             text, null = (model(x, a, b, now, ids) for a, b in ((t5, clip), (null_t5, null_clip)))
             x = x + (null + 4.0 * (text - null)) * (after - now)
     assert torch.allclose(sampling.to_tokens(drawn), x, atol=1e-5)
-    alone = sampling.denoise(model, noise, t5, clip, null_t5, null_clip, steps=3, guidance=1.0)
+    alone = sampling.denoise(model, noise, t5, clip, null_t5, null_clip, settings(guidance=1.0))
     assert not torch.allclose(alone, drawn, atol=1e-2)
 
 
@@ -94,3 +162,9 @@ def test_grid(tmp_path):
     assert grid.size == (2 * 6 + 2, 2 * 8 + 2)
     assert grid.getpixel((0, 0)) == (0, 0, 0) and grid.getpixel((8, 0)) == (128, 128, 128)
     assert grid.getpixel((0, 10)) == grid.getpixel((13, 17)) == (255, 255, 255)
+
+
+def test_parameters_are_kept_in_the_picture(tmp_path):
+    given = {"prompts": ["a red ring", "ein grüner Stern"], "seed": 3}
+    path = sampling.save_samples(torch.zeros(1, 3, 4, 4), tmp_path / "one.png", parameters=given)
+    assert json.loads(Image.open(path).text["parameters"]) == given

@@ -77,6 +77,16 @@ class ModelZoo:
         self._tokenizers: dict = {}
         self._identities: dict[str, dict] = {}
 
+    @classmethod
+    def of(cls, image_size: int, t5_length: int, tokenizers: dict, **models: nn.Module) -> "ModelZoo":
+        """A zoo of models that are loaded already, each on its own device; tokenizers {"t5", "clip"}."""
+        zoo = cls()
+        zoo.image_size, zoo.t5_length, zoo._tokenizers = image_size, t5_length, tokenizers
+        for name, model in models.items():
+            cls._check_name(name)
+            setattr(zoo, name, model)
+        return zoo
+
     def load_vae(self, source: str | Path | None = None) -> AutoencoderKL:
         """The FLUX VAE. `source`, here and below: a folder or `user/repo[:sub/folder]` instead of the zoo's own."""
         return self._load_vae("vae", source)
@@ -190,12 +200,18 @@ class ModelZoo:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of an image of the zoo's size. Reads only the VAE's config where the VAE isn't loaded."""
+        """(C, h, w) of an image of the zoo's size."""
+        return self.latent_shape_of(self.image_size, self.image_size)
+
+    def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image. Reads only the VAE's config where the VAE isn't loaded."""
         config = self.vae.config if self.vae is not None else AutoencoderKL.load_config(
             **self._find("vae", None).pretrained()
         )  # fmt: skip
-        side = self.image_size // 2 ** (len(config["block_out_channels"]) - 1)
-        return config["latent_channels"], side, side
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, not {height} x {width}")
+        return config["latent_channels"], height // factor, width // factor
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor | list) -> Tensor:

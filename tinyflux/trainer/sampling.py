@@ -1,14 +1,15 @@
 """Sampling: prompts -> latents -> pictures. Pure functions, and a Sampler that holds what they need."""
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from tinyflux.trainer.schedules import flux_shift
@@ -54,6 +55,68 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+SOLVERS = ("euler", "heun", "midpoint")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How latents are drawn. ValueError names what is out of range."""
+
+    steps: int = 28
+    """Steps of the solver."""
+    guidance: float = 5.0
+    """Classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598); 1 is none."""
+    shift: float = 3.0
+    """Flux shift of the timesteps, best that of the training."""
+    solver: str = "euler"
+    """euler calls the network once a step; heun and midpoint, of second order, twice."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Timesteps, first and last, between which guidance applies (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
+    guidance_rescale: float = 0.0
+    """Share, in [0, 1], of the guided velocity that gets the unguided one's deviation (Lin et al., 2023,
+    arXiv:2305.08891)."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: sampling takes at least 1, not {self.steps}")
+        if not self.shift > 0:
+            raise ValueError(f"shift must be positive, not {self.shift}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
+        first, last = self.guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise ValueError(f"guidance_interval must be two ascending timesteps in [0, 1], not {first} {last}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], not {self.guidance_rescale}")
+
+    def guides(self, t: float) -> bool:
+        """Does guidance apply at t? Where not, the negative prompt need not be run."""
+        first, last = self.guidance_interval
+        return self.guidance != 1 and first <= t <= last
+
+
+def guide(null: Tensor, text: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """null + scale (text - null), a share `rescale` of it with the deviation of text (arXiv:2305.08891, eq. 14-16)."""
+    v = null + scale * (text - null)
+    if not rescale:
+        return v
+    dims = tuple(range(1, v.ndim))
+    return v * (rescale * text.std(dims, keepdim=True) / v.std(dims, keepdim=True) + 1 - rescale)
+
+
+def solver_step(
+    velocity: Callable[[Tensor, float], Tensor], x: Tensor, now: float, after: float, solver: str
+) -> Tensor:
+    """x at `after` from x at `now`, with one or two calls of velocity(x, t)."""
+    v = velocity(x, now)
+    if solver == "heun":
+        v = (v + velocity(euler_step(x, v, now, after), after)) / 2
+    elif solver == "midpoint":
+        middle = (now + after) / 2
+        v = velocity(euler_step(x, v, now, middle), middle)
+    return euler_step(x, v, now, after)
+
+
 def denoise(
     model: nn.Module,
     noise: Tensor,
@@ -61,30 +124,33 @@ def denoise(
     clip: Tensor,
     null_t5: Tensor,
     null_clip: Tensor,
-    *,
-    steps: int = 28,
-    guidance: float = 5.0,
-    shift: float = 3.0,
+    settings: Settings,
+    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Latents from noise: Euler steps along v = v_null + guidance (v_text - v_null), both in one batch of two
-    (Ho & Salimans, 2022, arXiv:2207.12598).
+    """Latents from noise: the solver's steps along the velocity, guided in one batch of both prompts.
 
     noise [B, C, H, W], t5 [B, L, D] and clip [B, D] of the prompts, null_t5 and null_clip, the same of the negative
-    prompts. Returns float32 [B, C, H, W]. Guidance 1 leaves the nulls out.
+    prompts. on_step(step, t, latents) is called after each step; what it returns goes on. Returns float32 [B, C, H, W].
     """
-    B, _, H, W = noise.shape
+    H, W = noise.shape[2:]
     img_ids = model.create_img_ids(1, H, W, noise.device)[0]  # [H*W, 3]
-    text = (t5, clip) if guidance == 1 else (torch.cat((null_t5, t5)), torch.cat((null_clip, clip)))
-    t5, clip = (x.to(noise.device) for x in text)
+    t5, clip, null_t5, null_clip = (x.to(noise.device) for x in (t5, clip, null_t5, null_clip))
+    both = torch.cat((null_t5, t5)), torch.cat((null_clip, clip))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        at = torch.tensor(t, dtype=torch.float32, device=x.device)  # a number would be compiled in, anew for each t
+        if not settings.guides(t):
+            return model(x, t5, clip, at, img_ids).float()
+        null, text = model(x.repeat(2, 1, 1), *both, at, img_ids).float().chunk(2)
+        return guide(null, text, settings.guidance, settings.guidance_rescale)
+
     x = to_tokens(noise).float()
-    schedule = timestep_schedule(steps, shift)
+    schedule = timestep_schedule(settings.steps, settings.shift)
     with evaluating(model):
-        for now, after in zip(schedule, schedule[1:], strict=False):
-            v = model(x.repeat(len(t5) // B, 1, 1), t5, clip, now, img_ids).float()
-            if guidance != 1:
-                null, v = v.chunk(2)
-                v = null + guidance * (v - null)
-            x = euler_step(x, v, now, after)
+        for step, (now, after) in enumerate(zip(schedule, schedule[1:], strict=False)):
+            x = solver_step(velocity, x, now, after, settings.solver)
+            if on_step is not None:
+                x = to_tokens(on_step(step, after, to_latents(x, H, W)))
     return to_latents(x, H, W)
 
 
@@ -110,11 +176,17 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def repeat(self, times: int) -> "Prompts":
+        """Each prompt that many times in a row."""
+        texts = [text for text in self.texts for _ in range(times)]
+        t5, clip = (x.repeat_interleave(times, 0) for x in (self.t5, self.clip))
+        return Prompts(texts, t5, clip, self.null_t5, self.null_clip)
+
 
 class Sampler:
     """Draws pictures for prompts: `zoo` encodes and decodes, the model is given with each call.
 
-    latent_shape (C, H, W): the zoo's unless given.
+    latent_shape (C, H, W): the zoo's unless given. settings: those of `Settings`.
     The k-th picture of a seed has its own noise, so the batch size does not change it.
     """
 
@@ -122,14 +194,12 @@ class Sampler:
         self,
         zoo: "ModelZoo",
         *,
-        steps: int = 28,
-        guidance: float = 5.0,
-        shift: float = 3.0,
         batch_size: int = 8,
         latent_shape: tuple[int, int, int] | None = None,
+        **settings,
     ):
+        self.settings = Settings(**settings)
         self.zoo, self.batch_size, self.latent_shape = zoo, batch_size, tuple(latent_shape or zoo.latent_shape)
-        self.options = {"steps": steps, "guidance": guidance, "shift": shift}
 
     def latents(
         self,
@@ -139,14 +209,19 @@ class Sampler:
         seed: int = 0,
         indices: Tensor | None = None,
         device: torch.device | str = "cpu",
+        on_step: Callable[[int, float, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Latents [B, C, H, W] of the prompts number `indices` (default: all of them, in order)."""
+        """Latents [B, C, H, W] of the prompts number `indices` (default: all of them, in order).
+
+        on_step: see `denoise`; it is called for each batch.
+        """
         indices = torch.arange(len(prompts)) if indices is None else indices
         parts = []
         for chunk in indices.split(self.batch_size):
             noise = initial_noise(seed, chunk, self.latent_shape, device)
             nulls = [x.expand(len(chunk), *x.shape[1:]) for x in (prompts.null_t5, prompts.null_clip)]
-            parts.append(denoise(model, noise, prompts.t5[chunk], prompts.clip[chunk], *nulls, **self.options))
+            text = prompts.t5[chunk], prompts.clip[chunk]
+            parts.append(denoise(model, noise, *text, *nulls, self.settings, on_step))
         return torch.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -168,14 +243,16 @@ def generate_samples(
     prompts: list[str],
     *,
     negative_prompt: str = "",
-    steps: int = 28,
-    guidance: float = 5.0,
-    shift: float = 3.0,
     seed: int = 0,
+    **settings,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] for prompts: a Sampler used once."""
-    sampler = Sampler(zoo, steps=steps, guidance=guidance, shift=shift)
-    return sampler(model, prompts, negative=negative_prompt, seed=seed)
+    """Pictures [B, 3, H, W] in [-1, 1] for prompts: a Sampler of those settings, used once."""
+    return Sampler(zoo, **settings)(model, prompts, negative=negative_prompt, seed=seed)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
@@ -184,15 +261,22 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     columns = columns or math.ceil(math.sqrt(B))
     rows = math.ceil(B / columns)
     grid = torch.full((3, rows * (H + gap) - gap, columns * (W + gap) - gap), 255, dtype=torch.uint8)
-    for i, image in enumerate(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)):
+    for i, image in enumerate(to_uint8(images)):
         y, x = i // columns * (H + gap), i % columns * (W + gap)
         grid[:, y : y + H, x : x + W] = image
     return grid
 
 
-def save_samples(images: Tensor, path: str | Path, columns: int | None = None) -> Path:
-    """Write pictures [B, 3, H, W] in [-1, 1] as one PNG grid; its folder is made. Returns the path."""
+def save_samples(images: Tensor, path: str | Path, columns: int | None = None, parameters: dict | None = None) -> Path:
+    """Write pictures [B, 3, H, W] in [-1, 1] as one PNG grid; its folder is made. Returns the path.
+
+    parameters: kept in the file as JSON, in the text chunk "parameters".
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images, columns).permute(1, 2, 0).numpy()).save(path)
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", json.dumps(parameters))
+    grid = image_grid(images, columns).permute(1, 2, 0).numpy()
+    Image.fromarray(grid).save(path, format="PNG", pnginfo=info)
     return path

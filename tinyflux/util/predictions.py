@@ -1,9 +1,15 @@
 """Rectified-flow algebra (Liu et al., 2022, arXiv:2209.03003). t=0 is pure noise, t=1 is data.
 
 x_t = (1 - t) * noise + t * data,   v = data - noise.  Every tensor is [B, ...], t is [B].
+
+A network may predict one of three forms: `flow`, the v above; `epsilon`, the noise; and `v`, that of Salimans & Ho
+(2022, arXiv:2202.00512, appendix D), alpha * noise - sigma * data with alpha^2 + sigma^2 = 1. On this path
+alpha, sigma = (t, 1 - t) / norm with norm^2 = t^2 + (1 - t)^2.
 """
 
 from torch import Tensor
+
+FORMS = ("flow", "v", "epsilon")
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -35,3 +41,37 @@ def flow_noise(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 def euler_step(x_t: Tensor, v: Tensor, t_now: float, t_next: float) -> Tensor:
     """One Euler step along the flow."""
     return x_t + v * (t_next - t_now)
+
+
+def split(prediction: Tensor, form: str, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(data, noise) at x_t, according to a prediction of that form.
+
+    Of `epsilon` the data is not finite at t = 0: x_t is the noise itself and says nothing of it.
+    """
+    if form == "flow":
+        return flow_data(x_t, prediction, t), flow_noise(x_t, prediction, t)
+    s = expand(t, x_t)
+    if form == "epsilon":
+        return (x_t - (1 - s) * prediction) / s, prediction
+    if form == "v":
+        squared = s**2 + (1 - s) ** 2
+        v = squared.sqrt() * prediction
+        return (s * x_t - (1 - s) * v) / squared, ((1 - s) * x_t + s * v) / squared
+    raise ValueError(f"no such form: {form!r}; known: {', '.join(FORMS)}")
+
+
+def join(data: Tensor, noise: Tensor, form: str, t: Tensor) -> Tensor:
+    """What a perfect network of that form predicts."""
+    if form == "flow":
+        return flow_velocity(data, noise)
+    if form == "epsilon":
+        return noise
+    if form == "v":
+        s = expand(t, data)
+        return (s * noise - (1 - s) * data) / (s**2 + (1 - s) ** 2).sqrt()
+    raise ValueError(f"no such form: {form!r}; known: {', '.join(FORMS)}")
+
+
+def convert(prediction: Tensor, source: str, target: str, x_t: Tensor, t: Tensor) -> Tensor:
+    """A prediction at x_t in another form."""
+    return join(*split(prediction, source, x_t, t), target, t)
