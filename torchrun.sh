@@ -7,10 +7,12 @@ usage() {
 usage: ./torchrun.sh [TORCHRUN OPTION ...] SCRIPT [ARGUMENT ...]
 
 Runs torchrun with nodes, node rank, endpoint and processes per node filled in; everything given here is
-passed through after that, so an option of torchrun's own wins. One process a node calls this.
+passed through after that, so an option of torchrun's own wins. One process a node calls this. Exit status 75: the
+training was told by a signal to stop, has saved itself, and the same command goes on.
 
   a laptop           ./torchrun.sh launch/train.py --config launch/configs/demo.toml
   inside a SLURM job srun --ntasks-per-node=1 ./torchrun.sh launch/train.py --config FILE.toml
+  as a SLURM job     sbatch --nodes=2 launch/slurm/train.sbatch --config FILE.toml
   two hosts by hand  NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./torchrun.sh launch/train.py ...   (NODE_RANK=1 on the other)
 
 variable          from SLURM                                    otherwise
@@ -72,4 +74,4 @@ fi
 # one thread a process unless told: ranks that share cores slow each other down
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 echo "torchrun.sh: torchrun ${args[*]} $*" >&2
-exec torchrun "${args[@]}" "$@"
+exec python "$(dirname "$0")/launch/torchrun.py" "${args[@]}" "$@"

@@ -3,7 +3,7 @@
     python -m sharding.build --source shapes --zoo tiny --limit 200     a first try, offline
     python -m sharding.build --source portraits --sources my.toml       shards go to data/portraits
     torchrun --nproc-per-node 8 -m sharding.build --source portraits    the same on 8 devices
-    sbatch --array 0-31 ... python -m sharding.build --source portraits the same on 32 nodes
+    sbatch --array=0-31 launch/slurm/build.sbatch --source portraits    the same as 32 jobs of a SLURM array
 
 The same command goes on where a stopped or killed one was, and says so when there is nothing left to do.
 """

@@ -18,10 +18,10 @@ esac"""
 
 @pytest.fixture
 def bin_dir(tmp_path):
-    """A PATH whose `torchrun` prints its arguments and whose `scontrol` knows two hosts."""
+    """A PATH whose `python` prints the arguments of its script and whose `scontrol` knows two hosts."""
     path = tmp_path / "bin"
     path.mkdir()
-    for name, text in {"torchrun": 'echo "$@"', "scontrol": SCONTROL}.items():
+    for name, text in {"python": 'shift; echo "$@"', "scontrol": SCONTROL}.items():
         (path / name).write_text(f"#!/bin/sh\n{text}\n")
         (path / name).chmod(0o755)
     return path

@@ -1,0 +1,110 @@
+"""The two job scripts on a real Slurm: a training that is requeued, one that nears its time limit, a build as an array."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster import missing, slurm_cluster
+from tests.training import ROOT, SMALL, curve, environment, make_source, records, train
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())} (slurm-wlm, munge)"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
+]
+STEPS = 200
+OPTIONS = ("--trainer.total-steps", STEPS)
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder to submit from: the repository's entry points, and room for the logs."""
+    path = tmp_path_factory.mktemp("jobs")
+    for name in ("launch", "torchrun.sh"):
+        (path / name).symlink_to(ROOT / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as env:
+        yield env | environment() | {"SLURM_CONF": env["SLURM_CONF"], "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return [make_source(folder / "a", 1), make_source(folder / "b", 2, samples=40)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, sources) -> list[dict]:
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(run_dir, sources, *OPTIONS, ranks=2)
+    assert done.returncode == 0, done.stdout
+    return curve(run_dir)
+
+
+def call(cluster: dict[str, str], folder: Path, *args: object) -> str:
+    done = subprocess.run(list(map(str, args)), cwd=folder, env=cluster, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def wait(cluster: dict[str, str], folder: Path, job: str) -> None:
+    """Until no task of a job is queued or running, a requeued one's next start included."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if not call(cluster, folder, "squeue", "-h", "-j", job):
+            return
+        # a requeued job is held for two minutes, lest its nodes still be busy with it
+        subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], env=cluster, capture_output=True)
+        time.sleep(0.5)
+    call(cluster, folder, "scancel", job)
+    pytest.fail(f"job {job} did not end:\n{logs(folder)}")
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
+
+
+@pytest.mark.parametrize("told", ["scontrol requeue", "scancel --signal=USR1"])
+def test_a_training_that_is_stopped_goes_on_by_itself(cluster, folder, sources, unbroken, tmp_path, told):
+    """By another's hand, or, as --signal has it near the time limit, because its own exit status asks for it."""
+    run_dir = tmp_path / "run"
+    options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *OPTIONS]
+    job = call(cluster, folder, "sbatch", "--parsable", "--nodes=2", "launch/slurm/train.sbatch", *options)
+    deadline = time.monotonic() + PATIENCE
+    while len(records(run_dir)) < 3:
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.01)
+    call(cluster, folder, *told.split(), job)
+    wait(cluster, folder, job)
+    log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
+    assert "resuming at step" in log, logs(folder)
+    assert (folder / f"tinyflux-train-{job}-node1.log").exists()
+    assert [r["step"] for r in records(run_dir)] == list(range(1, STEPS + 1)), logs(folder)
+    for a, b in zip(unbroken, curve(run_dir), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+
+
+def test_a_build_as_an_array_has_the_bytes_of_one_process(cluster, folder):
+    (folder / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 16\n')
+    options = ["--source", "drawn", "--zoo", "tiny", "--device", "cpu", "--shard-size", "4", "--batch-size", "4"]
+    job = call(
+        cluster, folder, "sbatch", "--parsable", "--array=0-1", "launch/slurm/build.sbatch", *options, "--out", "array"
+    )
+    wait(cluster, folder, job)
+    call(cluster, folder, sys.executable, "-m", "sharding.build", *options, "--out", "alone")
+    array, alone = (
+        {path.name: path.read_bytes() for path in (folder / name).iterdir() if path.is_file()}
+        for name in ("array", "alone")
+    )
+    assert array == alone and len([name for name in array if name.endswith(".tar")]) == 4, logs(folder)
+    for task in (0, 1):
+        assert "this run:" in (folder / f"tinyflux-build-{job}-{task}.log").read_text(), logs(folder)
