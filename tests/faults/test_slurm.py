@@ -1,4 +1,4 @@
-"""The two job scripts on a real Slurm: a training that is requeued, one that nears its time limit, a build as an array."""
+"""The two job scripts on a real Slurm: a training that is requeued or nears its time limit, a build as an array."""
 
 import os
 import subprocess
