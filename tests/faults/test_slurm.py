@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())} (slurm-wlm, munge)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
 ]
-STEPS = 200
+STEPS = 100
 OPTIONS = ("--trainer.total-steps", STEPS)
 PATIENCE = 120  # seconds
 
@@ -106,5 +106,5 @@ def test_a_build_as_an_array_has_the_bytes_of_one_process(cluster, folder):
         for name in ("array", "alone")
     )
     assert array == alone and len([name for name in array if name.endswith(".tar")]) == 4, logs(folder)
-    for task in (0, 1):
-        assert "this run:" in (folder / f"tinyflux-build-{job}-{task}.log").read_text(), logs(folder)
+    for task in (0, 1):  # which of them wrote how many shards depends on who started first
+        assert "array: " in (folder / f"tinyflux-build-{job}-{task}.log").read_text(), logs(folder)
