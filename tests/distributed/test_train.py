@@ -36,15 +36,18 @@ def one_rank(one_rank_dir):
     return curve(one_rank_dir)
 
 
-def draws(sources, rank: int, world: int, micro: int, **options) -> dict[tuple[int, int], tuple]:
+def draws(
+    sources, rank: int, world: int, micro: int, steps: range = range(STEPS), **options
+) -> dict[tuple[int, int], tuple]:
     """(step, slot) -> key, t, noise and dropped text of what a rank trains on."""
     config = DataConfig([str(s) for s in sources], global_batch_size=8, micro_batch_size=micro, seed=7)
     opened = open_sources(config)
     trainer = replace(TrainerConfig(text_dropout=0.5), **options)
     collate = StreamCollate(trainer, [s.null for s in opened], global_batch_size=8, seed=7)
     found = {}
-    with Stream(opened, config, rank, world, lambda raw: (raw["step"], raw["slots"], collate(raw))) as stream:
-        for _ in range(STEPS * stream.accumulation):
+    with_place = lambda raw: (raw["step"], raw["slots"], collate(raw))  # noqa: E731
+    with Stream(opened, config, rank, world, with_place, start_step=steps.start) as stream:
+        for _ in range(len(steps) * stream.accumulation):
             step, slots, batch = next(stream)
             noise = rng.normal(batch["sample_seeds"], "noise", batch["latents"].shape[1:])
             dropped = batch["t5_embeds"].abs().sum((1, 2)) == 0
@@ -57,7 +60,10 @@ def draws(sources, rank: int, world: int, micro: int, **options) -> dict[tuple[i
 def test_ranks_share_one_plan_and_one_set_of_draws(sources, stratified):
     options = {"stratified_sampling": stratified}
     alone = draws(sources, 0, 1, 4, **options)
-    together = draws(sources, 0, 2, 2, **options) | draws(sources, 1, 2, 2, **options)
+    together = {}  # four ranks, then two, then one
+    for world, steps in ((4, range(7)), (2, range(7, 13)), (1, range(13, STEPS))):
+        for rank in range(world):
+            together |= draws(sources, rank, world, 2, steps, **options)
     assert alone.keys() == together.keys() and len(alone) == STEPS * 8
     for place, (key, t, noise, dropped) in alone.items():
         assert together[place][0] == key

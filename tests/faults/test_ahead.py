@@ -65,10 +65,10 @@ def test_shards_are_there_before_they_are_needed(server, tmp_path):
     with stream_of(server, tmp_path) as stream:
         next(stream)
         wait_for(lambda: len(cached(tmp_path)) == 8)  # all of the source, though two shards were read so far
-        late = stream.late_shards
+        late = stream.stats.late
         for _ in range(60):
             next(stream)
-        assert stream.late_shards == late
+        assert stream.stats.late == late
     assert [server.bodies[name(shard)] for shard in range(8)] == [1] * 8
 
 
@@ -102,11 +102,11 @@ def test_the_cache_keeps_what_is_needed_soonest(server, folder, tmp_path):
         loaded = stream.step  # what is loaded lies at most the prefetch and the chunks at work ahead of this
         soonest = [set(shards_of(stream.plan, range(n, n + 50))[:4]) for n in range(loaded, loaded + 5)]
         wait_for(lambda: cached(tmp_path) in soonest)
-        late = stream.late_shards
+        late = stream.stats.late
         for _ in range(ROWS // 2 - 1):  # at least one lane changes shard
             next(stream)
             time.sleep(0.05)
-        assert stream.late_shards <= late + 1
+        assert stream.stats.late <= late + 1
         assert len(cached(tmp_path)) <= 4
 
 
@@ -182,7 +182,7 @@ def test_closing_is_prompt_while_a_download_hangs(silent, tmp_path):
 
     thread = threading.Thread(target=consume, daemon=True)
     thread.start()
-    wait_for(lambda: stream.late_shards > 0)
+    wait_for(lambda: stream.stats.late > 0)
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 5

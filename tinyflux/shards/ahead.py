@@ -11,6 +11,7 @@ from collections import deque
 
 from tinyflux.shards.cache import NoRoom, RemoteStore, Stopped
 from tinyflux.shards.plan import Plan
+from tinyflux.shards.reader import StreamStats
 from tinyflux.shards.store import Source
 
 log = logging.getLogger(__name__)
@@ -28,14 +29,23 @@ class LookAhead:
     """The downloads of one rank, from `step` on, until `stop`. Only remote sources are looked at.
 
     budget: bytes of the cache that the rank may fill ahead. timeout: seconds that `need` waits at most.
-    `late` counts the shards that a reader had to wait for.
+    stats: `late` counts there the shards that a reader had to wait for.
     """
 
     def __init__(
-        self, sources: list[Source], plan: Plan, rank: int, world: int, step: int, *, budget: int, timeout: float
+        self,
+        sources: list[Source],
+        plan: Plan,
+        rank: int,
+        world: int,
+        step: int,
+        *,
+        budget: int,
+        timeout: float,
+        stats: StreamStats,
     ):
         self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
-        self.budget, self.timeout, self.late = budget, timeout, 0
+        self.budget, self.timeout, self.stats = budget, timeout, stats
         self._remote = [isinstance(source.store, RemoteStore) for source in sources]
         self._all = sum(len(s.manifest.shards) for s, remote in zip(sources, self._remote, strict=True) if remote)
         self._step, self._window = step, deque()  # of every step from this one on, the shards in slot order
@@ -61,7 +71,7 @@ class LookAhead:
         with self._change:
             if path.is_file():
                 return
-            self.late += 1
+            self.stats.late += 1
             self._wanted[key] = None
             self._change.notify_all()
             deadline = time.monotonic() + self.timeout

@@ -24,11 +24,13 @@ MAX_BAD_IN_A_ROW = 20
 @dataclass
 class StreamStats:
     """Counters of one rank's stream. `samples`: delivered per source; `bad`: different bad samples seen;
-    `replaced`: samples delivered in place of a bad one; `wait` and `last_wait`: seconds that the consumer waited."""
+    `replaced`: samples delivered in place of a bad one; `late`: remote shards that were not in the cache when they were
+    wanted; `wait` and `last_wait`: seconds that the consumer waited."""
 
     samples: list[int]
     bad: int = 0
     replaced: int = 0
+    late: int = 0
     wait: float = 0.0
     last_wait: float = 0.0
 

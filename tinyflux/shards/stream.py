@@ -51,7 +51,7 @@ class _Pipeline:
         self.ahead = None
         if limits := [s.store.cache.limit for s in reader.sources if isinstance(s.store, RemoteStore)]:
             step, options = position // reader.config.accumulation(world), {"timeout": reader.config.timeout}
-            options |= {"budget": min(limits) // ranks_on_node}
+            options |= {"budget": min(limits) // ranks_on_node, "stats": reader.stats}
             self.ahead = LookAhead(reader.sources, reader.plan, rank, world, step, **options)
             reader.shards.ahead = self.ahead
         # the nodes' own snapshots are off: the plan is sought, nothing is replayed
@@ -193,10 +193,31 @@ class Stream:
     def stats(self) -> StreamStats:
         return self._reader.stats
 
+    def counts(self) -> dict[str, int]:
+        """What this stream did so far, to be summed over ranks: `samples/NAME` delivered of each source,
+        `bad_samples`, `replaced_samples`, and of remote shards `late_shards` that a reader had to wait for,
+        `cache_hits` that it found in the cache, `fetched_bytes`."""
+        stats, caches = self.stats, {s.store.cache for s in self.sources if isinstance(s.store, RemoteStore)}
+        counts = {f"samples/{name}": n for name, n in zip(self.requested, stats.samples, strict=True)}
+        counts |= {"bad_samples": stats.bad, "replaced_samples": stats.replaced, "late_shards": stats.late}
+        opened = sum(cache.hits for cache in caches)
+        return counts | {"cache_hits": max(0, opened - stats.late), "fetched_bytes": sum(c.fetched for c in caches)}
+
     @property
-    def late_shards(self) -> int:
-        """Remote shards that were not in the cache when they were wanted."""
-        return self._pipeline.ahead.late if self._pipeline and self._pipeline.ahead else 0
+    def labels(self) -> list[str]:
+        """The sources' names, with the dataset id where two have the same."""
+        names = [source.name for source in self.sources]
+        return [s.name if names.count(s.name) == 1 else f"{s.name}-{s.dataset_id}" for s in self.sources]
+
+    @property
+    def requested(self) -> dict[str, float]:
+        """The share of each source in a batch that the weights ask for."""
+        return dict(zip(self.labels, self.plan.weights, strict=True))
+
+    def passes(self, step: int) -> list[float]:
+        """How often each source was gone through before a step, on all ranks together."""
+        taken = zip(self.plan.start(step), self.plan.sources, strict=True)
+        return [samples / source.total for samples, source in taken]
 
     @property
     def step(self) -> int:

@@ -118,7 +118,8 @@ class HeldOut:
 def data_identity(stream: Stream) -> dict:
     """What the order of a run's samples depends on besides the step; recorded in its checkpoints."""
     c = stream.config
-    manifests = {s.name: hashlib.sha256(s.manifest.to_json().encode()).hexdigest() for s in stream.sources}
+    sums = [hashlib.sha256(s.manifest.to_json().encode()).hexdigest() for s in stream.sources]
+    manifests = dict(zip(stream.labels, sums, strict=True))
     commits = {s.url: s.revision for s in stream.sources if s.url.startswith("hf://")}
     return {
         **({"revisions": commits} if commits else {}),

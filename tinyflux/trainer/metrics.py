@@ -6,13 +6,19 @@ import os
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer import devices
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import loss_warmup
 
-def say(*words: object) -> None:
+
+def say(*words: object, sep: str = " ") -> None:
     """Print on rank 0 alone, at once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -97,3 +103,66 @@ class Metrics:
             self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def data_report(loader: Stream, step: int, device: torch.device) -> dict:
+    """What the streams of all ranks did since the run was started or resumed. A collective.
+
+    {"sources": {name: {"samples", "share", "requested", "passes"}}, "bad_samples", "replaced_samples", "late_shards",
+    "cache_hits", "fetched_bytes"}; share and requested are parts of a batch, passes those since step 0.
+    """
+    counts = loader.counts()
+    totals = torch.tensor(list(counts.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    counts = dict(zip(counts, map(int, totals.tolist()), strict=True))
+    taken = [counts.pop(f"samples/{name}") for name in loader.requested]
+    rows = zip(loader.requested.items(), taken, loader.passes(step), strict=True)
+    sources = {
+        name: {"samples": n, "share": n / max(1, sum(taken)), "requested": share, "passes": passes}
+        for (name, share), n, passes in rows
+    }
+    return {"sources": sources, **counts}
+
+
+def data_lines(report: dict) -> list[str]:
+    """A `data_report` to read, a line a source and one for the rest."""
+    lines = [
+        f"source {name}: {s['samples']:,} samples, share {s['share']:.4f} of {s['requested']:.4f} requested,"
+        f" {s['passes']:.2f} passes in all"
+        for name, s in report["sources"].items()
+    ]
+    rest = f"data: {report['bad_samples']} bad samples, {report['replaced_samples']} times another in their place"
+    cached, late, fetched = (report[name] for name in ("cache_hits", "late_shards", "fetched_bytes"))
+    if cached or late or fetched:
+        rest += f"; {cached} shards found in the cache, {late} waited for, {fetched / 1e6:,.1f} MB fetched"
+    return [*lines, rest]
+
+
+def scalars(
+    record: dict, config: TrainerConfig, world: int, device: torch.device, *, flops: float, tokens: int
+) -> dict[str, float]:
+    """What TensorBoard shows of a step's record with its `data_report`.
+
+    flops: of the forward pass of one sample; tokens: of one sample.
+    """
+    c, data = config, record["data"]
+    values = {f"loss/{k}": record[k] for k in ("loss", "main", "lune", "sol") if k in record}
+    values |= {f"validation/{k[4:]}": v for k, v in record.items() if k.startswith("val_")}
+    by_t = record["main_by_t"]
+    values |= {f"main_by_t/{(i + 0.5) / len(by_t):.2f}": v for i, v in enumerate(by_t) if v is not None}
+    values |= {"weight/lune": c.lune_weight * loss_warmup(record["step"], c.lune_warmup_steps)}
+    values |= {"weight/sol": c.sol_weight * loss_warmup(record["step"], c.sol_warmup_steps)}
+    values |= {"optimizer/lr": record["lr"], "optimizer/grad_norm": record["grad_norm"]}
+    rate = record["samples_per_s"] / world  # of one device
+    work = 3 * flops * rate  # the backward takes twice the forward
+    values |= {"speed/samples_per_s_per_device": rate, "speed/tokens_per_s_per_device": rate * tokens}
+    values |= {"speed/tflops_per_device": work / 1e12, "speed/step_s": record["step_s"]}
+    values |= {"speed/data_wait_percent": 100 * record["data_wait"]}
+    values |= {"speed/data_wait_s": record["data_wait"] * record["step_s"]}
+    if peak := devices.peak_flops(device):
+        values["speed/mfu_percent"] = 100 * work / peak
+    values |= {"memory/peak_gib": devices.peak_memory(device) / 2**30}
+    values |= {f"data/{name}": value for name, value in data.items() if name != "sources"}
+    for name, source in data["sources"].items():
+        values |= {f"data/{key}_{name}": source[key] for key in ("share", "requested", "passes")}
+    return values

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from tinyflux.trainer.metrics import read_metrics
+from tinyflux.trainer.metrics import data_lines, read_metrics
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 56, 28
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
@@ -96,6 +96,8 @@ def summary(run_dir: Path, records: list[dict], config: dict) -> list[tuple[str,
         ("steps skipped (not finite)", str(sum(r["skipped"] for r in records))),
         ("folder", str(run_dir.resolve())),
     ]
+    if shown := [r["data"] for r in records if "data" in r]:
+        rows += [tuple(line.split(": ", 1)) for line in data_lines(shown[-1])]
     validated = [r for r in records if r.get("val_loss") is not None]
     if validated:
         best = min(validated, key=lambda r: r["val_loss"])

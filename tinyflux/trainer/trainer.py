@@ -25,13 +25,13 @@ from tinyflux.trainer import checkpoint, devices, parallel
 from tinyflux.trainer.checkpoint import Checkpointer
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.metrics import Metrics, say
+from tinyflux.trainer.metrics import Metrics, data_lines, data_report, say, scalars
 from tinyflux.trainer.objective import Losses, Objective
 from tinyflux.trainer.parallel import ParallelConfig
 from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.report import write_report
 from tinyflux.trainer.sampling import Sampler, evaluating
-from tinyflux.trainer.schedules import learning_rate, loss_warmup
+from tinyflux.trainer.schedules import learning_rate
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved itself and can be requeued
 T_BINS = 10  # parts of t that the main loss is recorded for
@@ -207,6 +207,7 @@ class Trainer:
                 self.save_checkpoint({"step"})
             if self.preview:
                 self.preview.wait()
+            say(*data_lines(self.shown["data"]), sep="\n")
             self.metrics.close()
             self.close()
         if self.rank == 0:
@@ -367,30 +368,12 @@ class Trainer:
 
     def _log(self, record: dict) -> None:
         c = self.config
+        shown = self.step % c.log_every == 0 or self.finished or self.stopping
+        if shown:
+            record["data"] = data_report(self.loader, self.step, self.device)
         self.metrics.record(record)
-        if self.step % c.log_every == 0 or self.step == c.total_steps:
+        if shown:
             self.metrics.progress(record)
-            self.metrics.scalars(self._scalars(record), self.step)
-
-    def _scalars(self, record: dict) -> dict[str, float]:
-        """What TensorBoard shows of a step. A collective."""
-        stats, c = self.loader.stats, self.config
-        counts = torch.tensor([stats.bad, *stats.samples], dtype=torch.float32, device=self.device)
-        dist.all_reduce(counts)
-        bad, *taken = counts.tolist()
-        scalars = {f"loss/{k}": record[k] for k in ("loss", "main", "lune", "sol") if k in record}
-        scalars |= {f"validation/{k[4:]}": v for k, v in record.items() if k.startswith("val_")}
-        means = enumerate(record["main_by_t"])
-        scalars |= {f"main_by_t/{(i + 0.5) / T_BINS:.2f}": v for i, v in means if v is not None}
-        scalars |= {"weight/lune": c.lune_weight * loss_warmup(self.step, c.lune_warmup_steps)}
-        scalars |= {"weight/sol": c.sol_weight * loss_warmup(self.step, c.sol_warmup_steps)}
-        scalars |= {"optimizer/lr": record["lr"], "optimizer/grad_norm": record["grad_norm"]}
-        rate = record["samples_per_s"] / self.world  # of one device
-        flops = 3 * self.sample_flops * rate  # the backward takes twice the forward
-        scalars |= {"speed/samples_per_s_per_device": rate, "speed/tokens_per_s_per_device": rate * self.sample_tokens}
-        scalars |= {"speed/tflops_per_device": flops / 1e12, "speed/data_wait_percent": 100 * record["data_wait"]}
-        if peak := devices.peak_flops(self.device):
-            scalars["speed/mfu_percent"] = 100 * flops / peak
-        scalars |= {"memory/peak_gib": devices.peak_memory(self.device) / 2**30, "data/bad_samples": bad}
-        names = (source.name for source in self.loader.sources)
-        return scalars | {f"data/share_{n}": k / max(1, sum(taken)) for n, k in zip(names, taken, strict=True)}
+            per_sample = {"flops": self.sample_flops, "tokens": self.sample_tokens}
+            self.metrics.scalars(scalars(record, c, self.world, self.device, **per_sample), self.step)
+            self.shown = record

@@ -1,0 +1,86 @@
+"""Trainings of several ranks on sources of a Hub: as from the disk, also after a rank died, on fewer ranks later."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests.dataset_hub import dataset_hub
+from tests.training import curve, make_source, records, start, train, wait_for
+
+STEPS = 12
+OPTIONS = ("--data.weights", 0.5, 0.5, "--trainer.lr-scheduler", "constant")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    return [make_source(folder / "a", 1, samples=48), make_source(folder / "b", 2, samples=96)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, sources):
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(run_dir, sources, *OPTIONS, "--trainer.total-steps", STEPS)
+    assert done.returncode == 0, done.stdout
+    return curve(run_dir)
+
+
+@pytest.fixture
+def urls(sources, tmp_path, monkeypatch):
+    with dataset_hub() as hub:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        files = {f"{s.name}/{path.name}": path.read_bytes() for s in sources for path in s.iterdir()}
+        hub.repos["user/repo"] = [files]
+        yield [f"hf://datasets/user/repo/{s.name}" for s in sources]
+
+
+def worker_of(process: subprocess.Popen, rank: int) -> int:
+    """The process id of a rank under torchrun."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    for pid in children.stdout.split():
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if f"LOCAL_RANK={rank}".encode() in file.read().split(b"\0"):
+                return int(pid)
+    raise AssertionError(f"no rank {rank} among {children.stdout.split()}")
+
+
+def test_a_killed_rank_of_a_run_on_the_hub(unbroken, urls, tmp_path):
+    run_dir = tmp_path / "run"
+    options = (*OPTIONS, "--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
+    options += ("--data.cache-dir", tmp_path / "cache")
+    process = start(run_dir, urls, *options, ranks=2)
+    wait_for(process, run_dir, run_dir / "checkpoints" / "step_4" / "metadata.json")
+    os.kill(worker_of(process, 1), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "SIGKILL" in output.upper(), output
+
+    done = train(run_dir, urls, *options, ranks=2)
+    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout
+    resumed = curve(run_dir)
+    assert [record["step"] for record in resumed] == list(range(1, STEPS + 1))
+    for a, b in zip(unbroken, resumed, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), a["step"]
+
+    data = records(run_dir)[-1]["data"]
+    first = int(done.stdout.partition("resuming at step ")[2].split()[0])
+    assert {name: source["samples"] for name, source in data["sources"].items()} == {
+        "a": 4 * (STEPS - first),
+        "b": 4 * (STEPS - first),
+    }
+    assert [source["passes"] for source in data["sources"].values()] == [1.0, 0.5]
+    assert data["cache_hits"] + data["late_shards"] > 0 and data["bad_samples"] == 0
+    assert "source a:" in done.stdout and "of 0.5000 requested, 1.00 passes in all" in done.stdout
+    assert "0 bad samples" in done.stdout and "shards found in the cache" in done.stdout
+
+
+def test_four_ranks_then_two_then_one(unbroken, sources, tmp_path):
+    for ranks, steps in ((4, 4), (2, 8), (1, STEPS)):
+        done = train(tmp_path / "run", sources, *OPTIONS, "--trainer.total-steps", steps, ranks=ranks)
+        assert done.returncode == 0 and ("resuming" in done.stdout) == (ranks < 4), done.stdout
+    broken = curve(tmp_path / "run")
+    assert [record["step"] for record in broken] == list(range(1, STEPS + 1))
+    for a, b in zip(unbroken, broken, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), a["step"]
