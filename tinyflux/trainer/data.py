@@ -75,8 +75,8 @@ class StreamCollate:
         seeds, source = raw["sample_seeds"], raw["source_index"]
         batch = self.at(raw, self.timesteps(seeds, raw["step"], raw["slots"]))
         drop = rng.uniform(seeds, "text_dropout") < self.config.text_dropout
-        batch["t5_embeds"] = torch.where(drop[:, None, None], self.null_t5[source], raw["t5_embeds"])
-        batch["clip_pooled"] = torch.where(drop[:, None], self.null_clip[source], raw["clip_pooled"])
+        for name, null in (("t5_embeds", self.null_t5), ("clip_pooled", self.null_clip)):
+            batch[name][drop] = null[source[drop]].to(batch[name].dtype)  # in place: the text is most of the batch
         return batch
 
 
