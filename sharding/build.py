@@ -29,7 +29,7 @@ from sharding.inputs import Input
 from sharding.job import Job, JobError
 from sharding.readers import list_inputs
 from sharding.sources import SourceSpec, describe, find_source, load_sources, table
-from tinyflux.model.extract import extract, null_embeddings
+from tinyflux.model.extract import extract, load_models, null_embeddings, producer
 from tinyflux.model.zoo import FLUX, ModelZoo
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.writer import atomic_write
@@ -155,31 +155,6 @@ def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
     return f"cuda:{local_rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-def load_models(zoo: ModelZoo, settings: dict) -> None:
-    """Load what the build needs, and no more."""
-    zoo.load_vae()
-    zoo.load_t5()
-    zoo.load_clip()
-    if settings["lune"] or settings["sol"]:
-        zoo.load_sd_vae()
-    if settings["lune"]:
-        zoo.load_lune()
-    if settings["sol"]:
-        zoo.load_sol()
-
-
-def producer(zoo: ModelZoo, settings: dict, size: int) -> dict:
-    """The manifest's fingerprint: all that decides what a sample's tensors mean."""
-    return zoo.fingerprint() | {
-        "resolution": size,
-        "resize": "lanczos",
-        "crop": settings["source"].get("crop", "center"),
-        "teacher_input": settings["teacher_input"] if settings["lune"] or settings["sol"] else None,
-        "seed": settings["seed"],
-        "dtype": settings["dtype"],
-    }
-
-
 class Progress:
     """The bar: images of all ranks, images/s, time left, rejects."""
 
@@ -260,7 +235,7 @@ def build(config: BuildConfig) -> int:
     if begun is None and not config.estimate:
         job.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
     torch.set_num_threads(settings["threads"])
-    load_models(zoo, settings)
+    load_models(zoo, settings["lune"], settings["sol"])
     dtype = getattr(torch, config.dtype)
     switches = {name: settings[name] for name in ("lune", "sol", "teacher_input")}
     workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -269,7 +244,7 @@ def build(config: BuildConfig) -> int:
     if config.estimate:
         estimate(engine, inputs, world)
         return 0
-    fingerprint = producer(zoo, settings, size)
+    fingerprint = producer(zoo, size, dtype, crop=spec.crop, seed=config.seed, **switches)
     ordered = job.begin({"settings": settings, "fingerprint": fingerprint}, inputs, config.shard_size, config.append)
     with job.lock():
         if not (job.out / "null.safetensors").exists():

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharding.images import Picture, Rejected, prepare, preview
 from sharding.inputs import Input, caption
 from sharding.job import Job
 from sharding.sources import SourceSpec
+from tinyflux.model.images import Picture, Rejected, prepare, preview
 from tinyflux.shards.format import Field, encode_sample, fields_of, sample_key
 from tinyflux.shards.manifest import shard_name
 from tinyflux.shards.writer import write_shard
@@ -79,7 +79,7 @@ class Engine:
 
     def read(self, index: int, item: Input) -> Ready | Rejected:
         """One input, in a thread: its caption by the rule, its image cut to size."""
-        seed = rng.key(self.seed, self.spec.dataset_id, index)
+        seed = rng.signed_key(self.seed, self.spec.dataset_id, index)
         with self.stages.time("decode"):
             try:
                 prompt = caption(self.spec, item, seed)
@@ -94,7 +94,7 @@ class Engine:
                 )
             except Rejected as reason:
                 return reason
-        return Ready(index, item.origin, seed - (1 << 64) if seed >> 63 else seed, prompt, picture)
+        return Ready(index, item.origin, seed, prompt, picture)
 
     def ahead(self, pool: ThreadPoolExecutor, shards: Iterable[int], inputs: list, shard_size: int) -> Iterator[tuple]:
         """(shard, index, origin, Ready or Rejected) in order, two batches and more read ahead."""

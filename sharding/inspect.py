@@ -123,7 +123,7 @@ def text(report: Report) -> str:
 
 def decode(report: Report, zoo_name: str) -> None:
     """Give the shown samples their reconstructions. Raises ValueError where the VAE is not the source's."""
-    from sharding.images import preview  # here, with torch's models, for the table needs neither
+    from tinyflux.model.images import preview  # here, with torch's models, for the table needs neither
     from tinyflux.model.zoo import ModelZoo
 
     zoo = ModelZoo(zoo=zoo_name)

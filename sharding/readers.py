@@ -11,9 +11,9 @@ from threading import Lock
 from webdataset.shardlists import expand_urls
 
 from sharding.fetch import download
-from sharding.images import EXTENSIONS, Rejected
 from sharding.inputs import Input, check_field, digest, lines_of, printable, read_file, records, texts
 from sharding.sources import SourceError, SourceSpec
+from tinyflux.model.images import EXTENSIONS, Rejected
 from tinyflux.model.tiny.shapes import render
 from tinyflux.shards.format import read_member, scan_tar
 

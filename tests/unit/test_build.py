@@ -18,7 +18,7 @@ from PIL import Image
 
 from sharding import build
 from sharding.engine import check_tensors
-from sharding.images import Rejected
+from tinyflux.model.images import Rejected
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.shards.format import fields_of, parse_key
 from tinyflux.shards.manifest import Manifest

@@ -13,10 +13,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sharding.images import Rejected, open_image
 from sharding.inputs import caption
 from sharding.readers import list_inputs
 from sharding.sources import SourceError, SourceSpec
+from tinyflux.model.images import Rejected, open_image
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sharding.images import Rejected
 from sharding.inputs import caption
 from sharding.readers import READERS, list_inputs
 from sharding.sources import KINDS, SourceError, find_source, load_sources, table
+from tinyflux.model.images import Rejected
 
 
 def written(folder: Path, text: str) -> Path:

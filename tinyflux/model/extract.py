@@ -100,5 +100,36 @@ def null_embeddings(zoo: ModelZoo, dtype: torch.dtype = torch.float16) -> dict[s
     return {name: tensor.to("cpu", dtype) for name, tensor in embeddings.items()}
 
 
+def load_models(zoo: ModelZoo, lune: bool = True, sol: bool = True) -> None:
+    """Load what `extract` needs and the zoo has not, and no more."""
+    wanted = {"vae": True, "t5": True, "clip": True, "sd_vae": lune or sol, "lune": lune, "sol": sol}
+    for name, needed in wanted.items():
+        if needed and getattr(zoo, name) is None:
+            getattr(zoo, f"load_{name}")()
+
+
+def producer(
+    zoo: ModelZoo,
+    resolution: int,
+    dtype: torch.dtype,
+    *,
+    crop: str = "center",
+    seed: int = 0,
+    lune: bool = True,
+    sol: bool = True,
+    teacher_input: str = "image",
+) -> dict:
+    """The fingerprint of a source: all that decides what its samples' tensors mean. `zoo`: with its models loaded."""
+    unused = {name for name, used in (("sd_vae", lune or sol), ("lune", lune), ("sol", sol)) if not used}
+    return {name: value for name, value in zoo.fingerprint().items() if name not in unused} | {
+        "resolution": resolution,
+        "resize": "lanczos",
+        "crop": crop,
+        "teacher_input": teacher_input if lune or sol else None,
+        "seed": seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
 def _cast(unet, latents: Tensor, contexts: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return latents.to(unet.dtype), contexts.to(unet.dtype), timesteps

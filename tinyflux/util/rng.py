@@ -42,6 +42,11 @@ def key(*parts: int | str) -> int:
     return state
 
 
+def signed_key(*parts: int | str) -> int:
+    """`key` as a tensor of int64 holds it."""
+    return _signed(key(*parts))
+
+
 def permutation(n: int, *parts: int | str) -> np.ndarray:
     """The order of `range(n)` keyed by `parts`, int64 [n]."""
     hashes = splitmix64(np.uint64(key(*parts)) + np.arange(n, dtype=np.uint64))
