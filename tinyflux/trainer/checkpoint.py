@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tinyflux.model.loader import load_model, save_published, to_published
@@ -110,6 +111,18 @@ def _check_files(folder: Path) -> None:
             raise ValueError(f"{path} is missing or not {size} bytes long")
         if _crc32(path) != crc:
             raise ValueError(f"{path} is damaged: its checksum differs from the one in {METADATA}")
+
+
+def _check_names(folder: Path, state: dict) -> None:
+    """Raises ValueError where a checkpoint lacks tensors of a run's state."""
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names, _ = flatten_state_dict(state)
+    if missing := [name for name in names if name not in stored]:
+        raise ValueError(
+            f"{folder} has no {missing[0]} (and lacks {len(missing)} tensors in all): it is of a run with another"
+            " trainer.optimizer or trainer.freeze; keep those of the training_config.json beside it, or start a new"
+            f" run from its weights with --run-dir OTHER --trainer.init-from {folder.parent.parent}"
+        )
 
 
 def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
@@ -292,6 +305,7 @@ class Checkpointer:
             dist.broadcast_object_list(fault, src=0, group=self.group)
             if fault[0] is None:
                 metadata = read_metadata(folder)
+                _check_names(folder, state)
                 dcp.load(state, checkpoint_id=folder, process_group=self.group)
                 return metadata
             say(f"WARNING: {folder} cannot be used: {fault[0]}\n  falling back to the checkpoint before it")

@@ -18,12 +18,15 @@ from tinyflux.trainer.parallel import ParallelConfig
 
 @dataclass
 class TrainerConfig:
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """State of each trained weight: 8 bytes (adamw), 2 (adamw8bit, from torchao: pip install 'tinyflux-deep[8bit]') or
+    almost none (adafactor; its learning rate is relative to the weights' size: try 1e-2)."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """AdamW weight decay, on matrices only: norms, biases and gates have none."""
+    """Decoupled weight decay, on matrices only: norms, biases and gates have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's momentum factors."""
+    """Adam's momentum factors; adafactor has none."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     warmup_steps: int = 1000
@@ -43,6 +46,9 @@ class TrainerConfig:
     """How the learning rate falls after the warm-up."""
     min_lr: float = 0.0
     """Learning rate at the last step."""
+    gradient_accumulation: int = 1
+    """Micro-batches of one optimizer step. With shards it follows from data.global_batch_size, data.micro_batch_size
+    and the ranks: 1 is then any number, another one must agree."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Compute each block's activations again in the backward: all of them, or all but products and attention."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
@@ -139,6 +145,7 @@ class TrainerConfig:
         positive = ("learning_rate", "total_steps", "shift", "snr_gamma", "huber_delta")
         positive += (
             "logit_std",
+            "gradient_accumulation",
             "log_every",
             "sample_steps",
             "max_nonfinite_steps",

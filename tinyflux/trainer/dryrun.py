@@ -11,6 +11,7 @@ from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import devices
 from tinyflux.trainer.config import RunConfig
+from tinyflux.trainer.optimizers import STATE_BYTES
 from tinyflux.trainer.parallel import DTYPES, freeze
 
 EXPECTED_MFU = 0.4  # of a GPU whose peak is known
@@ -42,7 +43,7 @@ def activation_bytes(
 
 
 def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int) -> dict[str, float]:
-    """Estimated GiB on each device: `state` (weights, gradients, AdamW, EMA) in float32 shards, `gathered` blocks,
+    """Estimated GiB on each device: `state` (weights, gradients, optimizer, EMA) in shards, `gathered` blocks,
     `activations` of a micro-batch."""
     with torch.device("meta"):
         model = TinyFluxDeep(config.model)
@@ -50,8 +51,9 @@ def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: in
     blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.double_blocks, *model.single_blocks)]
     total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
     dtype = DTYPES[config.trainer.dtype]
-    # weights and EMA of all; gradients and two moments of what is trained
-    state = 4 * (2 * total + 3 * trained) / (config.parallel.shard_size or world)
+    # weights and EMA of all; gradients and the optimizer's moments of what is trained
+    moments = STATE_BYTES[config.trainer.optimizer]
+    state = (8 * total + (4 + moments) * trained) / (config.parallel.shard_size or world)
     # what is outside the blocks stays gathered; of the blocks two at a time, or all of them
     gathered = (
         total - sum(blocks) + (2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks))

@@ -12,12 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from tinyflux.model.model import flops_per_sample
 from tinyflux.shards.stream import Stream
@@ -27,6 +22,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.metrics import Metrics, data_lines, data_report, say, scalars
 from tinyflux.trainer.objective import Losses, Objective
+from tinyflux.trainer.optimizers import make_optimizer, optimizer_state, set_learning_rate
 from tinyflux.trainer.parallel import ParallelConfig
 from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.report import write_report
@@ -36,16 +32,6 @@ from tinyflux.trainer.schedules import learning_rate
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved itself and can be requeued
 T_BINS = 10  # parts of t that the main loss is recorded for
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only: norms, biases and gates are vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def _by_timestep(main: Tensor, batch: dict) -> Tensor:
@@ -124,6 +110,13 @@ class Trainer:
         self.loader, self.identity = train_loader, identity or {}
         self.val_loader = val_loader if c.validate_every else None
         self.accumulation = train_loader.accumulation
+        if c.gradient_accumulation not in (1, self.accumulation):
+            data = train_loader.config
+            raise ValueError(
+                f"trainer.gradient_accumulation is {c.gradient_accumulation}, but it follows from"
+                f" data.global_batch_size / (ranks x data.micro_batch_size) = {data.global_batch_size} /"
+                f" ({self.world} x {data.micro_batch_size}) = {self.accumulation}: leave it out, or change those"
+            )
         fields = train_loader.sources[0].manifest.fields
         (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
         self.sample_tokens = height * width + text_tokens
@@ -143,7 +136,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """Weights, optimizer state and EMA, sharded; with the step all that a run is."""
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        optimizer = optimizer_state(self.model, self.optimizer)
         return {"model": get_model_state_dict(self.model), "optimizer": optimizer, "ema": self.ema.shadow}
 
     def load_checkpoint(self) -> bool:
@@ -153,8 +146,6 @@ class Trainer:
         if metadata is None:
             return False
         set_model_state_dict(self.model, state["model"])
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer | {"state": state["optimizer"]})
         self.ema.load_state_dict({"shadow": state["ema"], "updates": metadata["ema_updates"]})
         self.step, self.best_loss = metadata["step"], metadata["best_loss"] or float("inf")
         say(f"resuming at step {self.step} from {self.checkpointer.root}")
@@ -252,8 +243,7 @@ class Trainer:
         loss, main, lune, sol = (x / (samples * self.world) for x in (loss, main, lune, sol))
         lr = self._learning_rate()
         if all(map(torch.isfinite, (shared[0], grad_norm))):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.ema.update()
             self.nonfinite = 0

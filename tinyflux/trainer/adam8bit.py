@@ -1,0 +1,69 @@
+"""AdamW with moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): torchao's, from the extra [8bit].
+
+Blocks of 256 values share a scale. Here they lie inside the rows of a matrix, however many ranks hold those: the same
+values on 1 or 64 ranks, and a checkpoint that another rank count resumes bit for bit.
+"""
+
+import contextlib
+import logging
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels, of its other parts, that a CPU build lacks
+
+import torchao.optim  # noqa: E402
+from torchao.optim.subclass_8bit import OptimState8bit  # noqa: E402
+
+BLOCK, SMALLEST = 256, 4096  # values that share a scale; smaller parameters keep moments of 32 bits
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_small(p: Tensor) -> bool:
+    """Whether a parameter keeps its moments in 32 bits: too few values, or rows that are no whole blocks."""
+    return p.ndim != 2 or p.numel() < SMALLEST or p.shape[1] % BLOCK > 0
+
+
+class AdamW8bit(torchao.optim.AdamW8bit):
+    """torchao's, with blocks that do not depend on the sharding. params: sharded by rows, and groups of them."""
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+        local = p.to_local()
+        if is_small(p) or not local.numel():
+            return torch.zeros_like(p)
+        zeros = OptimState8bit.zeros(local.shape, signed, BLOCK, local.device, dtype=p.dtype)
+        return _sharded(zeros, p, p.shape)
+
+    def step(self, closure=None) -> None:
+        # its compiler is for CUDA; on a CPU it would take minutes and a C++ compiler to save microseconds
+        on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+        with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
+            super().step(closure)
+
+    @torch.no_grad()
+    def plain_state(self, p: DTensor) -> dict[str, Tensor]:
+        """A parameter's state in plain sharded tensors, which share its memory: codes [rows, columns] and scale
+        [rows, blocks] of each moment."""
+        state = self.state[p]
+        if is_small(p):
+            return state
+        rows, columns = p.shape
+        plain = {"step": state["step"]}
+        for name in MOMENTS:
+            local = state[name].to_local()
+            if isinstance(local, OptimState8bit):
+                codes, scale = local.codes, local.scale.view(-1, columns // BLOCK)
+            else:  # a rank without rows of this parameter
+                codes, scale = local.new_empty(0, columns, dtype=torch.uint8), local.new_empty(0, columns // BLOCK)
+            plain[f"{name}_codes"] = _sharded(codes, p, (rows, columns))
+            plain[f"{name}_scale"] = _sharded(scale, p, (rows, columns // BLOCK))
+        return plain
+
+
+def _sharded(local: Tensor, p: DTensor, shape: tuple[int, ...]) -> DTensor:
+    """The tensor of this shape whose rows are distributed as those of `p`, without a copy."""
+    stride = (*shape[1:], 1)
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
