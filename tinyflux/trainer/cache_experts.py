@@ -1,0 +1,333 @@
+"""Caches of encodings and teacher features for notebooks: views of shards, read as they are asked for.
+
+    cache = DatasetCache.build(zoo, images, prompts, name="portraits")
+    cache.save("cache/portraits")                  # a source: launch/train.py and sharding.verify take it too
+    cache = DatasetCache.load("cache/portraits")   # or a URL, or the folder of an old cache (encodings.pt, ...)
+    lune = cache.get_lune(indices, t)
+
+Random access opens and scans a shard for samples of shards that are not open; the stream of launch/train.py goes
+through shards in order and is what large sources are for.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyflux.shards.format import DTYPES, Field, bits
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.old import OldCache, is_old_cache
+from tinyflux.shards.store import LocalStore, OpenShards, Source, open_source
+from tinyflux.shards.writer import atomic_write
+from tinyflux.util.buckets import interpolate
+
+if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and reading a cache never needs them
+    from tinyflux.model.zoo import ModelZoo
+
+
+class ShardRows:
+    """The rows of a shard source. Any number of threads and of forked or spawned processes may read them."""
+
+    def __init__(self, source: Source):
+        self.source, self.shards = source, OpenShards([source])
+        self.name, self.count = source.name, source.manifest.count
+        self.buckets, self.fields = source.manifest.buckets, source.manifest.fields
+
+    def __reduce__(self):
+        return _reopen, (self.source.url, self.source.revision)
+
+    def read(self, group: str, indices: np.ndarray) -> dict[str, Tensor]:
+        """The fields of a group at rows `indices` int64 [B]: [B, ...] each, in the stored dtype.
+
+        Raises ShardError with shard and key where one is damaged.
+        """
+        fields, B = self.source.manifest.groups[group], len(indices)
+        tensors = {name: torch.empty(B, *f.shape, dtype=DTYPES[f.dtype]) for name, f in fields.items()}
+        rows = {name: bits(tensor) for name, tensor in tensors.items()}
+        starts = self.source.manifest.starts
+        for i, index in enumerate(indices.tolist()):
+            shard = int(np.searchsorted(starts, index, side="right")) - 1
+            file = self.shards.get(0, shard)
+            file.decode(index - int(starts[shard]), {group: fields}, {name: values[i] for name, values in rows.items()})
+        return tensors
+
+    def null(self) -> dict[str, Tensor]:
+        """The empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]."""
+        return self.source.null
+
+
+def _reopen(url: str, revision: str) -> ShardRows:
+    return ShardRows(open_source(url, revision=revision))
+
+
+Rows = ShardRows | OldCache
+
+
+class _View:
+    """One group of the rows' fields."""
+
+    group = ""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows.count
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rows.name!r}, {len(self)} samples)"
+
+    def _read(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, ...]:
+        array = np.asarray(indices.tolist() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
+        if not len(array):
+            raise ValueError(f"cache {self.rows.name!r}: no indices were given")
+        if len(wrong := array[(array < 0) | (array >= len(self))]):
+            raise IndexError(f"index {wrong[0]} is out of range: cache {self.rows.name!r} has {len(self)} samples")
+        return tuple(self.rows.read(self.group, array).values())
+
+    def _at(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, ...]:
+        t = torch.as_tensor(t, dtype=torch.float32)
+        features = self._read(indices)
+        if t.ndim > 1 or t.ndim == 1 and len(t) != len(features[0]):
+            raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: one t each, or one for all")
+        t = t.expand(len(features[0]))
+        return tuple(interpolate(values.to(t.device), t, self.rows.buckets) for values in features)
+
+
+class EncodingCache(_View):
+    """Latents, T5 states and pooled CLIP vectors, in the stored dtype."""
+
+    group = "encodings"
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [C, H, W], T5 states [L, D], CLIP vector [D]. Raises IndexError."""
+        latents, t5, clip = self._read([i])
+        return latents[0], t5[0], clip[0]
+
+    def get_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, C, H, W], T5 states [B, L, D], CLIP vectors [B, D]. Raises IndexError."""
+        return self._read(indices)
+
+
+class LuneFeatureCache(_View):
+    """Lune's features on the grid of timestep buckets."""
+
+    group = "lune"
+
+    def get(self, indices: Tensor | Sequence[int], t: Tensor | float) -> Tensor:
+        """Features float32 [B, D] at t [B] in [0, 1], on t's device. Raises IndexError."""
+        return self._at(indices, t)[0]
+
+
+class SolFeatureCache(_View):
+    """Sol's attention statistics on the grid of timestep buckets."""
+
+    group = "sol"
+
+    def get(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Statistics [B, 3] and maps [B, h, w], float32, at t [B] in [0, 1], on t's device. Raises IndexError."""
+        return self._at(indices, t)
+
+
+class DatasetCache:
+    """A source's samples: `encodings`, and `lune` and `sol`, which are None where the source has none."""
+
+    def __init__(self, rows: Rows):
+        self.rows, self.name, self.fields = rows, rows.name, rows.fields
+        self.encodings = EncodingCache(rows)
+        self.lune = LuneFeatureCache(rows) if "lune" in rows.fields else None
+        self.sol = SolFeatureCache(rows) if "sol_stats" in rows.fields else None
+
+    def __len__(self) -> int:
+        return self.rows.count
+
+    def __repr__(self) -> str:
+        has = {"lune": self.lune is not None, "sol": self.sol is not None}
+        return f"DatasetCache({self.name!r}, {len(self)} samples, lune={has['lune']}, sol={has['sol']})"
+
+    @classmethod
+    def build(
+        cls,
+        zoo: "ModelZoo",
+        images: Sequence,
+        prompts: Sequence[str],
+        name: str = "dataset",
+        build_lune: bool = True,
+        build_sol: bool = True,
+        batch_size: int = 16,
+        dtype: torch.dtype = torch.float16,
+        checkpoint_dir: str | Path | None = None,
+        *,
+        dataset_id: int = 0,
+        teacher_input: str = "image",
+        seed: int = 0,
+        shard_size: int = 256,
+    ) -> "DatasetCache":
+        """Extract everything from images and prompts; the zoo loads what it has not.
+
+        images: PIL images, paths, uint8 arrays [H, W, 3] or tensors [3, H, W]. checkpoint_dir: the folder that shards
+        are written to as they are done; the same call goes on there after an interruption. Without it they go to a
+        temporary folder that lasts as long as the cache: `save` it. dataset_id: what the sample keys begin with.
+        Samples are those that `sharding.build` makes of the same images, prompts, id and seed.
+        Raises ValueError naming the image that cannot be read, or how checkpoint_dir differs from what is asked for.
+        """
+        from tinyflux.trainer.cache_build import CacheBuild  # its libraries take seconds to import
+
+        folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix=f"tinyflux-{name}-".replace(os.sep, "_")))
+        options = {"name": name, "dataset_id": dataset_id, "lune": build_lune, "sol": build_sol, "seed": seed}
+        options |= {"batch_size": batch_size, "dtype": dtype, "teacher_input": teacher_input, "shard_size": shard_size}
+        rows = None
+        try:
+            CacheBuild(folder, zoo, images, prompts, **options).run()
+            rows = ShardRows(open_source(folder))
+        finally:
+            if checkpoint_dir is None and rows is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if checkpoint_dir is None:
+            weakref.finalize(rows, _remove, folder, os.getpid())
+        return cls(rows)
+
+    @classmethod
+    def load(cls, location: str | Path) -> "DatasetCache":
+        """A source's folder or URL, or the folder of an old cache. Reads no sample yet.
+
+        Raises FileNotFoundError, ValueError saying what is wrong with which file.
+        """
+        if is_old_cache(location):
+            return cls(OldCache(location))
+        return cls(ShardRows(open_source(location)))
+
+    def save(self, folder: str | Path, *, dataset_id: int = 0) -> Path:
+        """Write the cache as a source. Returns the folder.
+
+        Shards are linked where the file system can, else copied. dataset_id: of an old cache's samples, which have
+        none of their own. Raises FileExistsError where the folder holds another source.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.rows, OldCache):
+            from tinyflux.trainer.cache_build import convert
+
+            _refuse_other(folder, None)
+            convert(self.rows, folder, self.name, dataset_id)
+            return folder
+        source = self.rows.source
+        _refuse_other(folder, source.manifest)
+        for shard in source.manifest.shards:
+            _place(source.store.fetch(shard.name, shard.bytes, shard.sha256), folder / shard.name)
+        atomic_write(folder / "null.safetensors", source.store.fetch("null.safetensors").read_bytes())
+        if isinstance(source.store, LocalStore) and (rejected := source.store.root / "rejected.jsonl").is_file():
+            atomic_write(folder / "rejected.jsonl", rejected.read_bytes())
+        source.manifest.save(folder)
+        return folder
+
+    def null(self) -> dict[str, Tensor]:
+        """The empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]; zeros in an old cache."""
+        return self.rows.null()
+
+    def get_encodings(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [C, H, W], T5 states [L, D], CLIP vector [D] of a sample."""
+        return self.encodings[i]
+
+    def get_encodings_batch(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, C, H, W], T5 states [B, L, D], CLIP vectors [B, D]."""
+        return self.encodings.get_batch(indices)
+
+    def get_lune(self, indices: Tensor | Sequence[int], t: Tensor | float) -> Tensor:
+        """Lune's features float32 [B, D] at t [B]. Raises ValueError where the cache has none, IndexError."""
+        if self.lune is None:
+            raise ValueError(f"cache {self.name!r} has no Lune features: build it with build_lune=True")
+        return self.lune.get(indices, t)
+
+    def get_sol(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Sol's statistics [B, 3] and maps [B, h, w] at t [B]. Raises as `get_lune`."""
+        if self.sol is None:
+            raise ValueError(f"cache {self.name!r} has no Sol statistics: build it with build_sol=True")
+        return self.sol.get(indices, t)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker's copy of the cache goes before the cache does
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_other(folder: Path, manifest: Manifest | None) -> None:
+    found = folder / "manifest.json"
+    if found.exists() and (manifest is None or found.read_bytes() != manifest.to_json().encode()):
+        raise FileExistsError(f"{folder}: holds another source; remove it, or save to another folder")
+
+
+def _place(file: Path, target: Path) -> None:
+    if target.exists() and target.samefile(file):
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, target)
+
+
+class MultiSourceCache:
+    """Several caches, told apart by dataset id; every batch lookup is [B] local indices with [B] dataset ids."""
+
+    def __init__(self):
+        self.caches: dict[int, DatasetCache] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.caches.values()))
+
+    def __repr__(self) -> str:
+        return f"MultiSourceCache({', '.join(f'{i}: {cache!r}' for i, cache in self.caches.items())})"
+
+    def add(self, cache: DatasetCache, dataset_id: int) -> None:
+        """Add a cache. Raises ValueError where the id is taken, or tensors or buckets differ from the others'."""
+        if dataset_id in self.caches:
+            raise ValueError(f"dataset id {dataset_id} is taken by {self.caches[dataset_id].name!r}")
+        for other in self.caches.values():
+            if cache.rows.buckets != other.rows.buckets:
+                raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in their timestep buckets")
+            for name in cache.fields.keys() & other.fields.keys():
+                if (a := _shape(other.fields[name])) != (b := _shape(cache.fields[name])):
+                    raise ValueError(f"{name} of caches {other.name!r} and {cache.name!r} differ: {a} against {b}")
+        self.caches[dataset_id] = cache
+
+    def get_encodings(self, local_indices: Tensor, dataset_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [B, C, H, W], T5 states [B, L, D], CLIP vectors [B, D]."""
+        return self._gather(local_indices, dataset_ids, lambda cache, rows, _: cache.get_encodings_batch(rows))
+
+    def get_lune(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor) -> Tensor:
+        """Lune's features float32 [B, D] at t [B], on t's device. Raises ValueError, IndexError."""
+        get = lambda cache, rows, where: (cache.get_lune(rows, t[where]),)  # noqa: E731
+        return self._gather(local_indices, dataset_ids, get)[0]
+
+    def get_sol(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Sol's statistics [B, 3] and maps [B, h, w] at t [B], on t's device. Raises ValueError, IndexError."""
+        return self._gather(local_indices, dataset_ids, lambda cache, rows, where: cache.get_sol(rows, t[where]))
+
+    def _gather(self, local_indices: Tensor, dataset_ids: Tensor, get: Callable) -> tuple[Tensor, ...]:
+        indices, ids = torch.as_tensor(local_indices).cpu(), torch.as_tensor(dataset_ids).cpu()
+        if indices.shape != ids.shape or indices.ndim != 1:
+            raise ValueError(f"{list(indices.shape)} local indices and {list(ids.shape)} dataset ids: must be [B] each")
+        if unknown := sorted(set(ids.tolist()) - self.caches.keys()):
+            raise ValueError(f"dataset id {unknown[0]} is unknown: the caches added have {sorted(self.caches)}")
+        out: list[Tensor] = []
+        for dataset_id in sorted(set(ids.tolist())):
+            where = (ids == dataset_id).nonzero().flatten()
+            values = get(self.caches[dataset_id], indices[where], where)
+            out = out or [value.new_empty(len(ids), *value.shape[1:]) for value in values]
+            for whole, value in zip(out, values, strict=True):
+                whole[where.to(whole.device)] = value.to(whole.dtype)
+        return tuple(out)
+
+
+def _shape(field: Field) -> list[int]:
+    return list(field.shape)
