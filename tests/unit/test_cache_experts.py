@@ -230,7 +230,7 @@ class Bomb:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lune": {"other": torch.zeros(1)}}, "no lune, which may be called features, lune, lune_features; it has other"),
+        ({"lune": {"other": torch.zeros(1)}}, "no lune, which may be called features, lune, lune_features; it has"),
         ({"lune": torch.zeros(6, 10, 6)}, "lune has 6 rows, latents have 7"),
         ({"lune": torch.zeros(7, 9, 6)}, r"has shape \[7, 9, 6\], must be \[N, K, D\] with K = 10"),
         ({"lune": torch.zeros(7, 10, 6, dtype=torch.float64)}, "is torch.float64, must be one of float16"),
