@@ -1,6 +1,6 @@
-"""A loopback Hugging Face Hub of dataset repos that takes commits and gives files, for the real client.
+"""A loopback Hugging Face Hub of dataset and model repos that takes commits and gives files, for the real client.
 
-Files that end in .tar or .jpg are stored as LFS objects, as on the Hub; a commit is a whole listing of the repo.
+Shards, pictures and models' weights are stored as LFS objects, as on the Hub; a commit is a whole listing of the repo.
 """
 
 import base64
@@ -18,7 +18,8 @@ TOKEN = "hf_loopback"
 class DatasetHub(ThreadingHTTPServer):
     """`repos[name]` is the list of its commits, each {path: bytes}; `lfs` the objects by SHA-256, in order of arrival.
 
-    `fail_after`: how many more LFS objects are taken before the hub answers 500.
+    `fail_after`: how many more LFS objects are taken before the hub refuses them; `fail_commits`: how many commits get
+    a 500 from now on.
     """
 
     daemon_threads = True
@@ -31,6 +32,7 @@ class DatasetHub(ThreadingHTTPServer):
         self.messages: list[str] = []
         self.served: list[tuple[str, str]] = []  # (commit, path) of every file that was read
         self.fail_after = 1 << 30
+        self.fail_commits = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -43,7 +45,7 @@ def commit_id(repo: str, number: int) -> str:
 
 
 def is_lfs(path: str) -> bool:
-    return path.endswith((".tar", ".jpg"))
+    return path.endswith((".tar", ".jpg")) or path.startswith("checkpoint_runs/") and path.endswith(".safetensors")
 
 
 def entry(path: str, data: bytes) -> dict:
@@ -92,15 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(self.path.partition("?")[0])
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if found := self.find(match[1], match[2] or "main"):
                 siblings = [{"rfilename": name} for name in found[1]]
                 private = match[1] in self.server.private
                 self.json({"id": match[1], "sha": found[0], "private": private, "siblings": siblings, "tags": []})
-        elif match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
+        elif match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", path):
             if found := self.find(match[1], match[2]):
                 self.tree(found[1], match[3], "recursive=true" in self.path.lower())
-        elif match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+        elif match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
             if found := self.find(match[1], match[2]):
                 self.file(*found, match[3])
         else:
@@ -148,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         data, path = self.body(), unquote(self.path.partition("?")[0])
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             if found := self.find(match[1], match[2]):
                 self.paths_info(data, found[1])
             return None
@@ -156,12 +158,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(401, b"Invalid credentials in Authorization header")
         if path == "/api/repos/create":
             return self.create(json.loads(data))
-        if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.batch(json.loads(data))
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(preupload|commit)/main", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/(preupload|commit)/main", path):
             if match[1] not in self.server.repos:
                 return self.send(404, b"", X_Error_Code="RepoNotFound")
-            return self.preupload(json.loads(data)) if match[2] == "preupload" else self.commit(match[1], data)
+            if match[2] == "preupload":
+                return self.preupload(json.loads(data))
+            if self.server.fail_commits > 0:
+                self.server.fail_commits -= 1
+                return self.send(500, b"the hub is out of order")
+            return self.commit(match[1], data)
         return self.send(404)
 
     def paths_info(self, data: bytes, files: dict[str, bytes]) -> None:

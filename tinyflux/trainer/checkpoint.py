@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -201,12 +202,20 @@ class Checkpointer:
 
     A save copies the shards aside and returns; a thread writes them, then checksums, exports and prunes on rank 0.
     It has a process group of its own, so that its collectives never meet those of the training step.
+    upload: called on rank 0, in that thread, with the folder of a checkpoint whose weights are to be uploaded.
     """
 
     def __init__(
-        self, root: Path, config: TinyFluxConfig, *, keep_steps: int = 3, keep_epochs: int = 3, save_pt: bool = False
+        self,
+        root: Path,
+        config: TinyFluxConfig,
+        *,
+        keep_steps: int = 3,
+        keep_epochs: int = 3,
+        save_pt: bool = False,
+        upload: Callable[[Path], None] | None = None,
     ):
-        self.root, self.config, self.save_pt = root, config, save_pt
+        self.root, self.config, self.save_pt, self.upload = root, config, save_pt, upload
         self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         self.executor = ThreadPoolExecutor(1, "checkpoint")
@@ -236,7 +245,7 @@ class Checkpointer:
     def save(self, step: int, state: dict, metadata: dict, reasons: set[str]) -> None:
         """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. A collective.
 
-        reasons: which of "step", "epoch" and "best" it is kept for. A failure is reported, not raised.
+        reasons: which of "step", "epoch" and "best" it is kept for, and "upload". A failure is reported, not raised.
         """
         self.wait()
         folder = self.root / f"step_{step}"
@@ -259,6 +268,8 @@ class Checkpointer:
             if "best" in metadata["reasons"]:
                 shutil.copyfile(weights, self.root / ".best.tmp")
                 os.replace(self.root / ".best.tmp", self.root / "best_ema.safetensors")
+            if self.upload and "upload" in metadata["reasons"]:
+                self.upload(folder)
             self._prune()
         except FAILURES as error:
             say(f"WARNING: saving {folder} failed: {error}\n  training goes on; the checkpoints before it are intact")

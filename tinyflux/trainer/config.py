@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -112,6 +113,16 @@ class TrainerConfig:
     """Epoch checkpoints kept; 0 keeps all."""
     save_pt: bool = False
     """Also write step_N.pt: weights, EMA, optimizer and configs in one file."""
+    hf_repo_id: str | None = None
+    """Model repo of the Hugging Face Hub, USER/NAME, that weights are uploaded to while training goes on."""
+    hf_run_name: str | None = None
+    """Folder in its checkpoint_runs/. Default: the run folder's name."""
+    upload_every_steps: int = 0
+    """Steps between uploads; 0 uploads none by step."""
+    upload_every_epochs: int = 1
+    """Epochs between uploads; 0 uploads none by epoch. The end of the run is always uploaded."""
+    upload_wait: int = 600
+    """Seconds that the end of a run waits for the last upload."""
     validate_every: int = 1000
     """Steps between validations on held-out samples (data.val_fraction); the best weights are kept. 0: none."""
     validation_samples: int = 1024
@@ -161,9 +172,13 @@ class TrainerConfig:
         not_negative = ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "lune_weight", "lune_warmup_steps")
         not_negative += ("sol_weight", "sol_warmup_steps", "save_every_steps", "keep_last_n_steps", "sample_every")
         not_negative += ("save_every_epochs", "keep_last_n_epochs", "guidance_scale", "validate_every", "profile_at")
+        not_negative += ("upload_every_steps", "upload_every_epochs", "upload_wait")
         for name in not_negative:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         _require(self.max_epochs is None or self.max_epochs > 0, "max_epochs", self.max_epochs, "must be positive")
+        for name, pattern in (("hf_repo_id", r"[\w.-]+/[\w.-]+"), ("hf_run_name", r"\w[\w.-]*")):
+            value = getattr(self, name)
+            _require(value is None or re.fullmatch(pattern, value), name, value, f"must be like {pattern}")
         within = f"must be at most trainer.learning_rate = {self.learning_rate}"
         _require(self.min_lr <= self.learning_rate, "min_lr", self.min_lr, within)
         if self.use_spatial_weighting and not self.enable_sol:

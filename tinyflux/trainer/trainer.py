@@ -28,6 +28,7 @@ from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.report import write_report
 from tinyflux.trainer.sampling import Sampler, evaluating
 from tinyflux.trainer.schedules import learning_rate
+from tinyflux.trainer.upload import Uploader
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved itself and can be requeued
 T_BINS = 10  # parts of t that the main loss is recorded for
@@ -123,7 +124,11 @@ class Trainer:
         self.sample_flops = flops_per_sample(self.model_config, height * width, text_tokens)
         self.lock = checkpoint.lock(self.run_dir) if self.rank == 0 else None
         options = {"keep_steps": c.keep_last_n_steps, "keep_epochs": c.keep_last_n_epochs, "save_pt": c.save_pt}
-        self.checkpointer = Checkpointer(self.run_dir / c.checkpoint_dir, self.model_config, **options)
+        root, self.uploader = self.run_dir / c.checkpoint_dir, None
+        if c.hf_repo_id and self.rank == 0:
+            self.uploader = Uploader(root, c.hf_repo_id, c.hf_run_name or self.run_dir.resolve().name)
+            options["upload"] = self.uploader.add
+        self.checkpointer = Checkpointer(root, self.model_config, **options)
         self.training_config = training_config or {"trainer": asdict(c), "model": self.model_config.to_dict()}
         self.checkpointer.write_configs(self.training_config)
         self.load_checkpoint()
@@ -179,6 +184,8 @@ class Trainer:
         if self.finished:
             say(f"finished: step {self.step} of {c.total_steps} was saved in {self.checkpointer.root}")
             self.close()
+            if self.uploader:
+                self.uploader.finish(c.upload_wait)
             return 0
         self.metrics = Metrics(self.run_dir, self.run_dir / c.tensorboard_dir, self.step, c.total_steps)
         self.metrics.text("config", f"```json\n{json.dumps(self.training_config, indent=2)}\n```", self.step)
@@ -206,6 +213,10 @@ class Trainer:
         if self.checkpointer.newest != self.step:
             say(f"error: step {self.step} could not be saved; run the same command again once that is put right")
             return 1
+        if self.uploader:
+            if self.finished:
+                self.uploader.add(self.checkpointer.root / f"step_{self.step}")
+            self.uploader.finish(c.upload_wait if self.finished else 0)
         if self.finished:
             return 0
         say(f"stopped by a signal at step {self.step} of {c.total_steps}: saved, and the same command goes on")
@@ -297,11 +308,16 @@ class Trainer:
         if record.get("val_loss", self.best_loss) < self.best_loss:
             self.best_loss = record["val_loss"]
             reasons.add("best")
-        if c.save_every_steps and self.step % c.save_every_steps == 0:
-            reasons.add("step")
         epoch = self._epoch(self.step)
-        if c.save_every_epochs and epoch > self._epoch(self.step - 1) and epoch % c.save_every_epochs == 0:
-            reasons.add("epoch")
+        begun = epoch > self._epoch(self.step - 1)  # with this step
+
+        def due(steps: int, epochs: int) -> tuple[bool, bool]:
+            return steps > 0 and self.step % steps == 0, begun and epochs > 0 and epoch % epochs == 0
+
+        saves = zip(("step", "epoch"), due(c.save_every_steps, c.save_every_epochs), strict=True)
+        reasons |= {reason for reason, is_due in saves if is_due}
+        if c.hf_repo_id and any(due(c.upload_every_steps, c.upload_every_epochs)):
+            reasons.add("upload")
         if reasons:
             self.save_checkpoint(reasons)
         if self.preview and self.step % c.sample_every == 0:

@@ -1,0 +1,101 @@
+"""Weights on their way to a loopback Hub while a training goes on, by the real client in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dataset_hub import TOKEN, dataset_hub
+from tests.training import command, curve, environment, make_source
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.upload import public, render
+
+REPO = "user/flux"
+OPTIONS = ("--trainer.total-steps", 8, "--trainer.save-every-steps", 2, "--trainer.keep-last-n-steps", 1)
+UPLOAD = ("--trainer.hf-repo-id", REPO, "--trainer.hf-run-name", "mine", "--trainer.upload-every-steps", 3)
+PLACE = "checkpoint_runs/mine"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return [make_source(tmp_path_factory.mktemp("sources") / "a", 1)]
+
+
+def run(argv: list[str], url: str, home: Path) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in environment().items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )
+
+
+def steps(hub) -> set[int]:
+    """The steps whose two files are in the repo."""
+    names = [Path(path).name for path in hub.files(REPO) if path.startswith(f"{PLACE}/step_")]
+    found = {int(name.split("_")[1].split(".")[0]) for name in names}
+    assert sorted(names) == sorted(f"step_{step}{kind}.safetensors" for step in found for kind in ("", "_ema"))
+    return found
+
+
+def test_uploaded_while_training_and_loaded_from_there(sources, tmp_path):
+    with dataset_hub() as hub:
+        hub.fail_commits = 1  # a 500, which the client itself tries again
+        argv = command(tmp_path / "run", sources, *OPTIONS, *UPLOAD)
+        done = run(argv, hub.url, tmp_path / "hf")
+        assert done.returncode == 0, done.stdout
+        assert TOKEN not in done.stdout and len(curve(tmp_path / "run")) == 8
+        assert steps(hub) == {3, 6, 8}  # 3 and 6 are pruned by then
+        files = hub.files(REPO)
+        rest = {path for path in files if not path.startswith(f"{PLACE}/step_")}
+        assert rest == {".gitattributes", "README.md", f"{PLACE}/config.json", f"{PLACE}/training_config.json"}
+        assert json.loads(files[f"{PLACE}/training_config.json"])["trainer"]["hf_repo_id"] == REPO
+        assert not any(TOKEN.encode() in data for data in files.values())
+        card = files["README.md"].decode()
+        assert card.count("## mine") == 1 and "| steps | 8 of 8 |" in card and f'"{REPO}:{PLACE}"' in card
+        assert not list((tmp_path / "run" / "checkpoints" / ".upload").iterdir())
+
+        code = (
+            "import sys, torch; from tinyflux.model.loader import from_pretrained, load_model;"
+            "a, b = from_pretrained(sys.argv[1]), load_model(sys.argv[2]);"
+            "assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())"
+        )
+        local = tmp_path / "run" / "checkpoints" / "step_8_ema.safetensors"
+        loaded = run([sys.executable, "-c", code, f"{REPO}:{PLACE}", str(local)], hub.url, tmp_path / "hf2")
+        assert loaded.returncode == 0, loaded.stdout
+
+
+def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
+    with dataset_hub() as hub:
+        nobody = hub.url
+    argv = command(tmp_path / "run", sources, *OPTIONS, *UPLOAD, "--trainer.upload-wait", 2)
+    done = run(argv, nobody, tmp_path / "hf")
+    assert done.returncode == 0 and len(curve(tmp_path / "run")) == 8, done.stdout
+    assert f"WARNING: upload to {REPO} failed (1 in a row)" in done.stdout, done.stdout
+    assert "WARNING: not uploaded" in done.stdout and "the same command sends them" in done.stdout
+    with dataset_hub() as hub:
+        done = run(argv, hub.url, tmp_path / "hf")
+        assert done.returncode == 0 and "finished: step 8" in done.stdout, done.stdout
+        assert steps(hub) == {3, 6, 8}, done.stdout
+
+
+def test_a_card_keeps_what_others_wrote():
+    training = {"trainer": {"total_steps": 9}, "data": {"sources": ["https://me:pw@host/a?key=s"]}}
+    first = render("---\nlicense: mit\n---\n\n# Flux\n\nMy words.\n", REPO, "one", ["step_3.safetensors"], training)
+    both = render(first, REPO, "two", ["step_3.safetensors"], training)
+    again = render(both, REPO, "one", ["step_9.safetensors"], training)
+    assert "My words." in again and "license: mit" in again and "pw" not in again and "key=s" not in again
+    assert again.count("## one") == again.count("## two") == 1
+    assert "9 of 9" in again and again.index("## one") < again.index("## two")
+
+
+def test_what_a_config_must_not_tell():
+    config = {"data": {"sources": ["s3://bucket/a", "https://u:p@h.org/x/y?X-Signature=1#f", "plain/folder"]}}
+    assert public(config) == {"data": {"sources": ["s3://bucket/a", "https://h.org/x/y", "plain/folder"]}}
+
+
+@pytest.mark.parametrize("field", [{"hf_repo_id": "flux"}, {"hf_repo_id": "a/b/c"}, {"hf_run_name": "../up"}])
+def test_refused_names(field):
+    with pytest.raises(ValueError, match=f"trainer.{next(iter(field))} is"):
+        TrainerConfig(**field)

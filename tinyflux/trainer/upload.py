@@ -1,0 +1,168 @@
+"""Weights into a model repo of the Hugging Face Hub while training goes on, in checkpoint_runs/NAME/.
+
+Only step_N.safetensors, step_N_ema.safetensors (the published layout), config.json and training_config.json are sent,
+and a model card. The token is the one of HF_TOKEN or of `hf auth login`.
+"""
+
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HTTPError
+
+from tinyflux.trainer.metrics import say
+
+FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: the client's, of a file that it can't send
+RETRY = 60.0  # seconds after a failure, beside the client's own retries; twice as many after each further one
+LONGEST = 900.0
+LAST_RETRY = 5.0  # while the end of the run waits
+
+
+def public(value):
+    """A config without what its URLs may hide: user names, passwords and signed queries."""
+    if isinstance(value, dict):
+        return {key: public(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [public(x) for x in value]
+    if isinstance(value, str) and "://" in value:
+        url = urlsplit(value)
+        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
+    return value
+
+
+def section(repo: str, run: str, names: list[str], training: dict) -> str:
+    """What the model card says of a run, between marks that the next upload finds."""
+    trainer, data = training.get("trainer", {}), training.get("data", {})
+    steps = sorted({int(re.match(r"step_(\d+)", name)[1]) for name in names if name.startswith("step_")})
+    told = {"steps": f"{steps[-1]} of {trainer.get('total_steps')}" if steps else "none yet"}
+    told |= {"sources": ", ".join(Path(urlsplit(url).path).name for url in data.get("sources", []))}
+    told |= {key: data.get(key) for key in ("global_batch_size", "seed")}
+    told |= {key: trainer.get(key) for key in ("optimizer", "learning_rate", "shift", "init_from")}
+    rows = [f"| {key} | {value} |" for key, value in told.items() if value]
+    place = f"{repo}:checkpoint_runs/{run}"
+    return "\n".join(
+        [
+            f"<!-- tinyflux run {run}: written anew by each upload -->",
+            f"## {run}",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "```python",
+            "from tinyflux.model.loader import from_pretrained",
+            "",
+            f'model = from_pretrained("{place}")    # the newest averaged weights',
+            "```",
+            "",
+            f'    python launch/sample.py --checkpoint {place} --prompt "..."',
+            "",
+            f"<!-- /tinyflux run {run} -->",
+        ]
+    )
+
+
+def render(old: str, repo: str, run: str, names: list[str], training: dict) -> str:
+    """The text of the repo's README.md: `old` with the section of this run brought up to date, the rest as it is."""
+    card = ModelCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
+    data = {"pipeline_tag": "text-to-image"} | card.data.to_dict()
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "tinyflux", "rectified-flow"]))
+    new = section(repo, run, names, training)
+    begin, end = new.splitlines()[0], new.splitlines()[-1]
+    before, found, rest = card.text.partition(begin)
+    after = rest.partition(end)[2] if found else ""
+    text = f"{before.strip()}\n\n{new}\n\n{after.strip()}".strip()
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n"
+
+
+class Uploader:
+    """Sends checkpoints from a thread of its own. What could not be sent waits in `root`/.upload, through restarts too.
+
+    root: the run's checkpoints. repo: USER/NAME, made if there is none. run: the folder in checkpoint_runs.
+    """
+
+    def __init__(self, root: Path, repo: str, run: str):
+        self.root, self.repo, self.run = root, repo, run
+        self.waiting = root / ".upload"
+        self.failures, self.sent = 0, []
+        self.wake, self.closing = threading.Event(), False
+        # a daemon: an upload that hangs does not keep the process
+        self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        if get_token() is None:
+            say(f"WARNING: no token for the upload to {repo}: set HF_TOKEN or run `hf auth login`, then run this again")
+        if self.pending():
+            say(f"{len(self.pending())} files of an earlier start wait for upload to {repo}")
+            self.wake.set()
+        self.thread.start()
+
+    def pending(self) -> list[Path]:
+        """Files that wait to be sent."""
+        return sorted(self.waiting.glob("step_*.safetensors"))
+
+    def add(self, folder: Path) -> None:
+        """Send the exported weights of a checkpoint soon. They are linked aside, so that pruning does not matter."""
+        self.waiting.mkdir(exist_ok=True)
+        for name in (f"{folder.name}.safetensors", f"{folder.name}_ema.safetensors"):
+            target = self.waiting / name
+            if name in self.sent or target.exists():
+                continue
+            try:
+                os.link(self.root / name, target)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.root / name, self.waiting / f".{name}")
+                os.replace(self.waiting / f".{name}", target)
+        self.wake.set()
+
+    def _work(self) -> None:
+        delay = None
+        while True:
+            self.wake.wait(delay)
+            self.wake.clear()
+            if files := self.pending():
+                try:
+                    self._send(files)
+                    self.failures, delay = 0, None
+                except FAILURES as error:
+                    self.failures += 1
+                    delay = LAST_RETRY if self.closing else min(LONGEST, RETRY * 2 ** (self.failures - 1))
+                    names = ", ".join(path.name for path in files)
+                    say(f"WARNING: upload to {self.repo} failed ({self.failures} in a row): {error}")
+                    say(f"  training goes on; {names} will be sent at the next try")
+            if self.closing and not self.pending():
+                return
+
+    def _send(self, files: list[Path]) -> None:
+        api = HfApi()
+        api.create_repo(self.repo, exist_ok=True)
+        place, training = f"checkpoint_runs/{self.run}", self.root / "training_config.json"
+        config = public(json.loads(training.read_text()))
+        known = api.file_exists(self.repo, "README.md")
+        old = Path(api.hf_hub_download(self.repo, "README.md")).read_text(encoding="utf-8") if known else ""
+        names = [path.name for path in files]
+        operations = [
+            *(CommitOperationAdd(f"{place}/{path.name}", path) for path in files),
+            CommitOperationAdd(f"{place}/config.json", self.root / "config.json"),
+            CommitOperationAdd(f"{place}/training_config.json", json.dumps(config, indent=2).encode()),
+            CommitOperationAdd("README.md", render(old, self.repo, self.run, names, config).encode()),
+        ]
+        api.create_commit(self.repo, operations, commit_message=f"{self.run}: {', '.join(names)}")
+        for path in files:
+            path.unlink(missing_ok=True)
+        self.sent += names
+        say(f"uploaded {', '.join(names)} to {self.repo}:{place}")
+
+    def finish(self, seconds: float) -> None:
+        """Send what still waits, for at most so long, and say how that ended."""
+        if self.pending() and seconds:
+            say(f"waiting for the upload to {self.repo}, up to {seconds:g} s (trainer.upload_wait)")
+        self.closing = True
+        self.wake.set()
+        self.thread.join(seconds)
+        if waiting := self.pending():
+            names = ", ".join(path.name for path in waiting)
+            say(f"WARNING: not uploaded to {self.repo}: {names}; the same command sends them")
