@@ -2,6 +2,7 @@
 
     python -m sharding.build --source shapes --zoo tiny --limit 200     a first try, offline
     python -m sharding.build --source portraits --sources my.toml       shards go to data/portraits
+    python -m sharding.build --source cache/old --kind cache            of an old cache, without any models
     torchrun --nproc-per-node 8 -m sharding.build --source portraits    the same on 8 devices
     sbatch --array=0-31 launch/slurm/build.sbatch --source portraits    the same as 32 jobs of a SLURM array
 
@@ -24,14 +25,16 @@ import transformers
 import tyro
 from tqdm import tqdm
 
+from sharding.convert import Converter
 from sharding.engine import Engine
 from sharding.inputs import Input
 from sharding.job import Job, JobError
 from sharding.readers import list_inputs
-from sharding.sources import SourceSpec, describe, find_source, load_sources, table
+from sharding.sources import SourceError, SourceSpec, describe, find_source, load_sources, table, unlisted_source
 from tinyflux.model.extract import extract, load_models, null_embeddings, producer
 from tinyflux.model.zoo import FLUX, ModelZoo
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.old import FINGERPRINT
 from tinyflux.shards.writer import atomic_write
 
 
@@ -43,6 +46,11 @@ class BuildConfig:
     """Name of a table in sources.toml."""
     sources: str | None = None
     """The sources file; default: ./sources.toml if there is one, else the packaged one."""
+    kind: str | None = None
+    """What --source is where no sources file lists it: imagefolder, webdataset, jsonl, csv, hf or cache (see the
+    packaged sources.toml); --source is its location then."""
+    dataset_id: int = 0
+    """The id of such a source; others have theirs in the sources file."""
     list: bool = False
     """Show the known sources and stop."""
     estimate: bool = False
@@ -158,7 +166,7 @@ def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
 class Progress:
     """The bar: images of all ranks, images/s, time left, rejects."""
 
-    def __init__(self, job: Job, engine: Engine, show: bool):
+    def __init__(self, job: Job, engine: Engine | Converter, show: bool):
         self.job, self.engine = job, engine
         self.before = self._finished()
         tty = sys.stderr.isatty()
@@ -212,22 +220,69 @@ def estimate(engine: Engine, inputs: list[Input], world: int) -> None:
     print(f"  feed  a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
 
 
+def source_of(config: BuildConfig) -> SourceSpec:
+    """The source that is asked for, listed in the sources file or described by --kind. Raises SourceError."""
+    if config.kind is None or config.source in load_sources(config.sources):
+        spec = find_source(config.source, config.sources)
+        if config.kind not in (None, spec.kind):
+            raise SourceError(f"[{spec.name}] is of kind {spec.kind!r}, not {config.kind!r}: leave out --kind")
+        return spec
+    return unlisted_source(config.source, config.kind, config.dataset_id)
+
+
+def convert(config: BuildConfig, spec: SourceSpec) -> int:
+    """Turn an old cache into shards, or this rank's share of it. Returns the exit status. Raises as `build`."""
+    others = {"dtype": "float16", "teacher_input": "image", "estimate": False, "revision": {}}
+    if wrong := [name for name, value in others.items() if getattr(config, name) != value]:
+        raise ValueError(f"--{wrong[0].replace('_', '-')} does not apply to an old cache: it is taken as it is")
+    rank, world, local_rank, local_world = place()
+    job = Job(Path(config.out or Path("data") / spec.name), spec.name, spec.dataset_id)
+    settings = {"source": describe(spec), "shard_size": config.shard_size, "lune": config.lune, "sol": config.sol}
+    if begun := job.config():
+        job.check({"settings": settings})
+    if begun and not config.append and (status := already(job, config.shard_size)) is not None:
+        return status
+    workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
+    converter = Converter(spec, config.lune, config.sol, workers)
+    null = safetensors.torch.save(converter.null())
+    inputs = converter.inputs()[: config.limit]
+    ordered = job.begin({"settings": settings, "fingerprint": FINGERPRINT}, inputs, config.shard_size, config.append)
+    with job.lock():
+        if not (job.out / "null.safetensors").exists():
+            atomic_write(job.out / "null.safetensors", null)
+    progress = Progress(job, converter, show=local_rank == 0)
+    converter.run(job, job.claim(rank, world), ordered, progress)
+    progress.close()
+    if spec.null is None:
+        print(f"{job.out / 'null.safetensors'} is zeros: the cache has no empty prompt (key null of a sources.toml)")
+    return finish(job, FINGERPRINT, config.max_rejected)
+
+
+def already(job: Job, shard_size: int) -> int | None:
+    """0, having said so, where there is nothing left to do."""
+    if not job.complete(shard_size):
+        return None
+    manifest = Manifest.load(job.out)
+    print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
+    return 0
+
+
 def build(config: BuildConfig) -> int:
     """Build the source, or this rank's share of it. Returns the exit status.
 
     Raises ValueError, OSError or RuntimeError with a message for the user.
     """
-    spec = find_source(config.source, config.sources)
+    spec = source_of(config)
+    if spec.kind == "cache":
+        return convert(config, spec)
     rank, world, local_rank, local_world = place()
     job = Job(Path(config.out or Path("data") / spec.name), spec.name, spec.dataset_id)
     begun = None if config.estimate else job.config()
     settings = settle(config, spec, begun, local_world)
     if begun:
         job.check({"settings": settings})
-    if begun and not config.append and job.complete(config.shard_size):
-        manifest = Manifest.load(job.out)
-        print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
-        return 0
+    if begun and not config.append and (status := already(job, config.shard_size)) is not None:
+        return status
     device = device_of(config, settings, local_rank)
     zoo = ModelZoo(device=device, zoo=config.zoo, revision=revisions(config, begun))
     size = spec.size or zoo.image_size
@@ -253,11 +308,12 @@ def build(config: BuildConfig) -> int:
     start = time.perf_counter()
     engine.run(job, job.claim(rank, world), ordered, progress)
     progress.close()
-    return finish(job, engine, fingerprint, config.max_rejected, time.perf_counter() - start)
+    say_speed(engine, time.perf_counter() - start)
+    return finish(job, fingerprint, config.max_rejected)
 
 
-def finish(job: Job, engine: Engine, fingerprint: dict, max_rejected: float, seconds: float) -> int:
-    """Merge if all shards are done, print the summary, and return the exit status."""
+def say_speed(engine: Engine, seconds: float) -> None:
+    """Print where the time of this run went."""
     spent = engine.stages.seconds
     if engine.images:
         work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("decode", "compress", "write"))
@@ -266,6 +322,10 @@ def finish(job: Job, engine: Engine, fingerprint: dict, max_rejected: float, sec
             f"this run: {engine.images} images in {seconds:.1f} s, {engine.images / seconds:.1f} images/s: "
             f"encode {spent['encode']:.1f} s, waiting for files {waits:.1f} s; beside it, summed over threads: {work} s"
         )
+
+
+def finish(job: Job, fingerprint: dict, max_rejected: float) -> int:
+    """Merge if all shards are done, print the summary, and return the exit status."""
     if left := job.unfinished():
         print(f"{job.out}: {len(left)} of {job.shards} shards are still being written by other ranks; the last merges")
         return 0

@@ -19,6 +19,7 @@ PACKAGED = Path(__file__).with_name("sources.toml")
 
 COMMON = ("kind", "dataset_id", "weight", "captions", "allow_empty_captions", "crop", "size", "min_side",
           "max_aspect", "max_pixels")  # fmt: skip
+OF_ALL = ("kind", "dataset_id", "weight")  # of COMMON, what does not concern images
 # kind -> keys it must have, keys it may have; readers.py has one function for each
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shapes": (("count",), ()),
@@ -27,6 +28,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hf": (("location",), ("image", "caption", "split", "config", "revision", "streaming", "count")),
     "jsonl": (("location",), ("image", "caption", "root")),
     "csv": (("location",), ("image", "caption", "root")),
+    "cache": (("location",), ("null",)),
 }
 CROPS = ("center", "top", "random")
 CAPTION_RULES = ("first", "longest", "random", "all")
@@ -70,6 +72,8 @@ class SourceSpec:
     streaming: bool = False
     root: str | None = None
     """Folder that the paths of a jsonl or csv list are relative to and may not leave; None is the list's own."""
+    null: str | None = None
+    """A null.safetensors for an old cache, made with the same T5 and CLIP; None is zeros."""
     base: Path = field(default=Path(), compare=False, repr=False)
     """Folder of the sources.toml, which relative locations start from."""
 
@@ -119,6 +123,7 @@ CHECKS = {
     "revision": _TEXT,
     "streaming": _FLAG,
     "root": _TEXT,
+    "null": _TEXT,
 }
 
 
@@ -132,7 +137,7 @@ def _spec(file: Path, name: str, table: object) -> SourceSpec:
     if kind not in KINDS:
         raise SourceError(f"{where} kind: must be {CHECKS['kind'][1]}; it is {kind!r}")
     required, optional = KINDS[kind]
-    allowed = (*COMMON, *required, *optional)
+    allowed = (*(OF_ALL if kind == "cache" else COMMON), *required, *optional)
     for key in table:
         if key not in allowed:
             raise SourceError(f"{where}: unknown key {key!r}; kind {kind!r} takes {', '.join(allowed)}")
@@ -180,6 +185,15 @@ def find_source(name: str, file: str | Path | None = None) -> SourceSpec:
         known = ", ".join(sorted(specs)) or "none"
         raise SourceError(f"unknown source {name!r}; known: {known}. Add a [{name}] table to a sources.toml")
     return specs[name]
+
+
+def unlisted_source(location: str, kind: str, dataset_id: int) -> SourceSpec:
+    """A source that no file describes, named after the last part of its location. Raises SourceError."""
+    if kind not in KINDS or "location" not in KINDS[kind][0]:
+        kinds = ", ".join(name for name, (required, _) in KINDS.items() if required == ("location",))
+        raise SourceError(f"--kind {kind}: such a source must be described in a sources.toml; known here: {kinds}")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(location).expanduser().resolve().stem).strip("-") or "source"
+    return _spec(Path("--source"), name, {"kind": kind, "location": location, "dataset_id": dataset_id})
 
 
 def describe(spec: SourceSpec) -> dict:

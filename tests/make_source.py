@@ -10,6 +10,7 @@ from PIL import Image
 from tinyflux.shards.format import encode_sample, fields_of, sample_key
 from tinyflux.shards.manifest import Manifest, shard_name
 from tinyflux.shards.writer import write_shard
+from tinyflux.util.buckets import BUCKETS
 
 SHAPES = {
     "latents": (4, 4, 4),
@@ -50,4 +51,22 @@ def make_source(folder: Path, counts=(5, 3, 4), name="portraits", dataset_id=1, 
     Manifest(name, dataset_id, fields, shards, fingerprint or {"vae": {"revision": "abc"}}).save(folder)
     null = {name: torch.zeros(SHAPES[name]) for name in ("t5_embeds", "clip_pooled")}
     safetensors.torch.save_file(null, folder / "null.safetensors")
+    return folder
+
+
+def make_old_cache(folder: Path, n: int = 7, **changes) -> Path:
+    """A cache as it was before there were shards, of the tensors of `make_tensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    t = {name: torch.stack([make_tensors(i)[name] for i in range(n)]) for name in make_tensors(0)}
+    grid = torch.tensor(BUCKETS)
+    files = {
+        "encodings": {k: t[k] for k in ("latents", "t5_embeds", "clip_pooled")}
+        | {"prompts": [f"p{i}" for i in range(n)]},
+        "lune": {"features": t["lune"], "t_buckets": grid, "dtype": torch.float16},
+        "sol": {"stats": t["sol_stats"], "spatial": t["sol_spatial"], "t_buckets": grid},
+        "meta": {"name": "portraits"},
+    }
+    for name, content in (files | changes).items():
+        if content is not None:
+            torch.save(content, folder / f"{name}.pt")
     return folder

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sharding import build, verify
-from tests.make_source import make_source, make_tensors
+from tests.make_source import make_old_cache, make_source, make_tensors
 from tests.training import train
 from tinyflux.model.tiny.shapes import render
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.store import open_source
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
-from tinyflux.util.buckets import BUCKETS, interpolate
+from tinyflux.util.buckets import interpolate
 
 N = 10
 IMAGES, PROMPTS = zip(*(render(i, seed=3) for i in range(N)), strict=True)
@@ -185,26 +185,8 @@ def test_several_sources(tmp_path):
         multi.add(one, dataset_id=5)
 
 
-def old_cache(folder: Path, n: int = 7, **changes) -> Path:
-    """A cache as it was before there were shards, of the tensors of `make_tensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    t = {name: torch.stack([make_tensors(i)[name] for i in range(n)]) for name in make_tensors(0)}
-    grid = torch.tensor(BUCKETS)
-    files = {
-        "encodings": {k: t[k] for k in ("latents", "t5_embeds", "clip_pooled")}
-        | {"prompts": [f"p{i}" for i in range(n)]},
-        "lune": {"features": t["lune"], "t_buckets": grid, "dtype": torch.float16},
-        "sol": {"stats": t["sol_stats"], "spatial": t["sol_spatial"], "t_buckets": grid},
-        "meta": {"name": "portraits"},
-    }
-    for name, content in (files | changes).items():
-        if content is not None:
-            torch.save(content, folder / f"{name}.pt")
-    return folder
-
-
 def test_old_caches_load_and_become_sources(tmp_path, capsys):
-    old = DatasetCache.load(old_cache(tmp_path / "old"))
+    old = DatasetCache.load(make_old_cache(tmp_path / "old"))
     assert old.name == "portraits" and len(old) == 7
     folder = old.save(tmp_path / "new", dataset_id=4)
     assert verify.main([str(folder), "--deep"]) == 0, capsys.readouterr().out
@@ -242,17 +224,17 @@ class Bomb:
 )  # fmt: skip
 def test_bad_old_caches(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        DatasetCache.load(old_cache(tmp_path, **changes))
+        DatasetCache.load(make_old_cache(tmp_path, **changes))
 
 
 def test_old_caches_that_are_damaged(tmp_path):
-    path = old_cache(tmp_path / "cut") / "lune.pt"
+    path = make_old_cache(tmp_path / "cut") / "lune.pt"
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="lune.pt: damaged, cut short"):
         DatasetCache.load(tmp_path / "cut")
     features = torch.zeros(7, 10, 6)
     features[3] = torch.nan
     with pytest.raises(ValueError, match="sample 0000_000000003: lune has NaN"):
-        DatasetCache.load(old_cache(tmp_path / "nan", lune=features)).save(tmp_path / "out")
+        DatasetCache.load(make_old_cache(tmp_path / "nan", lune=features)).save(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DatasetCache.load(tmp_path / "nothing")
