@@ -44,6 +44,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     options = {"global_batch_size": config.data.global_batch_size, "seed": seed}
     collate = StreamCollate(c, [s.null for s in sources], buckets=sources[0].manifest.buckets, **options)
     on_node = {"device": device, "ranks_on_node": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+    on_node |= {"end_step": None if config.dry_run else c.total_steps}
     stream = Stream(sources, config.data, dist.get_rank(), dist.get_world_size(), collate, **on_node)
     sampler = None
     if c.sample_every and c.sample_prompts:

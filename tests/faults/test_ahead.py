@@ -35,10 +35,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(ahead, "POLL", 0.1)
 
 
-def stream_of(server, tmp_path, **options):
+def stream_of(server, tmp_path, end_step=None, **options):
     sizes = {"global_batch_size": 2 * LANES, "micro_batch_size": 2 * LANES, "slots_per_stream": 2, "seed": 3}
     config = DataConfig([f"{server.url}/portraits"], cache_dir=str(tmp_path / "cache"), **sizes | options)
-    return Stream(open_sources(config), config)
+    return Stream(open_sources(config), config, end_step=end_step)
 
 
 def shards_of(plan, steps) -> list[int]:
@@ -79,6 +79,16 @@ def test_shards_come_in_the_order_of_their_use(server, tmp_path, monkeypatch):
         wait_for(lambda: len(cached(tmp_path)) == 8)
         asked = [int(n[-10:-4]) for n in server.bodies if n.endswith(".tar")]  # in the order of the first request
         assert asked == shards_of(stream.plan, range(100))
+
+
+def test_nothing_is_fetched_that_the_run_does_not_reach(server, tmp_path):
+    with stream_of(server, tmp_path, end_step=4) as stream:
+        wanted = set(shards_of(stream.plan, range(4)))
+        next(stream)
+        wait_for(lambda: cached(tmp_path) >= wanted)
+        time.sleep(0.5)
+        assert cached(tmp_path) == wanted and len(wanted) < 8
+        assert [batch["step"] for batch in stream] == [1, 2, 3]
 
 
 def test_the_start_waits_for_the_first_shards_alone(server, tmp_path):

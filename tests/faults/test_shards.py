@@ -1,9 +1,11 @@
 """Damaged shards: every fault is found and named, its sample is replaced, and nothing else of the run changes."""
 
 import dataclasses
+import fcntl
 import logging
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -190,6 +192,18 @@ def test_a_shard_that_vanished_is_named(clean, tmp_path):
     (folder / SHARD).unlink()
     with pytest.raises(FileNotFoundError, match=f"{SHARD} does not exist"):
         run(folder)
+
+
+def test_a_read_that_hangs_is_named(clean, tmp_path):
+    folder = shutil.copytree(clean, tmp_path / "portraits")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    with open(folder / SHARD, "r+b") as file:  # who opens a leased file waits, as on a dead network file system
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        with pytest.raises(TimeoutError, match=rf"no sample came for 0.72 s \(data.timeout\); being read: .*{SHARD}"):
+            run(folder, timeout=0.2)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    signal.signal(signal.SIGIO, before)
+    assert run(folder)[1].bad == 0
 
 
 def test_a_shard_of_another_build_is_refused(clean, tmp_path):

@@ -26,7 +26,7 @@ Key = tuple[int, int]  # source, shard
 
 
 class LookAhead:
-    """The downloads of one rank, from `step` on, until `stop`. Only remote sources are looked at.
+    """The downloads of one rank, from `step` on, for steps before `end_step`, until `stop`, of remote sources alone.
 
     budget: bytes of the cache that the rank may fill ahead. timeout: seconds that `need` waits at most.
     stats: `late` counts there the shards that a reader had to wait for.
@@ -43,11 +43,13 @@ class LookAhead:
         budget: int,
         timeout: float,
         stats: StreamStats,
+        end_step: int | None = None,
     ):
         self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
         self.budget, self.timeout, self.stats = budget, timeout, stats
         self._remote = [isinstance(source.store, RemoteStore) for source in sources]
         self._all = sum(len(s.manifest.shards) for s, remote in zip(sources, self._remote, strict=True) if remote)
+        self._end = float("inf") if end_step is None else end_step
         self._step, self._window = step, deque()  # of every step from this one on, the shards in slot order
         self._uses: dict[Key, deque[tuple[int, int]]] = {}  # (step, place) of each use in the window
         self._bytes = 0  # of all those shards
@@ -168,11 +170,14 @@ class LookAhead:
         return chosen
 
     def _walk(self) -> bool:
-        """Look a few steps further. False where nothing is gained: the budget, the sources or the window end here."""
-        if self._bytes >= self.budget or len(self._uses) == self._all or len(self._window) >= STEPS:
+        """Look a few steps further. False where nothing is gained: budget, sources, window or run end here."""
+        ahead = len(self._window)
+        if self._bytes >= self.budget or len(self._uses) == self._all or ahead >= min(STEPS, self._end - self._step):
             return False
         for _ in range(PORTION):
             step = self._step + len(self._window)
+            if step >= self._end:
+                break
             draws = self.plan.batch(step, rows=False)
             mine = draws[self.rank * len(draws) // self.world : (self.rank + 1) * len(draws) // self.world]
             pairs = dict.fromkeys(zip(mine.source.tolist(), mine.shard.tolist(), strict=True))

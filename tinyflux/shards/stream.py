@@ -6,10 +6,12 @@ keep it as long as it likes.
 """
 
 import logging
+import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +47,18 @@ class _Pipeline:
         collate: Callable | None,
         pin: bool,
         ranks_on_node: int,
+        end_step: int | None,
     ):
         self.reader, self.rank, self.world, self.collate = reader, rank, world, collate
-        self.stopped, self._change, self._busy = False, threading.Condition(), set()
-        self.ahead = None
+        self.stopped, self._change = False, threading.Condition()
+        self._busy: dict[int, tuple[int, int] | None] = {}  # thread -> source and shard that it reads, if it does
+        self.end = float("inf") if end_step is None else end_step * reader.config.accumulation(world)
+        self.ahead, self.progress = None, time.monotonic()
+        self.patience = 1.1 * reader.config.timeout + 0.5  # after a download's own: that one says more
         if limits := [s.store.cache.limit for s in reader.sources if isinstance(s.store, RemoteStore)]:
             step, options = position // reader.config.accumulation(world), {"timeout": reader.config.timeout}
             options |= {"budget": min(limits) // ranks_on_node, "stats": reader.stats}
+            options |= {"end_step": end_step}
             self.ahead = LookAhead(reader.sources, reader.plan, rank, world, step, **options)
             reader.shards.ahead = self.ahead
         # the nodes' own snapshots are off: the plan is sought, nothing is replayed
@@ -61,13 +68,17 @@ class _Pipeline:
         if pin:
             node = nodes.PinMemory(node, snapshot_frequency=0)
         self.root = nodes.Prefetcher(node, reader.config.prefetch, snapshot_frequency=0)
+        # torchdata waits without end: a thread that nobody has to wait for does it
+        self._asked: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
+        self._answers = threading.Thread(target=_answer, args=(self.root, self._asked), daemon=True)
+        self._answers.start()
 
     def chunks(self, position: int) -> Iterator[tuple]:
         """The micro-batches of the rank, each allocated here and cut into chunks for the threads."""
         config = self.reader.config
         B, accumulation = config.micro_batch_size, config.accumulation(self.world)
         draws, step = None, -1
-        while not self.stopped:
+        while not self.stopped and position < self.end:
             with self._working():
                 if position // accumulation != step:
                     step = position // accumulation
@@ -87,7 +98,9 @@ class _Pipeline:
             try:
                 for i in part:
                     if not self.stopped:
+                        self._busy[threading.get_ident()] = int(draws.source[i]), int(draws.shard[i])
                         self.reader.load(batch, rows, draws, i)
+                        self.progress = time.monotonic()
             except (ShardError, BadSamples, OSError, Stopped) as error:  # as a value it reaches the consumer as it is
                 return error, True
         return batch, part.stop == len(draws)
@@ -108,8 +121,19 @@ class _Pipeline:
                 yield counts, batch
 
     def next(self) -> tuple[list[int], Any]:
-        """The next batch with its samples of each source. Raises what went wrong in a thread."""
-        counts, batch = next(self.root)
+        """The next batch with its samples of each source. Raises what went wrong in a thread, and TimeoutError."""
+        future: Future = Future()
+        self._asked.put(future)
+        began = time.monotonic()
+        while not future.done():
+            left = max(began, self.progress) + self.patience - time.monotonic()
+            if left <= 0:
+                sources, reading = self.reader.sources, {what for what in self._busy.values() if what}
+                files = sorted(f"{sources[s].url}/{sources[s].manifest.shards[shard].name}" for s, shard in reading)
+                what = f"being read: {', '.join(files) or 'nothing'}"
+                raise TimeoutError(f"no sample came for {self.patience:g} s (data.timeout); {what}")
+            wait([future], timeout=left)
+        counts, batch = future.result()
         if isinstance(batch, Exception):
             raise batch
         return counts, batch
@@ -118,24 +142,37 @@ class _Pipeline:
     def _working(self) -> Iterator[None]:
         me = threading.get_ident()
         with self._change:
-            self._busy.add(me)
+            self._busy[me] = None
         try:
             yield
         finally:
             with self._change:
-                self._busy.discard(me)
+                self._busy.pop(me, None)
                 self._change.notify_all()
 
     def close(self) -> None:
         """End the threads: returns once none is at work; they leave on their own then."""
         self.stopped, self.root = True, None
+        self._asked.put(None)
         if self.ahead is not None:
             self.ahead.stop()
             self.reader.shards.ahead = None
         me = {threading.get_ident()}  # a worker may be the one that collects a forgotten stream
         with self._change:
-            if not self._change.wait_for(lambda: self._busy <= me, timeout=30):
-                log.warning("a thread of the stream is still reading after 30 s")
+            if not self._change.wait_for(lambda: self._busy.keys() <= me, timeout=min(30, self.patience)):
+                log.warning("a thread of the stream is still reading; it is left behind")
+        if self._answers is not threading.current_thread():
+            self._answers.join(timeout=min(5, self.patience))
+
+
+def _answer(root: Iterator, asked: "queue.SimpleQueue[Future | None]") -> None:
+    """Give each future that is asked for the next item, or the error in its place."""
+    while (future := asked.get()) is not None:
+        try:
+            future.set_result(next(root))
+        except Exception as error:  # noqa: BLE001  the consumer raises it
+            future.set_exception(error)
+        del future  # it holds the batch, or the consumer's frames
 
 
 class _Node(nodes.BaseNode):
@@ -153,7 +190,7 @@ class _Node(nodes.BaseNode):
 
 
 class Stream:
-    """The micro-batches of one rank, in order and without end, from `start_step` on.
+    """The micro-batches of one rank, in order, from `start_step` on and before `end_step`, or without end.
 
     sources: of `open_sources`. collate: raw batch -> batch, called in a thread of the stream (default: the raw batch).
     device: where the batches go next; they are pinned for "cuda". ranks_on_node: how many share the cache of remote
@@ -175,12 +212,13 @@ class Stream:
         start_step: int = 0,
         device: str | torch.device = "cpu",
         ranks_on_node: int = 1,
+        end_step: int | None = None,
     ):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world} ranks")
         self.sources, self.config, self.rank, self.world = sources, config, rank, world
-        self.accumulation, self.ranks_on_node = config.accumulation(world), ranks_on_node
-        self._collate, self._pin = collate, torch.device(device).type == "cuda"
+        self.accumulation = config.accumulation(world)
+        self._options = (collate, torch.device(device).type == "cuda", ranks_on_node, end_step)
         self._reader = Reader(sources, config)
         self._position = start_step * self.accumulation  # micro-batches handed out since step 0
         self._pipeline: _Pipeline | None = None
@@ -237,8 +275,7 @@ class Stream:
 
     def __next__(self) -> Any:
         if self._pipeline is None:
-            options = (self._collate, self._pin, self.ranks_on_node)
-            self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *options)
+            self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
             # also when the stream is forgotten, and before the interpreter ends: threads in C++ must not outlive it
             self._shut_down = weakref.finalize(self, self._pipeline.close)
         began = time.perf_counter()
