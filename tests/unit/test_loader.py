@@ -251,6 +251,17 @@ def test_truncated_files(folder, size):
             load_model(folder / name)
 
 
+def test_places_that_cannot_be(folder):
+    for given, message in (
+        ({"dtype": torch.int8}, "dtype torch.int8: models are loaded in torch.float32"),
+        ({"device": "hpu:7"}, "device hpu:7 cannot be used here"),
+        ({"device": "gpu"}, "device gpu cannot be used here: Expected one of cpu, cuda"),
+    ):
+        for load in (load_model, load_checkpoint):
+            with pytest.raises(ValueError, match=message):
+                load(folder / "model.safetensors", **given)
+
+
 def test_missing_config(folder, caplog):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors: no config.json beside it, .* do not fit"):

@@ -66,6 +66,14 @@ def test_one_file_each_with_the_pixels_of_the_sampler(run_dir, tmp_path):
         assert json.loads(picture.text["parameters"])["prompts"] == [prompts[k]]
 
 
+def test_a_compiled_network_draws_the_same(run_dir, tmp_path):
+    pictures = []
+    for name, options in (("plain", []), ("compiled", ["--compile"])):
+        assert call(run_dir, "--prompt", "a red ring", "--out", tmp_path / f"{name}.png", *options) == 0
+        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int))
+    assert pictures[0].std() > 1 and abs(pictures[0] - pictures[1]).max() <= 2  # of 255: sums in another order
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

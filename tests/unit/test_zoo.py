@@ -89,7 +89,7 @@ def test_pil_images_and_pixels_encode_alike(zoo):
 
 @pytest.mark.parametrize("name", ["t5", "clip"])
 def test_tokenizers_round_trip(zoo, name):
-    tokenizer = zoo._tokenizers[name]
+    tokenizer = zoo.tokenizers[name]
     for text in (*PROMPTS, *pictures.PHOTOGRAPHS.values(), "", "naïve café 日本 🙂"):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     words = len(PROMPTS[0].split())
@@ -113,7 +113,7 @@ def test_prompts_give_states_of_the_right_shape(zoo):
 
 def test_t5_states_know_which_colour_is_whose(zoo):
     red_on_blue, blue_on_red = zoo.encode_t5(PROMPTS)
-    words = zoo._tokenizers["t5"].convert_ids_to_tokens(zoo._tokenizers["t5"](PROMPTS[0]).input_ids)
+    words = zoo.tokenizers["t5"].convert_ids_to_tokens(zoo.tokenizers["t5"](PROMPTS[0]).input_ids)
     red, blue = words.index("▁red"), words.index("▁blue")
     # the second prompt is the first with two words exchanged: without binding, exchanging the states undoes it
     permuted = blue_on_red.clone()
@@ -206,6 +206,10 @@ def test_a_folder_is_a_zoo(zoo, tmp_path):
         ModelZoo(zoo="/no/such/folder")
     with pytest.raises(ValueError, match="no such model: vea"):
         ModelZoo(zoo="tiny", dtype={"vea": torch.float16})
+    with pytest.raises(ValueError, match="dtype torch.int8: models are loaded in torch.float32"):
+        ModelZoo(zoo="tiny", dtype={"vae": torch.int8})
+    with pytest.raises(ValueError, match="device hpu:7 cannot be used here"):
+        ModelZoo("hpu:7", zoo="tiny")
 
 
 @pytest.mark.parametrize("name", ["t5", "sd_vae"])

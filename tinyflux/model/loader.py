@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .layers import rope_frequencies
 from .model import TinyFluxConfig, TinyFluxDeep
+from .sharded import METADATA, check_files, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -202,9 +203,16 @@ def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
 
 
 def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tuple[Path, Path | None]:
-    """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`."""
+    """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`.
+
+    A run's own checkpoint folder, `checkpoints/step_N`, is returned itself.
+    """
     path = Path(source)
+    if (path / METADATA).is_file():
+        return path, path.with_name("config.json") if path.with_name("config.json").is_file() else None
     if path.is_dir():
+        if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+            raise CheckpointError(f"{path}: {METADATA} is missing: its save was cut off, so take another checkpoint")
         for folder in (path, path / "checkpoints"):
             names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
             if name := pick_weights(names, use_ema):
@@ -245,9 +253,26 @@ def _locate_on_hub(repo: str, folder: str, use_ema: bool, revision: str | None) 
     return fetched, Path(hf_hub_download(repo, str(config), revision=commit)) if config else None
 
 
-def _read(source: str | Path, use_ema: bool, revision: str | None) -> tuple[Path, dict, TinyFluxConfig]:
+def _read_folder(folder: Path, config_path: Path | None, kinds: tuple[str, ...]) -> tuple[dict, TinyFluxConfig]:
+    """A run's own checkpoint folder as what its `.pt` would hold, and the config."""
+    if config_path is None:
+        raise CheckpointError(f"{folder}: no config.json beside it, in {folder.parent}")
+    config = TinyFluxConfig.from_json(config_path)
+    try:
+        check_files(folder)
+        content = read_checkpoint(folder, *kinds)
+        return content | {kind: to_published(content[kind], config) for kind in ("model", "ema")}, config
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _read(
+    source: str | Path, use_ema: bool, revision: str | None, kinds: tuple[str, ...] = ("model", "ema")
+) -> tuple[Path, dict, TinyFluxConfig]:
     """The file's path, a dictionary with at least `model` (published entries), and the config."""
     path, config_path = locate(source, use_ema, revision)
+    if path.is_dir():
+        return path, *_read_folder(path, config_path, kinds)
     content = read_weights(path)
     if path.suffix == ".safetensors" or not isinstance(content.get("model"), dict):
         content = {"model": content}
@@ -263,6 +288,16 @@ def _read(source: str | Path, use_ema: bool, revision: str | None) -> tuple[Path
         raise CheckpointError(f"{path}: no config.json beside it, and with the default config {reason}") from error
     log.warning("%s: no config.json beside it; every entry fits the default config, which is used", path)
     return path, content, config
+
+
+def check_place(device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """ValueError where models cannot be on that device here, or not in that dtype."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: models are loaded in {', '.join(map(str, DTYPES))}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
+        raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _build(path: Path, state: dict, config: TinyFluxConfig, device, dtype: torch.dtype | None) -> TinyFluxDeep:
@@ -287,9 +322,12 @@ def load_model(
 ) -> TinyFluxDeep:
     """The model, in eval mode, out of a `.safetensors` or `.pt` file, a directory or `user/repo[:sub/folder]`.
 
-    dtype None keeps the file's. use_ema chooses among a directory's files and the two sets of weights in a `.pt`.
-    Errors: FileNotFoundError; CheckpointError for damaged, unsafe or misfitting files, with every misfit listed.
+    A directory is one of weights, a run's, or a run's `checkpoints/step_N`. dtype None keeps the file's. use_ema
+    chooses among a directory's files and the two sets of weights in a `.pt` or step_N.
+    Errors: FileNotFoundError; CheckpointError for damaged, unsafe or misfitting files, with every misfit listed;
+    ValueError for a device or dtype that cannot be.
     """
+    check_place(device, dtype)
     path, content, config = _read(source, use_ema, revision)
     state = content["model"]
     if use_ema and path.suffix != ".safetensors":
@@ -315,9 +353,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", dtype:
     """A training checkpoint: `model` (a TinyFluxDeep), `step`, `epoch`, `ema` (its state dict for that model), and
     `optimizer`, `scheduler`, `best_loss`, `trainer_config` as a `.pt` holds them; None where there is none.
 
-    Of a `.safetensors` file the step is read from its name.
+    path: a `step_N.pt`, a run's own folder `checkpoints/step_N`, or whatever `load_model` takes. Of a `.safetensors`
+    file the step is read from its name.
     """
-    path, content, config = _read(path, False, None)
+    check_place(device, dtype)
+    path, content, config = _read(path, False, None, ("model", "ema", "optimizer"))
     named = re.match(r"step_(\d+)", path.name)
     keys = ("epoch", "optimizer", "scheduler", "best_loss", "trainer_config")
     checkpoint = {"step": int(named[1]) if named else None, "ema": None, **dict.fromkeys(keys)} | content

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+from tinyflux.model.loader import check_place, load_model
 from tinyflux.model.origin import Origin
 from tinyflux.model.teachers import SolAttnProcessor
 
@@ -49,8 +50,10 @@ class ModelZoo:
         zoo: str | Path = "flux",
         revision: str | dict[str, str] | None = None,
     ):
-        self.device = torch.device(device)
         self._dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys((*FLUX, "tinyflux"), dtype)
+        for given in {None, *self._dtypes.values()}:
+            check_place(device, given)
+        self.device = torch.device(device)
         revisions = revision if isinstance(revision, dict) else dict.fromkeys(FLUX, revision)
         for given in (self._dtypes, revisions):
             if unknown := given.keys() - {*FLUX, "tinyflux"}:
@@ -74,14 +77,14 @@ class ModelZoo:
         self.lune: UNet2DConditionModel | None = None
         self.sol: UNet2DConditionModel | None = None
         self.tinyflux: nn.Module | None = None
-        self._tokenizers: dict = {}
+        self.tokenizers: dict = {}
         self._identities: dict[str, dict] = {}
 
     @classmethod
     def of(cls, image_size: int, t5_length: int, tokenizers: dict, **models: nn.Module) -> "ModelZoo":
         """A zoo of models that are loaded already, each on its own device; tokenizers {"t5", "clip"}."""
         zoo = cls()
-        zoo.image_size, zoo.t5_length, zoo._tokenizers = image_size, t5_length, tokenizers
+        zoo.image_size, zoo.t5_length, zoo.tokenizers = image_size, t5_length, tokenizers
         for name, model in models.items():
             cls._check_name(name)
             setattr(zoo, name, model)
@@ -113,8 +116,6 @@ class ModelZoo:
 
     def load_tinyflux(self, source: str | Path) -> nn.Module:
         """TinyFlux from a file, a folder or `user/repo[:sub/folder]`."""
-        from tinyflux.model.loader import load_model  # here, for a build has no use for it
-
         self.tinyflux = load_model(source, device=self.device, dtype=self._dtypes.get("tinyflux")).requires_grad_(False)
         return self.tinyflux
 
@@ -129,7 +130,7 @@ class ModelZoo:
         origin = self._find(name, source)
         tokenizer = AutoTokenizer.from_pretrained(**origin.pretrained())
         model = self._keep(name, origin, pretrained(kind, origin, dtype=self._dtype(name)))
-        self._tokenizers[name] = tokenizer
+        self.tokenizers[name] = tokenizer
         return model
 
     def _load_unet(self, name: str, source: str | Path | None) -> UNet2DConditionModel:
@@ -258,7 +259,7 @@ class ModelZoo:
 
     def _tokenize(self, name: str, prompts: str | list[str], length: int):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokenizer = self._tokenizers[name]
+        tokenizer = self.tokenizers[name]
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         for row in tokens.attention_mask.all(dim=1).nonzero().flatten().tolist():
             n = len(tokenizer(prompts[row], verbose=False).input_ids)
@@ -278,9 +279,9 @@ class ModelZoo:
         return {**self._identities, "latent": "mode", "t5_length": self.t5_length}
 
 
-def pretrained(kind: type[nn.Module], origin: Origin, **dtype: torch.dtype) -> nn.Module:
+def pretrained(kind: type[nn.Module], origin: Origin, **options) -> nn.Module:
     """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
-    model, info = kind.from_pretrained(**origin.pretrained(), output_loading_info=True, **dtype)
+    model, info = kind.from_pretrained(**origin.pretrained(), output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{origin} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
     return model

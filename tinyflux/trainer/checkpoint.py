@@ -9,7 +9,7 @@
 
     python -m tinyflux.trainer.checkpoint export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
 
-DCP's own .metadata file is a pickle: read step_N folders only where you wrote them, and never from a hub.
+DCP's own .metadata file is a pickle: resume step_N folders only where you wrote them, and never from a hub.
 """
 
 import fcntl
@@ -19,8 +19,6 @@ import re
 import shutil
 import sys
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -37,12 +35,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tinyflux.model.loader import load_model, save_published, to_published
 from tinyflux.model.model import TinyFluxConfig
+from tinyflux.model.sharded import METADATA, check_files, crc32, of_kind, read_checkpoint, read_metadata, read_tensors
 from tinyflux.shards.writer import atomic_write
 from tinyflux.trainer.metrics import say
 
-METADATA = "metadata.json"
-# said of every read by one process alone, which is what exports are
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)  # what a full disk or a damaged file raises
 
 
@@ -81,11 +77,6 @@ def list_checkpoints(root: str | Path) -> list[Path]:
     return sorted(folders, key=_step, reverse=True)
 
 
-def read_metadata(folder: Path) -> dict:
-    """The metadata of a complete checkpoint."""
-    return json.loads((folder / METADATA).read_text())
-
-
 def newest_identity(root: str | Path) -> dict:
     """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
     for folder in list_checkpoints(root):
@@ -94,24 +85,6 @@ def newest_identity(root: str | Path) -> dict:
         except FAILURES:  # resuming says what is wrong with it, and takes the one before it too
             continue
     return {}
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _check_files(folder: Path) -> None:
-    """Raises ValueError naming the file that is not what was written."""
-    for name, (size, crc) in read_metadata(folder)["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"{path} is missing or not {size} bytes long")
-        if _crc32(path) != crc:
-            raise ValueError(f"{path} is damaged: its checksum differs from the one in {METADATA}")
 
 
 def _check_names(folder: Path, state: dict) -> None:
@@ -126,26 +99,6 @@ def _check_names(folder: Path, state: dict) -> None:
         )
 
 
-def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
-    """The full tensors of a checkpoint folder whose names begin with `model.`, `ema.` or `optimizer.`, on the CPU.
-
-    One process alone reads them: no process group is needed, and in a run none is disturbed.
-    """
-    reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.partition(".")[0] in kinds
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def _of(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}."): x for name, x in state.items() if name.startswith(f"{kind}.")}
-
-
 def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True) -> Path:
     """Write a checkpoint folder's weights in the published layout. Returns `out`.
 
@@ -154,24 +107,12 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
     """
     if out.suffix == ".safetensors":
         kind = "ema" if ema else "model"
-        save_published(_of(read_tensors(folder, kind), kind), out, config)
+        save_published(of_kind(read_tensors(folder, kind), kind), out, config)
         return out
     if out.suffix != ".pt":
         raise ValueError(f"{out}: a checkpoint is exported to .safetensors or .pt")
-    state, metadata = read_tensors(folder, "model", "ema", "optimizer"), read_metadata(folder)
-    optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _of(state, "optimizer").items():
-        parameter, _, entry = name.rpartition(".")
-        optimizer.setdefault(parameter, {})[entry] = tensor
-    content = {
-        "model": to_published(_of(state, "model"), config),
-        "ema": to_published(_of(state, "ema"), config),
-        "optimizer": {"state": optimizer},
-        "scheduler": {"last_epoch": metadata["step"]},  # every schedule is a function of the step
-        **{key: metadata[key] for key in ("step", "epoch", "best_loss")},
-        "trainer_config": json.loads((folder.parent / "training_config.json").read_text())["trainer"],
-        "model_config": config.to_dict(),
-    }
+    content = read_checkpoint(folder, "model", "ema", "optimizer") | {"model_config": config.to_dict()}
+    content |= {kind: to_published(content[kind], config) for kind in ("model", "ema")}
     temporary = out.with_name(f".{out.name}.tmp")
     torch.save(content, temporary)
     os.replace(temporary, out)
@@ -259,7 +200,7 @@ class Checkpointer:
             if not self.leads:
                 return
             files = [path for path in sorted(folder.iterdir()) if path.name != METADATA]
-            metadata["files"] = {path.name: [path.stat().st_size, _crc32(path)] for path in files}
+            metadata["files"] = {path.name: [path.stat().st_size, crc32(path)] for path in files}
             atomic_write(folder / METADATA, json.dumps(metadata, indent=2).encode())
             weights = export(folder, self.config, folder.with_name(f"{folder.name}_ema.safetensors"))
             export(folder, self.config, folder.with_name(f"{folder.name}.safetensors"), ema=False)
@@ -310,7 +251,7 @@ class Checkpointer:
             fault = [None]
             if self.leads:
                 try:
-                    _check_files(folder)
+                    check_files(folder)
                 except FAILURES as error:
                     fault = [str(error)]
             dist.broadcast_object_list(fault, src=0, group=self.group)
@@ -348,7 +289,7 @@ def main(argv: list[str]) -> int:
             if not found:
                 raise FileNotFoundError(f"{folder}: no complete checkpoint here")
             folder = found[0]
-        _check_files(folder)
+        check_files(folder)
         config = TinyFluxConfig.from_json(folder.parent / "config.json")
         out = out or folder.with_name(f"{folder.name}{'_ema' if ema else ''}.safetensors")
         print(export(folder, config, out, ema=ema))

@@ -156,7 +156,7 @@ def denoise(
 
 @dataclass
 class Prompts:
-    """Encoded prompts: t5 [B, L, D] and clip [B, D], and the same of the negative prompt, [1, ...]."""
+    """Encoded prompts: t5 [B, L, D] and clip [B, D], and the same of the negative prompts, [B, ...] or [1, ...]."""
 
     texts: list[str]
     t5: Tensor
@@ -165,13 +165,16 @@ class Prompts:
     null_clip: Tensor
 
     @classmethod
-    def encode(cls, zoo: "ModelZoo", texts: list[str], negative: str = "") -> "Prompts":
-        """Encode with the zoo's T5 and CLIP, loading what is not there."""
+    def encode(cls, zoo: "ModelZoo", texts: list[str], negative: str | list[str] = "") -> "Prompts":
+        """Encode with the zoo's T5 and CLIP, loading what is not there. negative: one for all, or one a text."""
         for name in ("t5", "clip"):
             if getattr(zoo, name) is None:
                 getattr(zoo, f"load_{name}")()
-        t5, clip = zoo.encode_t5([*texts, negative]).cpu(), zoo.encode_clip([*texts, negative]).cpu()
-        return cls(list(texts), t5[:-1], clip[:-1], t5[-1:], clip[-1:])
+        every = [*texts, *([negative] if isinstance(negative, str) else negative)]
+        (t5, null_t5), (clip, null_clip) = (
+            x.cpu().tensor_split([len(texts)]) for x in (zoo.encode_t5(every), zoo.encode_clip(every))
+        )
+        return cls(list(texts), t5, clip, null_t5, null_clip)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -179,8 +182,8 @@ class Prompts:
     def repeat(self, times: int) -> "Prompts":
         """Each prompt that many times in a row."""
         texts = [text for text in self.texts for _ in range(times)]
-        t5, clip = (x.repeat_interleave(times, 0) for x in (self.t5, self.clip))
-        return Prompts(texts, t5, clip, self.null_t5, self.null_clip)
+        tensors = (self.t5, self.clip, self.null_t5, self.null_clip)
+        return Prompts(texts, *(x.repeat_interleave(times, 0) if len(x) == len(self) else x for x in tensors))
 
 
 class Sampler:
@@ -209,19 +212,21 @@ class Sampler:
         seed: int = 0,
         indices: Tensor | None = None,
         device: torch.device | str = "cpu",
+        noise: Tensor | None = None,
         on_step: Callable[[int, float, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Latents [B, C, H, W] of the prompts number `indices` (default: all of them, in order).
 
-        on_step: see `denoise`; it is called for each batch.
+        noise [B, C, H, W], by prompt number, is taken instead of the seed's. on_step: see `denoise`; it is called for
+        each batch.
         """
         indices = torch.arange(len(prompts)) if indices is None else indices
         parts = []
         for chunk in indices.split(self.batch_size):
-            noise = initial_noise(seed, chunk, self.latent_shape, device)
-            nulls = [x.expand(len(chunk), *x.shape[1:]) for x in (prompts.null_t5, prompts.null_clip)]
+            start = initial_noise(seed, chunk, self.latent_shape, device) if noise is None else noise[chunk]
+            nulls = [x[chunk % len(x)] for x in (prompts.null_t5, prompts.null_clip)]  # one for all, or one each
             text = prompts.t5[chunk], prompts.clip[chunk]
-            parts.append(denoise(model, noise, *text, *nulls, self.settings, on_step))
+            parts.append(denoise(model, start, *text, *nulls, self.settings, on_step))
         return torch.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:

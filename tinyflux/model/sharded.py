@@ -1,0 +1,122 @@
+"""A run's own checkpoint folders (torch.distributed.checkpoint), read whole by one process without a process group.
+
+`metadata.json` is written last: without it a folder does not count. DCP's own `.metadata` is a pickle; here it is read
+with nothing but the few types that DCP puts there, so a folder cannot run code.
+"""
+
+import json
+import pickle
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+METADATA = "metadata.json"
+# said of every read by one process alone
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+TYPES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"Path", "PosixPath"},
+    "pathlib._local": {"Path", "PosixPath"},  # where Python 3.13 has them
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in TYPES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        path = Path(self.path, ".metadata")
+        try:
+            with path.open("rb") as file:
+                metadata = _Unpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is refused or damaged: {error}") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_metadata(folder: Path) -> dict:
+    """The metadata of a complete checkpoint."""
+    return json.loads((folder / METADATA).read_text())
+
+
+def crc32(path: Path) -> int:
+    """The checksum of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError naming the file that is not what was written."""
+    for name, (size, crc) in read_metadata(folder)["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"{path} is missing or not {size} bytes long")
+        if crc32(path) != crc:
+            raise ValueError(f"{path} is damaged: its checksum differs from the one in {METADATA}")
+
+
+def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
+    """The full tensors of a checkpoint folder whose names begin with `model.`, `ema.` or `optimizer.`, on the CPU.
+
+    One process alone reads them: no process group is needed, and in a run none is disturbed.
+    """
+    reader = _Reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.partition(".")[0] in kinds
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def of_kind(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors `kind.NAME`, by NAME."""
+    return {name.removeprefix(f"{kind}."): x for name, x in state.items() if name.startswith(f"{kind}.")}
+
+
+def read_checkpoint(folder: Path, *kinds: str) -> dict:
+    """What a `step_N.pt` of this folder holds, but its weights as they are in memory: `model`, `ema`, `optimizer` (by
+    parameter name), as far as they are asked for, `scheduler`, `step`, `epoch`, `best_loss`, `trainer_config`.
+    """
+    state, metadata = read_tensors(folder, *kinds), read_metadata(folder)
+    content: dict = {kind: of_kind(state, kind) for kind in kinds if kind != "optimizer"}
+    if "optimizer" in kinds:
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in of_kind(state, "optimizer").items():
+            parameter, _, entry = name.rpartition(".")
+            optimizer.setdefault(parameter, {})[entry] = tensor
+        content["optimizer"] = {"state": optimizer}
+    config = folder.parent / "training_config.json"
+    return content | {
+        "scheduler": {"last_epoch": metadata["step"]},  # every schedule is a function of the step
+        **{key: metadata[key] for key in ("step", "epoch", "best_loss")},
+        "trainer_config": json.loads(config.read_text())["trainer"] if config.is_file() else None,
+    }
