@@ -102,7 +102,7 @@ class NodeCache:
 
     def __init__(self, folder: str | Path | None = None, limit: int = 100 << 30):
         self.folder, self.limit = Path(folder) if folder else cache_folder() / "shards", limit
-        self.hits = self.fetched = 0  # files that a reader found there; bytes downloaded by this process
+        self.fetched = 0  # bytes downloaded by this process
 
     def get(
         self,
@@ -121,12 +121,10 @@ class NodeCache:
         Raises DownloadError, TimeoutError, NoRoom, and Stopped once that is set.
         """
         if _touch(path):
-            self.hits += due is None
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock"), f"another process to download {what}", stopped):
             if _touch(path):
-                self.hits += due is None
                 return path
             self._make_room(size or 0, due)
             part = path.with_name(f".{path.name}.part")

@@ -174,10 +174,14 @@ def _null(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 class OpenShards:
-    """The shards of a run's sources that are open now: at most `limit`, the least recently used dropped first."""
+    """The shards of a run's sources that are open now: at most `limit`, the least recently used dropped first.
+
+    `opened` counts how often a remote one was opened.
+    """
 
     def __init__(self, sources: list[Source], limit: int = 64):
         self.sources, self.limit = sources, limit
+        self.opened = 0
         self.ahead = None  # the LookAhead of the stream that runs, if any
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[int, int], _Slot] = OrderedDict()
@@ -195,6 +199,9 @@ class OpenShards:
                 if ahead is not None:
                     ahead.need(source, shard)
                 slot.file = self.sources[source].open(shard)
+                if isinstance(self.sources[source].store, RemoteStore):
+                    with self._lock:
+                        self.opened += 1
             return slot.file
 
 

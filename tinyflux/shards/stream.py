@@ -238,8 +238,8 @@ class Stream:
         stats, caches = self.stats, {s.store.cache for s in self.sources if isinstance(s.store, RemoteStore)}
         counts = {f"samples/{name}": n for name, n in zip(self.requested, stats.samples, strict=True)}
         counts |= {"bad_samples": stats.bad, "replaced_samples": stats.replaced, "late_shards": stats.late}
-        opened = sum(cache.hits for cache in caches)
-        return counts | {"cache_hits": max(0, opened - stats.late), "fetched_bytes": sum(c.fetched for c in caches)}
+        counts["cache_hits"] = max(0, self._reader.shards.opened - stats.late)
+        return counts | {"fetched_bytes": sum(cache.fetched for cache in caches)}
 
     @property
     def labels(self) -> list[str]:
