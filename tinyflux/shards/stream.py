@@ -22,7 +22,7 @@ from torchdata import nodes
 from tinyflux.shards.ahead import LookAhead
 from tinyflux.shards.cache import RemoteStore, Stopped
 from tinyflux.shards.config import DataConfig, open_sources
-from tinyflux.shards.format import ShardError
+from tinyflux.shards.format import Field, ShardError
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, Reader, StreamStats
 from tinyflux.shards.store import Source
@@ -226,6 +226,11 @@ class Stream:
     @property
     def plan(self) -> Plan:
         return self._reader.plan
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Dtype and shape of the tensors that are read."""
+        return self._reader.fields
 
     @property
     def stats(self) -> StreamStats:

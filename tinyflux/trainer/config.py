@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from tinyflux.model.model import TinyFluxConfig
@@ -152,7 +153,17 @@ class TrainerConfig:
     """Models that encode sample prompts and decode samples: flux, tiny, or a directory."""
 
     def __post_init__(self):
-        self.betas = tuple(self.betas)
+        self.betas, self.sample_prompts = tuple(self.betas), list(self.sample_prompts or [])
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
+        for name, hint in typing.get_type_hints(type(self)).items():
+            hint = next((part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal), None)
+            accepted = typing.get_args(hint) if hint else ()
+            value = getattr(self, name)
+            choice = f"must be one of {', '.join(accepted)}"
+            _require(not accepted or value in (*accepted, getattr(type(self), name)), name, value, choice)
         positive = ("learning_rate", "total_steps", "shift", "snr_gamma", "huber_delta")
         positive += (
             "logit_std",

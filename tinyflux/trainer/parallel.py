@@ -1,5 +1,6 @@
 """One path for 1 to N ranks: process group, mesh, then activation checkpointing -> compile -> fully_shard."""
 
+import atexit
 import os
 import warnings
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ def join_process_group(device: torch.device, timeout: int = 600) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)  # one group serves all trainers of a notebook, and their models after training
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

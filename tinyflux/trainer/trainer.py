@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -13,13 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.utils.data import DataLoader
 
 from tinyflux.model.model import flops_per_sample
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import checkpoint, devices, parallel
+from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.checkpoint import Checkpointer
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.loaders import CacheLoader
 from tinyflux.trainer.metrics import Metrics, data_lines, data_report, say, scalars
 from tinyflux.trainer.objective import Losses, Objective
 from tinyflux.trainer.optimizers import make_optimizer, optimizer_state, set_learning_rate
@@ -89,26 +93,37 @@ class Trainer:
         self.stopping = False  # what all ranks agreed on
         # a torchrun that is killed leaves its workers behind: they notice by their parent, save and stop
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.checkpointer: Checkpointer | None = None
         self.profiler: torch.profiler.profile | None = None
 
     def setup(
         self,
-        train_loader: Stream,
+        train_loader: Stream | DataLoader,
+        cache: DatasetCache | MultiSourceCache | None = None,
+        sampler: Sampler | None = None,
+        tensorboard_dir: str | Path | None = None,
         *,
         val_loader: Iterable[dict] | None = None,
-        sampler: Sampler | None = None,
         identity: dict | None = None,
         training_config: dict | None = None,
     ) -> None:
         """Give the trainer its data, and resume the newest checkpoint of the run folder if there is one.
 
-        train_loader: a shard `Stream` whose collate is a `StreamCollate`. val_loader: batches of `HeldOut`, the same
-        number on every rank; the best checkpoint is by their main loss. sampler: draws `config.sample_prompts`.
+        train_loader: a shard `Stream` whose collate is a `StreamCollate`, or, on one device, a DataLoader of a
+        `CachedDataset` with `cache`, where the teachers' features are (see `CacheLoader`). sampler: draws
+        `config.sample_prompts`. tensorboard_dir: instead of the config's. val_loader: batches of `HeldOut`, the same
+        number on every rank; the best checkpoint is by their main loss.
         identity: what the data order depends on; a run resumed with another one goes on, and says what changed.
         training_config: written beside the checkpoints.
         """
         c = self.config
+        if isinstance(train_loader, DataLoader):
+            if self.world > 1:
+                raise ValueError("a DataLoader feeds one device: train on several with shards, by launch/train.py")
+            train_loader = CacheLoader(train_loader, cache, c, seed=self.seed)
+            identity = identity or train_loader.identity
         self.loader, self.identity = train_loader, identity or {}
+        self.tensorboard_dir = self.run_dir / (tensorboard_dir or c.tensorboard_dir)
         self.val_loader = val_loader if c.validate_every else None
         self.accumulation = train_loader.accumulation
         if c.gradient_accumulation not in (1, self.accumulation):
@@ -118,7 +133,7 @@ class Trainer:
                 f" data.global_batch_size / (ranks x data.micro_batch_size) = {data.global_batch_size} /"
                 f" ({self.world} x {data.micro_batch_size}) = {self.accumulation}: leave it out, or change those"
             )
-        fields = train_loader.sources[0].manifest.fields
+        fields = train_loader.fields
         (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
         self.sample_tokens = height * width + text_tokens
         self.sample_flops = flops_per_sample(self.model_config, height * width, text_tokens)
@@ -145,7 +160,9 @@ class Trainer:
         return {"model": get_model_state_dict(self.model), "optimizer": optimizer, "ema": self.ema.shadow}
 
     def load_checkpoint(self) -> bool:
-        """Resume the newest sound checkpoint of the run folder. Returns whether there was one."""
+        """Resume the newest sound checkpoint of the run folder; `setup` does so. Returns whether there was one."""
+        if self.checkpointer is None:
+            raise RuntimeError("call setup() first: it opens the run folder, and resumes what is there")
         state = self.state_dict()
         metadata = self.checkpointer.load_newest(state)
         if metadata is None:
@@ -187,7 +204,7 @@ class Trainer:
             if self.uploader:
                 self.uploader.finish(c.upload_wait)
             return 0
-        self.metrics = Metrics(self.run_dir, self.run_dir / c.tensorboard_dir, self.step, c.total_steps)
+        self.metrics = Metrics(self.run_dir, self.tensorboard_dir, self.step, c.total_steps)
         self.metrics.text("config", f"```json\n{json.dumps(self.training_config, indent=2)}\n```", self.step)
         self.loader.load_state_dict({"step": self.step})
         batches = iter(self.loader)
@@ -363,7 +380,8 @@ class Trainer:
         def note(number: int, _frame) -> None:
             self.signal = number
 
-        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        main = threading.current_thread() is threading.main_thread()  # no other may take signals
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS if main}
         try:
             yield
         finally:
