@@ -38,6 +38,7 @@ from tinyflux.model.model import TinyFluxConfig
 from tinyflux.model.sharded import METADATA, check_files, crc32, of_kind, read_checkpoint, read_metadata, read_tensors
 from tinyflux.shards.writer import atomic_write
 from tinyflux.trainer.metrics import say
+from tinyflux.trainer.staging import Staging
 
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)  # what a full disk or a damaged file raises
 
@@ -141,8 +142,8 @@ def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str,
 class Checkpointer:
     """Saves and finds the checkpoints of a run.
 
-    A save copies the shards aside and returns; a thread writes them, then checksums, exports and prunes on rank 0.
-    It has a process group of its own, so that its collectives never meet those of the training step.
+    A save copies the shards into buffers that are kept, and returns; a thread writes them, then checksums, exports and
+    prunes on rank 0. It has a process group of its own, so that its collectives never meet those of the training step.
     upload: called on rank 0, in that thread, with the folder of a checkpoint whose weights are to be uploaded.
     """
 
@@ -160,6 +161,7 @@ class Checkpointer:
         self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         self.executor = ThreadPoolExecutor(1, "checkpoint")
+        self.staging: Staging | None = None
         self.pending: Future | None = None
         self.newest = -1  # step of the newest complete checkpoint of this process
         self.leads = dist.get_rank() == 0
@@ -183,20 +185,26 @@ class Checkpointer:
             atomic_write(path, json.dumps(self.config.to_dict(), indent=2).encode())
             atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2).encode())
 
+    def prepare(self, state: dict) -> None:
+        """Get the memory that saves of `state` (nested dict of tensors) need, in the background."""
+        self.staging = Staging(flatten_state_dict(state)[0], self.executor)
+
     def save(self, step: int, state: dict, metadata: dict, reasons: set[str]) -> None:
         """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. A collective.
 
         reasons: which of "step", "epoch" and "best" it is kept for, and "upload". A failure is reported, not raised.
         """
         self.wait()
-        folder = self.root / f"step_{step}"
-        future = dcp.async_save(state, checkpoint_id=folder, process_group=self.group)
+        if self.staging is None:
+            self.prepare(state)
+        copied = self.staging.copy(flatten_state_dict(state)[0])
         metadata = {**metadata, "step": step, "reasons": sorted(reasons)}
-        self.pending = self.executor.submit(self._complete, future, folder, metadata)
+        self.pending = self.executor.submit(self._write, *copied, self.root / f"step_{step}", metadata)
 
-    def _complete(self, future: Future, folder: Path, metadata: dict) -> None:
+    def _write(self, state: dict[str, Tensor], wait: Callable[[], None], folder: Path, metadata: dict) -> None:
         try:
-            future.result()
+            wait()
+            dcp.save(state, checkpoint_id=folder, process_group=self.group)
             if not self.leads:
                 return
             files = [path for path in sorted(folder.iterdir()) if path.name != METADATA]

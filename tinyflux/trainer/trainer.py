@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.data import DataLoader
 
 from tinyflux.model.model import flops_per_sample
@@ -147,6 +146,7 @@ class Trainer:
         self.training_config = training_config or {"trainer": asdict(c), "model": self.model_config.to_dict()}
         self.checkpointer.write_configs(self.training_config)
         self.load_checkpoint()
+        self.checkpointer.prepare(self.state_dict())
         self.preview = None
         if sampler and c.sample_prompts and c.sample_every:
             folder = self.run_dir / c.sample_dir
@@ -155,9 +155,10 @@ class Trainer:
     # State
 
     def state_dict(self) -> dict:
-        """Weights, optimizer state and EMA, sharded; with the step all that a run is."""
+        """Weights, optimizer state and EMA, sharded; with the step all that a run is. It is the memory that is trained:
+        what is loaded into it is loaded."""
         optimizer = optimizer_state(self.model, self.optimizer)
-        return {"model": get_model_state_dict(self.model), "optimizer": optimizer, "ema": self.ema.shadow}
+        return {"model": self.model.state_dict(), "optimizer": optimizer, "ema": self.ema.shadow}
 
     def load_checkpoint(self) -> bool:
         """Resume the newest sound checkpoint of the run folder; `setup` does so. Returns whether there was one."""
@@ -167,8 +168,7 @@ class Trainer:
         metadata = self.checkpointer.load_newest(state)
         if metadata is None:
             return False
-        set_model_state_dict(self.model, state["model"])
-        self.ema.load_state_dict({"shadow": state["ema"], "updates": metadata["ema_updates"]})
+        self.ema.updates = metadata["ema_updates"]
         self.step, self.best_loss = metadata["step"], metadata["best_loss"] or float("inf")
         say(f"resuming at step {self.step} from {self.checkpointer.root}")
         for key, value in self.identity.items():
