@@ -11,14 +11,14 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 WARMUPS = ("linear", "cosine")
 
 
-def flux_shift(t: Tensor, s: float = 3.0) -> Tensor:
+def flux_shift(t: Tensor, shift: float = 3.0) -> Tensor:
     """Move t in [0, 1] towards 1 (data): s t / (1 + (s - 1) t) (Esser et al., 2024, arXiv:2403.03206, eq. 23)."""
-    return s * t / (1 + (s - 1) * t)
+    return shift * t / (1 + (shift - 1) * t)
 
 
-def flux_unshift(t: Tensor, s: float = 3.0) -> Tensor:
+def flux_unshift(t: Tensor, shift: float = 3.0) -> Tensor:
     """The inverse of `flux_shift`."""
-    return t / (s - (s - 1) * t)
+    return t / (shift - (shift - 1) * t)
 
 
 def shape_timesteps(
