@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from tests.training import curve, make_source, records
+from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.config import TrainerConfig
@@ -63,7 +65,9 @@ def test_trainers_follow_each_other_and_their_models_stay_usable(caches, tmp_pat
         assert torch.equal(first.model.eval()(*inputs), second.model.eval()(*inputs))
         with first.ema.average_parameters():
             assert not torch.equal(first.model(*inputs), second.model(*inputs))
-    assert (tmp_path / "a" / "checkpoints" / "step_4_ema.safetensors").is_file()
+    save_published(first.model, tmp_path / "mine" / "model.safetensors")
+    saved = load_file(tmp_path / "a" / "checkpoints" / "step_4.safetensors")
+    assert all(torch.equal(saved[name], x) for name, x in load_file(tmp_path / "mine" / "model.safetensors").items())
     data = records(tmp_path / "a")[-1]["data"]
     assert data["sources"]["s0"]["samples"] == 14 and data["sources"]["s0"]["passes"] == 1
 

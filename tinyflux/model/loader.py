@@ -20,6 +20,7 @@ from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .layers import rope_frequencies
 from .model import TinyFluxConfig, TinyFluxDeep
@@ -93,10 +94,11 @@ def published_shapes(config: TinyFluxConfig) -> dict[str, torch.Size]:
 
 
 def to_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
-    """The model's full, unsharded state dict in the published layout. CheckpointError where it does not fit config."""
+    """The model's state dict in the published layout, unsharded. CheckpointError where it does not fit config."""
     state = _unwrapped(state)
     _check(state, memory_shapes(config))
-    out = {key: value.detach().reshape(()) if key in GATES else value.detach() for key, value in state.items()}
+    out = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
+    out = {key: value.detach().reshape(()) if key in GATES else value.detach() for key, value in out.items()}
     return out | _constants(config, state["img_in.weight"].dtype)
 
 
