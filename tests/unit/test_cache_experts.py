@@ -10,6 +10,7 @@ import torch
 
 from sharding import build, verify
 from tests.make_source import make_old_cache, make_source, make_tensors
+from tests.store_server import store_server
 from tests.training import train
 from tinyflux.model.tiny.shapes import render
 from tinyflux.model.zoo import ModelZoo
@@ -159,6 +160,21 @@ def test_features_at_t(tmp_path):
         cache.get_lune([0, 1], torch.rand(3))
     copy = pickle.loads(pickle.dumps(cache))  # noqa: S301  what a spawned worker of a DataLoader gets
     assert torch.equal(copy.get_lune(rows, t), cache.get_lune(rows, t))
+
+
+def test_of_a_url_only_what_is_read_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYFLUX_CACHE", str(tmp_path / "cache"))
+    local = DatasetCache.load(make_source(tmp_path / "served", counts=(5, 3, 4)))
+    with store_server(tmp_path / "served") as server:
+        remote = DatasetCache.load(server.url)
+        assert len(remote) == 12 and not any(name.endswith(".tar") for name in server.bodies)
+        assert torch.equal(remote.get_lune([6], 0.4), local.get_lune([6], 0.4))
+        assert [name for name in server.bodies if name.endswith(".tar")] == ["portraits-000001.tar"]
+        copy = pickle.loads(pickle.dumps(remote))  # noqa: S301
+        assert torch.equal(copy.get_encodings(11)[0], local.get_encodings(11)[0])
+        remote.save(tmp_path / "saved")
+    assert verify.main([str(tmp_path / "saved"), "--deep"]) == 0
+    assert torch.equal(DatasetCache.load(tmp_path / "saved").get_lune([6], 0.4), local.get_lune([6], 0.4))
 
 
 def test_several_sources(tmp_path):
