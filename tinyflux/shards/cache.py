@@ -126,13 +126,14 @@ class NodeCache:
         with _locked(path.with_name(f".{path.name}.lock"), f"another process to download {what}", stopped):
             if _touch(path):
                 return path
-            self._make_room(size or 0, due)
+            with self._room(size or 0, due):
+                pass  # known before anything is downloaded
             part = path.with_name(f".{path.name}.part")
             try:
                 for resume in (True, False):  # a wrong sum may come from what a killed process left
                     if self._download(part, size, sha256, read, resume, stopped):
-                        os.replace(part, path)
-                        self._make_room(0)  # downloads at the same time don't see each other's size
+                        with self._room(size or 0, due, written=True):  # another may have taken it meanwhile
+                            os.replace(part, path)
                         return path
             except OSError as error:
                 if error.errno not in (28, 122):  # disk or quota full
@@ -178,8 +179,12 @@ class NodeCache:
             part.unlink()
         return good
 
-    def _make_room(self, size: int, due: int | None = None) -> None:
-        """Evict the oldest files until `size` bytes fit. Raises NoRoom where that takes one later than `due`."""
+    @contextmanager
+    def _room(self, size: int, due: int | None, written: bool = False) -> Iterator[None]:
+        """Evict the oldest files until `size` bytes fit, and keep the room for the block.
+
+        written: the bytes are on the disk already. Raises NoRoom where that takes a file later than `due`.
+        """
         with _locked(self.folder / ".lock", f"the eviction lock of {self.folder}"):
             files = []
             for path in self.folder.glob("*/*"):
@@ -191,12 +196,13 @@ class NodeCache:
                     files.append((stat.st_mtime_ns, stat.st_size, path))
             total = sum(length for _, length, _ in files)
             for date, length, path in sorted(files):
-                if total + size <= self.limit and shutil.disk_usage(self.folder).free >= size:
+                if total + size <= self.limit and shutil.disk_usage(self.folder).free >= (0 if written else size):
                     break
                 if due is not None and date >= due:
                     raise NoRoom(str(path))
                 path.unlink(missing_ok=True)
                 total -= length
+            yield
 
 
 def _touch(path: Path, when: int | None = None) -> bool:
