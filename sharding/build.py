@@ -31,9 +31,9 @@ from sharding.inputs import Input
 from sharding.job import Job, JobError
 from sharding.readers import list_inputs
 from sharding.sources import SourceError, SourceSpec, describe, find_source, load_sources, table, unlisted_source
-from tinyflux.model.extract import extract, load_models, null_embeddings, producer
+from tinyflux.model.extract import extract_batches, load_models, null_embeddings, parts_of, producer
 from tinyflux.model.zoo import FLUX, ModelZoo
-from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.manifest import Manifest, diff_fingerprints
 from tinyflux.shards.old import FINGERPRINT
 from tinyflux.shards.writer import atomic_write
 
@@ -80,6 +80,11 @@ class BuildConfig:
     """Keep a small JPEG of each image."""
     device: str | None = None
     """cpu, cuda, ...; default: cuda if there is one, else cpu. Ranks of a node take one device each."""
+    low_memory: bool = False
+    """Have one model in memory at a time: each runs over a whole shard, then makes room for the next. The result is
+    the same; a GPU keeps the others in the CPU's memory, the CPU reads them from disk again."""
+    compile: bool = False
+    """Compile the UNets and the VAEs' encoders: minutes at the start, faster then; it changes the last bits."""
     batch_size: int = 16
     """Images encoded at once; it changes the last bits of the result."""
     threads: int | None = None
@@ -102,6 +107,8 @@ class BuildConfig:
             raise ValueError(f"--device {self.device!r} is none that torch knows: cpu, cuda, cuda:1, ...") from error
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"--max-rejected must be a fraction from 0 to 1, not {self.max_rejected}")
+        if self.compile and self.low_memory:
+            raise ValueError("--compile with --low-memory would compile each model anew for each shard: choose one")
         if not self.source and not self.list:
             raise ValueError("--source NAME is missing; --list shows the names")
 
@@ -145,14 +152,32 @@ def settle(config: BuildConfig, spec: SourceSpec, begun: dict | None, local_worl
         "batch_size": config.batch_size,
         "threads": config.threads or begun.get("threads") or cores,
         "device": device,
-    }
+    } | ({"compile": True} if config.compile else {})
 
 
 def revisions(config: BuildConfig, begun: dict | None) -> dict[str, str]:
     """The models' revisions: those asked for, else the commits that the build was begun with."""
     models = (begun or {}).get("fingerprint", {})
     pinned = {name: model["revision"] for name, model in models.items() if name in FLUX and "revision" in model}
+    for name in ("lune", "sol"):  # out of single files, with the config of another repo
+        if revision := models.get(name, {}).get("config", {}).get("revision"):
+            pinned["unet"] = revision
     return pinned | config.revision
+
+
+def check_revisions(job: Job, config: BuildConfig, begun: dict) -> None:
+    """Raises JobError where revisions are asked for that are not the commits that the source was built with."""
+    if not config.revision:
+        return
+    pinned, zoo = revisions(BuildConfig("any"), begun), ModelZoo(zoo=config.zoo, revision=config.revision)
+    asked = {name: rev if rev == pinned.get(name) else zoo.revision(name) for name, rev in config.revision.items()}
+    names = {name: {"revision": pinned.get(name)} for name in asked}
+    if differing := diff_fingerprints(names, {name: {"revision": revision} for name, revision in asked.items()}):
+        lines = "\n  ".join(differing)
+        raise JobError(
+            f"{job.out}: was built with other models (there, against those asked for now):\n  {lines}\n"
+            "Leave out --revision, or choose another --out"
+        )
 
 
 def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
@@ -195,12 +220,12 @@ class Progress:
         self.bar.close()
 
 
-def estimate(engine: Engine, inputs: list[Input], world: int) -> None:
+def estimate(engine: Engine, inputs: list[Input], world: int, shard_size: int) -> None:
     """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
-    batch = engine.batch_size
+    batch = shard_size if engine.whole_shards else engine.batch_size
     with tempfile.TemporaryDirectory(prefix="tinyflux-estimate-") as folder:
         job = Job(Path(folder), engine.spec.name, engine.spec.dataset_id)
-        few = job.begin({}, inputs[: 4 * batch], shard_size=batch)
+        few = job.begin({}, inputs[: (2 if engine.whole_shards else 4) * batch], shard_size=batch)
         marks = []
         engine.run(job, job.claim(0, 1), few, lambda: marks.append((time.perf_counter(), engine.images)))
         notes = [job.finished(k)["shard"] for k in range(job.shards)]
@@ -209,7 +234,8 @@ def estimate(engine: Engine, inputs: list[Input], world: int) -> None:
         raise JobError(f"all of the first {len(few)} inputs are rejected: {job.rejected()[0]['reason']}, ...")
     (start, warm), (end, images) = marks[0], marks[-1]  # the first batch pays for warming up
     if images == warm:
-        raise JobError(f"--estimate needs more than {batch} inputs, or a smaller --batch-size")
+        option = "--shard-size" if engine.whole_shards else "--batch-size"
+        raise JobError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
     rate = (images - warm) / (end - start)
     each = sum(shard["bytes"] for shard in notes if shard) / made
     kept = made / len(few)
@@ -281,6 +307,7 @@ def build(config: BuildConfig) -> int:
     settings = settle(config, spec, begun, local_world)
     if begun:
         job.check({"settings": settings})
+        check_revisions(job, config, begun)
     if begun and not config.append and (status := already(job, config.shard_size)) is not None:
         return status
     device = device_of(config, settings, local_rank)
@@ -290,14 +317,20 @@ def build(config: BuildConfig) -> int:
     if begun is None and not config.estimate:
         job.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
     torch.set_num_threads(settings["threads"])
+    zoo.one_at_a_time = config.low_memory
     load_models(zoo, settings["lune"], settings["sol"])
+    if config.compile:
+        zoo.compile()
     dtype = getattr(torch, config.dtype)
     switches = {name: settings[name] for name in ("lune", "sol", "teacher_input")}
     workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
-    encode = partial(extract, zoo, dtype=dtype, **switches)
-    engine = Engine(spec, encode, size, config.batch_size, config.seed, workers, config.preview)
+    parts = parts_of(settings["lune"], settings["sol"])
+    encode = partial(extract_batches, zoo, parts=parts, teacher_input=config.teacher_input, dtype=dtype)
+    engine = Engine(
+        spec, encode, size, config.batch_size, config.seed, workers, config.preview, whole_shards=config.low_memory
+    )
     if config.estimate:
-        estimate(engine, inputs, world)
+        estimate(engine, inputs, world, config.shard_size)
         return 0
     fingerprint = producer(zoo, size, dtype, crop=spec.crop, seed=config.seed, **switches)
     ordered = job.begin({"settings": settings, "fingerprint": fingerprint}, inputs, config.shard_size, config.append)

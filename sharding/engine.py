@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from threading import Lock
@@ -22,25 +23,28 @@ from torch import Tensor
 from sharding.inputs import Input, caption
 from sharding.job import Job
 from sharding.sources import SourceSpec
+from tinyflux.model.extract import Batch
 from tinyflux.model.images import Picture, Rejected, prepare, preview
 from tinyflux.shards.format import Field, encode_sample, fields_of, sample_key
 from tinyflux.shards.manifest import shard_name
 from tinyflux.shards.writer import write_shard
 from tinyflux.util import rng
 
-Encode = Callable[[Tensor, list[str], Tensor], dict[str, Tensor]]
-"""(pixels [B,3,H,W] in [-1,1], prompts, seeds int64 [B]) -> tensors of B samples on the CPU."""
+Encode = Callable[[list[Batch]], list[dict[str, Tensor]]]
+"""Batches -> the tensors of each, on the CPU."""
 
 
 class Ready(NamedTuple):
-    """An input that is read, captioned and cut to size."""
+    """An input that is read, captioned and cut to size; without a picture where only its caption is wanted."""
 
     index: int
     origin: str
     seed: int
     """Its key for everything random, signed 64-bit."""
     prompt: str
-    picture: Picture
+    picture: Picture | None
+    members: dict[str, bytes] = {}
+    """What is kept of a sample that is there already, by extension."""
 
 
 class Stages:
@@ -71,6 +75,8 @@ class Engine:
     seed: int
     workers: int
     with_preview: bool = True
+    whole_shards: bool = False
+    """Encode all batches of a shard in one call: for models that are loaded one at a time."""
     stages: Stages = field(default_factory=Stages)
     images: int = 0
     """Inputs done with so far, rejects included."""
@@ -96,18 +102,21 @@ class Engine:
                 return reason
         return Ready(index, item.origin, seed, prompt, picture)
 
-    def ahead(self, pool: ThreadPoolExecutor, shards: Iterable[int], inputs: list, shard_size: int) -> Iterator[tuple]:
+    def tasks(self, shards: Iterable[int], inputs: list, shard_size: int) -> Iterator[tuple]:
+        """(shard, index, origin, what reads it), in order."""
+        for k in shards:
+            for index in range(k * shard_size, min((k + 1) * shard_size, len(inputs))):
+                if (item := inputs[index]) is not None:
+                    yield k, index, item.origin, partial(self.read, index, item)
+
+    def ahead(self, pool: ThreadPoolExecutor, tasks: Iterator[tuple]) -> Iterator[tuple]:
         """(shard, index, origin, Ready or Rejected) in order, two batches and more read ahead."""
         queue: deque[tuple[int, int, str, Future]] = deque()
         window = 2 * self.batch_size + 2 * self.workers
-        for k in shards:
-            for index in range(k * shard_size, min((k + 1) * shard_size, len(inputs))):
-                item = inputs[index]
-                if item is None:
-                    continue
-                queue.append((k, index, item.origin, pool.submit(self.read, index, item)))
-                if len(queue) > window:
-                    yield self._next(queue)
+        for k, index, origin, read in tasks:
+            queue.append((k, index, origin, pool.submit(read)))
+            if len(queue) > window:
+                yield self._next(queue)
         while queue:
             yield self._next(queue)
 
@@ -131,12 +140,17 @@ class Engine:
         while batch := list(islice(stream, self.batch_size)):
             yield batch
 
-    def encode_batch(self, batch: list[Ready]) -> dict[str, Tensor]:
-        """The tensors of a batch, on the CPU, batched."""
+    def groups(self, batches: Iterator[list[Ready]]) -> Iterator[list[list[Ready]]]:
+        """The batches of a shard that are encoded in one call."""
+        if not self.whole_shards:
+            yield from ([batch] for batch in batches)
+        elif group := list(batches):
+            yield group
+
+    def encode_group(self, group: list[list[Ready]]) -> list[dict[str, Tensor]]:
+        """The tensors of each batch, on the CPU, batched."""
         with self.stages.time("encode"):
-            pixels = torch.from_numpy(np.stack([ready.picture.pixels for ready in batch]))  # [B, H, W, 3]
-            pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)  # [B, 3, H, W]
-            return self.encode(pixels, [ready.prompt for ready in batch], torch.tensor([ready.seed for ready in batch]))
+            return self.encode([as_batch(batch) for batch in group])
 
     def compress(self, ready: Ready, tensors: dict[str, Tensor], expected: dict[str, Field]) -> dict | Rejected:
         """One sample as tar members, in a thread; Rejected where its tensors are not fit to be trained on."""
@@ -182,18 +196,19 @@ class Engine:
         decode, compress = pools
         writing: deque[Future] = deque()
         expected: dict[str, Field] = {}
+        tasks = self.tasks(shards, inputs, job.shard_size)
         try:
-            for k, entries in groupby(self.ahead(decode, shards, inputs, job.shard_size), key=itemgetter(0)):
+            for k, entries in groupby(self.ahead(decode, tasks), key=itemgetter(0)):
                 rejected, pending = [], []
-                for batch in self.batches(entries, rejected):
-                    tensors = self.encode_batch(batch)
-                    rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(batch))]
-                    expected = expected or fields_of(rows[0])
-                    pending += [
-                        (ready.index, ready.origin, compress.submit(self.compress, ready, row, expected))
-                        for ready, row in zip(batch, rows, strict=True)
-                    ]
-                    self.images += len(batch)
+                for group in self.groups(self.batches(entries, rejected)):
+                    for batch, tensors in zip(group, self.encode_group(group), strict=True):
+                        rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(batch))]
+                        expected = expected or fields_of(rows[0])
+                        pending += [
+                            (ready.index, ready.origin, compress.submit(self.compress, ready, row, expected))
+                            for ready, row in zip(batch, rows, strict=True)
+                        ]
+                        self.images += len(batch)
                     progress()
                 writing.append(writer.submit(self.finish, job, k, pending, rejected, expected if pending else {}))
                 while len(writing) > 1:  # one shard is written while the next is encoded, no more
@@ -208,6 +223,13 @@ class Engine:
                 pool.shutdown(cancel_futures=True)
 
 
+def as_batch(batch: list[Ready]) -> Batch:
+    """Inputs that are read, as the models take them."""
+    pictures = [ready.picture for ready in batch]
+    pixels = None if pictures[0] is None else torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    return Batch(pixels, [ready.prompt for ready in batch], torch.tensor([ready.seed for ready in batch]))
+
+
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Field]) -> None:
     """Raises Rejected where a sample's tensors have NaN or infinity, another shape, or latents that are all equal."""
     for name, found in fields_of(tensors).items():
@@ -216,6 +238,6 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Field]) -> Non
             raise Rejected(f"wrong shape: {name} is {found.dtype} {found.shape}, the source has {wanted}")
         if not tensors[name].isfinite().all():
             raise Rejected(f"not finite: {name} has NaN or infinity")
-    latents = tensors["latents"]
-    if (latents == latents.flatten()[0]).all():
+    latents = tensors.get("latents")
+    if latents is not None and (latents == latents.flatten()[0]).all():
         raise Rejected("constant latents: every element is the same")

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from huggingface_hub import constants
+from transformers.utils.hub import hf_api
 
 
 class Hub(ThreadingHTTPServer):
@@ -76,6 +77,7 @@ def serve(repos: dict[str, dict[str, Path]], cache: Path, monkeypatch):
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{hub.server_port}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(hf_api(), "endpoint", url)  # transformers keeps one client for good
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         yield hub

@@ -351,6 +351,7 @@ def test_one_clear_line(tmp_path, monkeypatch, capsys, args, message):
         (("--limit", "x"), "--limit"),
         (("--batch-size", "0"), "--batch-size must be at least 1, not 0"),
         (("--max-rejected", "5"), "--max-rejected must be a fraction from 0 to 1, not 5"),
+        (("--compile", "--low-memory"), "choose one"),
         (("--device", "gpu"), "--device 'gpu' is none that torch knows"),
         (("--zoo", "tiny"), "--source NAME is missing; --list shows the names"),
     ],
@@ -391,6 +392,62 @@ def test_tensors_that_must_not_be_written(name, change, reason):
     check_tensors(good, expected)
     with pytest.raises(Rejected, match=f"^{reason}"):
         check_tensors(good | {name: change(good[name].clone())}, expected)
+
+
+def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
+    """--low-memory: never two models in memory, each loaded once a shard, and the very same source."""
+    sources(tmp_path)
+    loads = []
+
+    class Watched(ModelZoo):
+        def _keep(self, name, *args):
+            loads.append((name, self.loaded()))
+            return super()._keep(name, *args)
+
+    monkeypatch.setattr(build, "ModelZoo", Watched)
+    args = ("--shard-size", 8, "--limit", 14)
+    assert run(tmp_path, "--out", tmp_path / "plain", *args, source="drawn") == 0
+    loads.clear()
+    assert run(tmp_path, "--out", tmp_path / "low", *args, "--low-memory", source="drawn") == 0
+    assert content(tmp_path / "low") == content(tmp_path / "plain")
+    assert not any(others for _, others in loads)
+    names = [name for name, _ in loads]
+    assert {name: names.count(name) for name in ("vae", "t5", "clip", "lune", "sol")} == {
+        "vae": 3, "t5": 4, "clip": 6, "lune": 3, "sol": 3,  # for the fingerprint, the empty prompt, each shard
+    }  # fmt: skip
+    assert run(tmp_path, "--out", tmp_path / "plain", *args, "--low-memory", source="drawn") == 0  # one and the same
+    capsys.readouterr()
+    assert run(tmp_path, "--estimate", "--low-memory", "--shard-size", 4, source="drawn") == 0
+    assert "drawn: 20 inputs at" in capsys.readouterr().out
+
+
+def test_compiled_models_agree(tmp_path, monkeypatch, capsys):
+    """--compile: features equal to 1e-3, and not mixed with those of an ordinary build.
+
+    The compiler's last stage takes a minute for the UNets: they go through the stages before it.
+    """
+    sources(tmp_path)
+    graphs = []
+
+    class Watched(ModelZoo):
+        def compile(self):
+            super().compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(build, "ModelZoo", Watched)
+    args = ("--shard-size", 6, "--limit", 6)  # batches of 4 and 2
+    assert run(tmp_path, "--out", tmp_path / "plain", *args, source="drawn") == 0
+    assert not graphs
+    assert run(tmp_path, "--out", tmp_path / "compiled", *args, "--compile", source="drawn") == 0
+    assert len(graphs) > 6  # two encoders, Lune's blocks, Sol's
+    plain, compiled = samples(tmp_path / "plain"), samples(tmp_path / "compiled")
+    assert len(plain) == len(compiled) == 6
+    for index in plain:
+        for name in ("latents", "t5_embeds", "clip_pooled", "lune", "sol_stats", "sol_spatial"):
+            a, b = plain[index][name].float(), compiled[index][name].float()
+            assert (a - b).abs().max() <= 1e-3 * max(1, a.abs().max()), name
+    capsys.readouterr()
+    assert run(tmp_path, "--out", tmp_path / "plain", *args, "--compile", source="drawn") == 2
+    assert "settings.compile: None against True" in capsys.readouterr().err
 
 
 def test_previews_are_the_training_picture(photos):

@@ -55,3 +55,27 @@ def test_revisions_are_resolved_recorded_and_kept(hub, tmp_path, monkeypatch, ca
     assert commit("v2") in message and commit("main") in message
     assert build.main([*command, "--append", "--revision", "vea", "main"]) == 2
     assert "no such model: vea" in capsys.readouterr().err
+
+
+def test_a_finished_build_is_not_called_complete_for_other_models(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 2\nsize = 64\n')
+    command = ["--source", "drawn", "--batch-size", "2", "--shard-size", "2", "--threads", "1"]
+    assert build.main(command) == 0
+    fingerprint = Manifest.load(tmp_path / "data" / "drawn").fingerprint
+    expected = {"repo": zoo_module.SD15, "revision": commit("main"), "subfolder": "unet"}
+    assert fingerprint["lune"]["config"] == fingerprint["sol"]["config"] == expected
+
+    for revision in ("main", commit("main")):  # what it was built with, by either name
+        assert build.main([*command, "--revision", "t5", revision]) == 0
+        assert "complete, 2 samples" in capsys.readouterr().out
+    assert build.main([*command, "--revision", "t5", "v2", "vae", "main"]) == 2
+    message = capsys.readouterr().err
+    assert f"t5.revision: '{commit('main')}' against '{commit('v2')}'" in message and "vae" not in message
+    hub.repos[zoo_module.SD15]["new"] = hub.repos[zoo_module.SD15]["main"]
+    assert build.main([*command, "--revision", "unet", "new"]) == 2
+    assert f"unet.revision: '{commit('main')}' against '{commit('new')}'" in capsys.readouterr().err
+    assert build.main([*command, "--out", "pinned", "--revision", "unet", "new"]) == 0
+    assert Manifest.load(tmp_path / "pinned").fingerprint["lune"]["config"]["revision"] == commit("new")
+    assert build.main([*command, "--zoo", "tiny", "--out", "local", "--revision", "t5", "v2"]) == 2
+    assert "zoo 'tiny' has local files" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """Images and prompts -> one batch of sample tensors: what a build writes and a training run reads."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,79 @@ from tinyflux.util.predictions import flow_x_t
 TEACHER_INPUTS = ("image", "noise")
 SOL_SIZE = 8
 TOKENS = {"cpu": 1 << 14, "accelerator": 1 << 18}  # latent pixels that go through a teacher at once
+# what is made of a sample: the models that each part takes, all of them in the order in which they run
+PARTS = {
+    "latents": ("vae",),
+    "text": ("t5", "clip"),
+    "lune": ("clip", "sd_vae", "lune"),
+    "sol": ("clip", "sd_vae", "sol"),
+}
+MODELS = ("vae", "t5", "clip", "sd_vae", "lune", "sol")
+
+
+class Batch(NamedTuple):
+    """Images and their captions. `pixels`: float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3], None where no part
+    needs them; `seeds` int64 [B] key the teachers' noise."""
+
+    pixels: Tensor | None
+    prompts: list[str]
+    seeds: Tensor
+
+    def floats(self) -> Tensor:
+        """float32 [B, 3, H, W] in [-1, 1]."""
+        if self.pixels.dtype != torch.uint8:
+            return self.pixels
+        return self.pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def models_of(parts: Iterable[str]) -> list[str]:
+    """The models that these parts take, in the order in which they run."""
+    needed = {model for part in parts for model in PARTS[part]}
+    return [model for model in MODELS if model in needed]
 
 
 @torch.no_grad()
+def extract_batches(
+    zoo: ModelZoo,
+    batches: list[Batch],
+    parts: Iterable[str] = tuple(PARTS),
+    *,
+    teacher_input: str = "image",
+    dtype: torch.dtype = torch.float16,
+) -> list[dict[str, Tensor]]:
+    """`extract` of several batches, model by model, so that a zoo of `one_at_a_time` loads each once.
+
+    "latents" gives `latents`, "text" `t5_embeds` and `clip_pooled`, "lune" `lune`, "sol" `sol_stats` and `sol_spatial`.
+    """
+    parts = set(parts)
+    out: list[dict[str, Tensor]] = [{} for _ in batches]
+
+    def put(sample: dict[str, Tensor], **tensors: Tensor) -> None:
+        sample.update({name: tensor.to("cpu", dtype) for name, tensor in tensors.items()})
+
+    if "latents" in parts:
+        with zoo.using("vae"):
+            for batch, sample in zip(batches, out, strict=True):
+                put(sample, latents=zoo.encode_images(batch.floats()))
+    if "text" in parts:
+        with zoo.using("t5"):
+            for batch, sample in zip(batches, out, strict=True):
+                put(sample, t5_embeds=zoo.encode_t5(batch.prompts))
+        with zoo.using("clip"):
+            for batch, sample in zip(batches, out, strict=True):
+                put(sample, clip_pooled=zoo.encode_clip(batch.prompts))
+    if teachers := [name for name in ("lune", "sol") if name in parts]:
+        with zoo.using("clip"):
+            contexts = [zoo.encode_clip_hidden(batch.prompts) for batch in batches]  # [B, 77, D] each
+        with zoo.using("sd_vae"):
+            latents = [zoo.encode_sd(batch.floats()) for batch in batches]
+        for name in teachers:
+            with zoo.using(name):
+                for batch, sample, context, x in zip(batches, out, contexts, latents, strict=True):
+                    put(sample, **_taught(zoo, name, context, *teacher_inputs(x, batch.seeds, teacher_input)))
+    return out
+
+
 def extract(
     zoo: ModelZoo,
     pixels: Tensor,
@@ -35,17 +108,15 @@ def extract(
     """
     if not len(pixels) == len(prompts) == len(seeds):
         raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts and {len(seeds)} seeds: one of each per sample")
-    sample = {
-        "latents": zoo.encode_images(pixels),
-        "t5_embeds": zoo.encode_t5(prompts),
-        "clip_pooled": zoo.encode_clip(prompts),
-    }
-    if lune or sol:
-        sample |= teacher_features(zoo, pixels, prompts, seeds, lune=lune, sol=sol, teacher_input=teacher_input)
-    return {name: tensor.to("cpu", dtype) for name, tensor in sample.items()}
+    batch = Batch(pixels, prompts, seeds)
+    return extract_batches(zoo, [batch], parts_of(lune, sol), teacher_input=teacher_input, dtype=dtype)[0]
 
 
-@torch.no_grad()
+def parts_of(lune: bool, sol: bool) -> tuple[str, ...]:
+    """The parts of a whole sample, with or without its teachers'."""
+    return ("latents", "text", *(("lune",) if lune else ()), *(("sol",) if sol else ()))
+
+
 def teacher_features(
     zoo: ModelZoo,
     pixels: Tensor,
@@ -57,24 +128,25 @@ def teacher_features(
     teacher_input: str = "image",
 ) -> dict[str, Tensor]:
     """The teachers' part of `extract`: `lune` [B, K, D], `sol_stats` [B, K, 3], `sol_spatial` [B, K, 8, 8], float32."""
-    latents, timesteps = teacher_inputs(zoo.encode_sd(pixels), seeds, teacher_input)
+    batch, parts = Batch(pixels, prompts, seeds), parts_of(lune, sol)[2:]
+    return extract_batches(zoo, [batch], parts, teacher_input=teacher_input, dtype=torch.float32)[0]
+
+
+def _taught(zoo: ModelZoo, name: str, contexts: Tensor, latents: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    """One teacher's features of latents [B, K, 4, h, w] at timesteps [K], in chunks."""
     B, K = latents.shape[:2]
-    contexts = zoo.encode_clip_hidden(prompts)  # [B, 77, D]
-    features: dict[str, list[Tensor]] = {}
+    unet, features = zoo.required(name), []
     rows = torch.arange(B * K, device=latents.device)
     tokens = TOKENS["cpu" if latents.device.type == "cpu" else "accelerator"]
     for chunk in rows.split(max(1, tokens // latents[0, 0, 0].numel())):
         at = chunk // K, chunk % K
-        inputs = latents[at], contexts[at[0]], timesteps[at[1]]
-        if lune:
-            unet = zoo.required("lune")
-            features.setdefault("lune", []).append(lune_features(unet, *_cast(unet, *inputs)))
-        if sol:
-            unet = zoo.required("sol")
-            stats, spatial = sol_statistics(unet, *_cast(unet, *inputs), size=SOL_SIZE)
-            features.setdefault("sol_stats", []).append(stats)
-            features.setdefault("sol_spatial", []).append(spatial)
-    return {name: torch.cat(chunks).unflatten(0, (B, K)) for name, chunks in features.items()}
+        inputs = _cast(unet, latents[at], contexts[at[0]], timesteps[at[1]])
+        if name == "lune":
+            features.append({"lune": lune_features(unet, *inputs)})
+        else:
+            stats, spatial = sol_statistics(unet, *inputs, size=SOL_SIZE)
+            features.append({"sol_stats": stats, "sol_spatial": spatial})
+    return {key: torch.cat([chunk[key] for chunk in features]).unflatten(0, (B, K)) for key in features[0]}
 
 
 def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image") -> tuple[Tensor, Tensor]:
@@ -96,15 +168,22 @@ def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image")
 
 def null_embeddings(zoo: ModelZoo, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """T5 states [L, D] and pooled CLIP vector [D] of the empty prompt, for text dropout and guidance."""
-    embeddings = {"t5_embeds": zoo.encode_t5([""])[0], "clip_pooled": zoo.encode_clip([""])[0]}
-    return {name: tensor.to("cpu", dtype) for name, tensor in embeddings.items()}
+    batch = Batch(None, [""], torch.zeros(1, dtype=torch.int64))
+    return {name: tensor[0].clone() for name, tensor in extract_batches(zoo, [batch], ["text"], dtype=dtype)[0].items()}
 
 
 def load_models(zoo: ModelZoo, lune: bool = True, sol: bool = True) -> None:
     """Load what `extract` needs and the zoo has not, and no more."""
-    wanted = {"vae": True, "t5": True, "clip": True, "sd_vae": lune or sol, "lune": lune, "sol": sol}
-    for name, needed in wanted.items():
-        if needed and getattr(zoo, name) is None:
+    load_for(zoo, parts_of(lune, sol))
+
+
+def load_for(zoo: ModelZoo, parts: Iterable[str]) -> None:
+    """Load what these parts need and the zoo has not; with `one_at_a_time` each is only tried, for the fingerprint."""
+    for name in models_of(parts):
+        if zoo.one_at_a_time:
+            with zoo.using(name):
+                pass
+        elif getattr(zoo, name) is None:
             getattr(zoo, f"load_{name}")()
 
 
@@ -120,7 +199,7 @@ def producer(
     teacher_input: str = "image",
 ) -> dict:
     """The fingerprint of a source: all that decides what its samples' tensors mean. `zoo`: with its models loaded."""
-    unused = {name for name, used in (("sd_vae", lune or sol), ("lune", lune), ("sol", sol)) if not used}
+    unused = set(MODELS) - set(models_of(parts_of(lune, sol)))
     return {name: value for name, value in zoo.fingerprint().items() if name not in unused} | {
         "resolution": resolution,
         "resize": "lanczos",

@@ -2,11 +2,16 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -39,9 +44,13 @@ class ModelZoo:
 
     zoo: "flux" (the real models, from the Hub), "tiny" (the offline ones that come with this package), or a folder
     with `vae`, `sd_vae`, `clip`, `t5`, `lune` and `sol` in it and an optional `zoo.json` {"image_size", "t5_length"}.
-    dtype: one for all or {name: dtype}; float32 unless given. revision: one for all Hub repos or {name: revision}.
+    dtype: one for all or {name: dtype}; float32 unless given. revision: one for all Hub repos or {name: revision}; that
+    of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
     Every model is None until its `load_*`, then in eval mode without gradients.
     """
+
+    one_at_a_time = False
+    """Whether `using` keeps a model on the device, or on the CPU in memory, for no longer than it is used."""
 
     def __init__(
         self,
@@ -54,10 +63,13 @@ class ModelZoo:
         for given in {None, *self._dtypes.values()}:
             check_place(device, given)
         self.device = torch.device(device)
-        revisions = revision if isinstance(revision, dict) else dict.fromkeys(FLUX, revision)
-        for given in (self._dtypes, revisions):
-            if unknown := given.keys() - {*FLUX, "tinyflux"}:
-                raise ValueError(f"no such model: {', '.join(sorted(unknown))}; known: {', '.join(FLUX)}, tinyflux")
+        revisions = revision if isinstance(revision, dict) else dict.fromkeys((*FLUX, "unet"), revision)
+        for given, names in ((self._dtypes, (*FLUX, "tinyflux")), (revisions, (*FLUX, "unet"))):
+            if unknown := given.keys() - {*names}:
+                raise ValueError(f"no such model: {', '.join(sorted(unknown))}; known: {', '.join(names)}")
+        if zoo != "flux" and any(revisions.values()):
+            raise ValueError(f"revision: zoo {str(zoo)!r} has local files; only models of the Hub have revisions")
+        self._unet_config = replace(UNET_CONFIG, revision=revisions.get("unet"))
         settings = {"image_size": 512, "t5_length": 128}
         if zoo == "flux":
             self._origins = {name: Origin(o.at, o.subfolder, o.file, revisions.get(name)) for name, o in FLUX.items()}
@@ -79,6 +91,7 @@ class ModelZoo:
         self.tinyflux: nn.Module | None = None
         self.tokenizers: dict = {}
         self._identities: dict[str, dict] = {}
+        self._known: dict[Origin, dict] = {}
 
     @classmethod
     def of(cls, image_size: int, t5_length: int, tokenizers: dict, **models: nn.Module) -> "ModelZoo":
@@ -136,12 +149,16 @@ class ModelZoo:
     def _load_unet(self, name: str, source: str | Path | None) -> UNet2DConditionModel:
         origin = self._find(name, source, single_file=True)
         if origin.file:
-            unet = unet_from_file(origin.path(), UNET_CONFIG.resolve(), self._dtype(name))
+            self._unet_config = self._unet_config.resolve()  # once, as those of the models
+            unet = unet_from_file(origin.path(), self._unet_config, self._dtype(name))
         else:
             unet = pretrained(UNet2DConditionModel, origin, torch_dtype=self._dtype(name))
         if extra := [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key) is not None]:
             raise ValueError(f"{name}: {origin} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
-        return self._keep(name, origin, unet)
+        self._keep(name, origin, unet)
+        if origin.file:
+            self._identities[name]["config"] = self._unet_config.identity()
+        return unet
 
     def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Origin:
         if source is None:
@@ -155,7 +172,9 @@ class ModelZoo:
     def _keep(self, name: str, origin: Origin, model: nn.Module) -> nn.Module:
         model = model.eval().requires_grad_(False).to(self.device)
         setattr(self, name, model)
-        self._identities[name] = origin.identity() | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
+        if origin not in self._known:
+            self._known[origin] = origin.identity()  # once: it reads whole files
+        self._identities[name] = self._known[origin] | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
         return model
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -186,6 +205,49 @@ class ModelZoo:
     def onload(self, name: str) -> None:
         """Moves a model back to the zoo's device."""
         self.required(name).to(self.device)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[nn.Module]:
+        """A loaded model for the length of a `with` block.
+
+        With `one_at_a_time` it is brought for that alone: onto the device from the CPU's memory, or, where the CPU is
+        the device, loaded and unloaded.
+        """
+        if not self.one_at_a_time:
+            yield self.required(name)
+            return
+        if getattr(self, name) is None:
+            getattr(self, f"load_{name}")()
+        else:
+            self.onload(name)
+        try:
+            yield self.required(name)
+        finally:
+            if self.device.type == "cpu":
+                self.unload(name)
+            else:
+                self.offload(name)
+
+    def compile(self, **options) -> None:
+        """Compile what takes a build's time, of the models that are loaded: the VAEs' encoders and the UNets.
+
+        options: of `torch.compile`. Sol's self-attention stays as it is: its processor collects the statistics outside
+        of any graph.
+        """
+        for vae in (self.vae, self.sd_vae):
+            if vae is not None:
+                vae.encoder.compile(**options)
+        if self.lune is not None:
+            for block in (*self.lune.down_blocks, self.lune.mid_block):
+                block.compile(**options)
+        if self.sol is not None:
+            for module in self.sol.modules():
+                if isinstance(module, ResnetBlock2D | FeedForward):
+                    module.compile(**options)
+
+    def revision(self, name: str) -> str | None:
+        """The commit of a model, None for local files. Errors as of loading."""
+        return (self._unet_config.resolve() if name == "unet" else self._find(name, None)).revision
 
     def required(self, name: str) -> nn.Module:
         """A loaded model; RuntimeError that names the call that loads it."""
