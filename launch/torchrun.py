@@ -1,4 +1,7 @@
-"""torchrun that passes on SIGUSR1 and exit status 75, for ./torchrun.sh: its own dies of the one and exits with 1."""
+"""torchrun that passes on SIGUSR1 and exit status 75, for ./torchrun.sh: its own dies of the one and exits with 1.
+
+Ranks that are started again get a store of their own: torch 2.13 would show them the dead ones' addresses.
+"""
 
 import os
 import signal
@@ -21,6 +24,7 @@ def forward(number: int, _frame) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     signal.signal(signal.SIGUSR1, forward)
     try:
         main()

@@ -24,7 +24,7 @@ from tinyflux.trainer.config import RunConfig, fit_model, load_config
 from tinyflux.trainer.data import HeldOut, StreamCollate, data_identity, open_run_sources
 from tinyflux.trainer.dryrun import describe
 from tinyflux.trainer.metrics import say
-from tinyflux.trainer.parallel import local_device, process_group
+from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer
 
@@ -79,7 +79,19 @@ def main(argv: list[str]) -> int:
         config, given = load_config(argv, Path(__file__).parent / "configs", __doc__)
         device = local_device()
         with process_group(device, config.parallel.timeout):
-            return run(config, given, device)
+            try:
+                return run(config, given, device)
+            except RuntimeError as error:
+                if not is_lost_rank(error):
+                    raise
+                print(
+                    f"error: rank {dist.get_rank()} lost another rank, which died, hangs or did not answer for"
+                    f" parallel.timeout = {config.parallel.timeout} s: {str(error).splitlines()[0]}\n"
+                    "  its own error, if it told one, is above; the same command goes on from the last checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # threads may wait for that rank too, which would keep this process
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -30,13 +30,15 @@ SMALL = [  # a network and a run small enough for a test; the sizes that the sha
 ]
 
 
-def make_source(folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8) -> Path:
-    """A source of random tensors."""
+def make_source(
+    folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8, latents=LATENTS, width: int = WIDTH
+) -> Path:
+    """A source of random tensors. width: of all but the latents and Sol's."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(dataset_id)
 
     def tensors() -> dict[str, torch.Tensor]:
-        shapes = {"latents": LATENTS, "t5_embeds": (LENGTH, WIDTH), "clip_pooled": (WIDTH,), "lune": (10, WIDTH)}
+        shapes = {"latents": latents, "t5_embeds": (LENGTH, width), "clip_pooled": (width,), "lune": (10, width)}
         made = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
         made["sol_stats"] = torch.rand(10, 3, generator=generator).half()
         made["sol_spatial"] = torch.rand(10, 8, 8, generator=generator).half()

@@ -48,9 +48,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args, world, rank = parse(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     folder = Path(tempfile.gettempdir(), f"save_step-{os.getppid() if world > 1 else os.getpid()}")
-    training.LATENTS, training.LENGTH, training.WIDTH = (16, args.grid, args.grid), 32, 256
     if rank == 0:
-        training.make_source(folder / "making" / "source", 1)
+        training.make_source(folder / "making" / "source", 1, latents=(16, args.grid, args.grid), width=256)
         (folder / "making").rename(folder / "sources")
     while not (folder / "sources").exists():
         time.sleep(0.1)

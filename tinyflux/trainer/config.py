@@ -129,7 +129,9 @@ class TrainerConfig:
     validation_samples: int = 1024
     """Held-out samples of a validation, each at 8 timesteps; all of them where there are fewer."""
     max_nonfinite_steps: int = 20
-    """Steps in a row with a NaN or infinite loss or gradient, each skipped, before the run stops."""
+    """Steps in a row with a NaN or infinite loss or gradient, or a spike, each skipped, before the run stops."""
+    max_loss_spike: float = 0.0
+    """Skip a step whose loss is more than this many times the median of the last 100 steps; 0: none."""
 
     log_every: int = 100
     """Steps between progress lines and TensorBoard scalars; metrics.jsonl has every step."""
@@ -176,6 +178,7 @@ class TrainerConfig:
         )
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        _require(not 0 < self.max_loss_spike <= 1, "max_loss_spike", self.max_loss_spike, "must be 0 or more than 1")
         for name in ("text_dropout", "lune_dropout", "sol_dropout"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
@@ -183,7 +186,7 @@ class TrainerConfig:
         not_negative = ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "lune_weight", "lune_warmup_steps")
         not_negative += ("sol_weight", "sol_warmup_steps", "save_every_steps", "keep_last_n_steps", "sample_every")
         not_negative += ("save_every_epochs", "keep_last_n_epochs", "guidance_scale", "validate_every", "profile_at")
-        not_negative += ("upload_every_steps", "upload_every_epochs", "upload_wait")
+        not_negative += ("max_loss_spike", "upload_every_steps", "upload_every_epochs", "upload_wait")
         for name in not_negative:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         _require(self.max_epochs is None or self.max_epochs > 0, "max_epochs", self.max_epochs, "must be positive")

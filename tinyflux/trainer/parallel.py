@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # the caller never changes the network's output in place, which is what this warns of at every start
@@ -69,7 +70,13 @@ def join_process_group(device: torch.device, timeout: int = 600) -> None:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        patience = timedelta(seconds=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=patience))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torch 2.13: torchrun that starts its ranks again keeps the store, with the dead ones' addresses in it.
+            # On several nodes it may count its restarts differently on each: launch/torchrun.py has a new store then
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(_leave)  # one group serves all trainers of a notebook, and their models after training
@@ -88,6 +95,11 @@ def process_group(device: torch.device, timeout: int = 600) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def make_mesh(device: torch.device, shard_size: int = 0) -> DeviceMesh:

@@ -93,7 +93,7 @@ def summary(run_dir: Path, records: list[dict], config: dict) -> list[tuple[str,
         ("time in steps", f"{seconds / 3600:.2f} h, {seconds / len(records):.3f} s a step"),
         ("samples a second", f"{sum(r['samples_per_s'] for r in records) / len(records):.1f}"),
         ("waiting for data", f"{100 * sum(r['data_wait'] for r in records) / len(records):.1f}% of the time"),
-        ("steps skipped (not finite)", str(sum(r["skipped"] for r in records))),
+        ("steps skipped", str(sum(r["skipped"] for r in records))),
         ("folder", str(run_dir.resolve())),
     ]
     if shown := [r["data"] for r in records if "data" in r]:

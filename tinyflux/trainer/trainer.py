@@ -22,6 +22,7 @@ from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.checkpoint import Checkpointer
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.loaders import CacheLoader
 from tinyflux.trainer.metrics import Metrics, data_lines, data_report, say, scalars
 from tinyflux.trainer.objective import Losses, Objective
@@ -87,7 +88,7 @@ class Trainer:
         self.objective = Objective(model, config)
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema_decay)
-        self.step, self.best_loss, self.nonfinite = 0, float("inf"), 0
+        self.step, self.best_loss, self.guard = 0, float("inf"), Guard(config, self.run_dir)
         self.signal = 0  # the stop signal that this rank has seen
         self.stopping = False  # what all ranks agreed on
         # a torchrun that is killed leaves its workers behind: they notice by their parent, save and stop
@@ -151,6 +152,9 @@ class Trainer:
         if sampler and c.sample_prompts and c.sample_every:
             folder = self.run_dir / c.sample_dir
             self.preview = Preview(sampler, c.sample_prompts, folder, self.device, self.seed)
+            width, expected = self.preview.prompts.t5.shape[-1], self.model_config.joint_attention_dim
+            if width != expected:
+                raise ValueError(f"trainer.zoo = {c.zoo} encodes prompts in width {width}, the shards have {expected}")
 
     # State
 
@@ -169,6 +173,7 @@ class Trainer:
         if metadata is None:
             return False
         self.ema.updates = metadata["ema_updates"]
+        self.guard.losses.extend(metadata.get("losses", ()))
         self.step, self.best_loss = metadata["step"], metadata["best_loss"] or float("inf")
         say(f"resuming at step {self.step} from {self.checkpointer.root}")
         for key, value in self.identity.items():
@@ -181,6 +186,7 @@ class Trainer:
         best = self.best_loss if self.best_loss < float("inf") else None
         metadata = {"seed": self.seed, "identity": self.identity, "best_loss": best, "world": self.world}
         metadata |= {"ema_updates": self.ema.updates, "epoch": self._epoch(self.step)}
+        metadata["losses"] = list(self.guard.losses)
         self.checkpointer.save(self.step, self.state_dict(), metadata, reasons)
 
     def _epoch(self, step: int) -> int:
@@ -210,6 +216,7 @@ class Trainer:
         batches = iter(self.loader)
         self.model.train()
         with self._signals():
+            say(f"training from step {self.step} to {c.total_steps}")
             while not self.finished and not self.stopping:
                 self._profile()
                 record = self.train_step(batches)
@@ -270,20 +277,21 @@ class Trainer:
         self.stopping = stop[0] > 0  # as soon as one rank has seen a signal, all stop at this step
         loss, main, lune, sol = (x / (samples * self.world) for x in (loss, main, lune, sol))
         lr = self._learning_rate()
-        if all(map(torch.isfinite, (shared[0], grad_norm))):
+        fault = self.guard.fault(loss, grad_norm.item())
+        if fault is None:
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.ema.update()
-            self.nonfinite = 0
-        else:
-            self._skip(keys)
+        elif reason := self.guard.skip(self.step + 1, fault, keys):
+            self.close()
+            raise RuntimeError(reason)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         seconds = time.perf_counter() - started
         record = {"step": self.step, "loss": loss, "main": main}
         record |= {"lune": lune} if self.objective.lune else {}
         record |= {"sol": sol} if self.objective.sol else {}
-        record |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped": self.nonfinite > 0}
+        record |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped": fault is not None}
         means = zip(by_t[:T_BINS], by_t[T_BINS:], strict=True)
         record["main_by_t"] = [round(total / count, 5) if count else None for total, count in means]
         record |= {"samples_per_s": samples * self.world / seconds, "step_s": seconds, "data_wait": waited / seconds}
@@ -306,6 +314,7 @@ class Trainer:
 
     def validate(self) -> dict:
         """Losses of the held-out samples with the averaged weights, at fixed timesteps and with fixed noise."""
+        say(f"validating at step {self.step}")
         sums = torch.zeros(len(Losses._fields) + 1, device=self.device)
         with self.ema.average_parameters(), evaluating(self.model):
             for batch in self.val_loader:
@@ -338,6 +347,7 @@ class Trainer:
         if reasons:
             self.save_checkpoint(reasons)
         if self.preview and self.step % c.sample_every == 0:
+            say(f"drawing samples at step {self.step}")
             with self.ema.average_parameters():
                 self.preview.draw(self.model, self.step, self.metrics)
 
@@ -353,23 +363,6 @@ class Trainer:
             self.profiler.export_chrome_trace(str(path))
             self.profiler = None
             say(f"profile of {c.profile_steps} steps: {path}")
-
-    def _skip(self, keys: list[str]) -> None:
-        """Count a step whose loss or gradient is not finite; after too many in a row name the samples and stop."""
-        self.nonfinite += 1
-        say(f"WARNING: step {self.step + 1} skipped: loss or gradient not finite ({self.nonfinite} in a row)")
-        if self.nonfinite < self.config.max_nonfinite_steps:
-            return
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, keys)
-        path = self.run_dir / f"nonfinite_step_{self.step + 1}.json"
-        if self.rank == 0:
-            path.write_text(json.dumps({"step": self.step + 1, "keys": sum(everyone, [])}, indent=2))
-        self.close()
-        raise RuntimeError(
-            f"{self.nonfinite} steps in a row had a loss or gradient that is not finite. The last samples are"
-            f" in {path}; lower trainer.learning_rate, or look at them with `python -m sharding.inspect`"
-        )
 
     # Signals
 

@@ -1,0 +1,162 @@
+"""Trainings whose ranks are told to stop at bad moments, die, hang, or live on two hosts."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.training import command, curve, environment, make_source, records, start, train, wait_for
+
+STEPS = 16
+OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--data.val-fraction", 0.2)
+OPTIONS += ("--trainer.validate-every", 3)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    tiny = {"latents": (16, 8, 8), "width": 128}  # the tiny zoo's, which encodes the prompts
+    return [make_source(folder / "a", 1, **tiny), make_source(folder / "b", 2, samples=40, **tiny)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, sources):
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = train(run_dir, sources, *OPTIONS)
+    assert done.returncode == 0, done.stdout
+    return curve(run_dir)
+
+
+def same(run: list[dict], other: list[dict]) -> None:
+    for a, b in zip(run, other, strict=True):
+        for name in ("loss", "grad_norm", "val_loss"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=1e-4), (a["step"], name)
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks, in their order."""
+    found = {}
+    for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            rank = next((entry[5:] for entry in content if entry.startswith(b"RANK=")), None)
+            if rank is not None:
+                found[int(rank)] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.parametrize("line", ["training from step 0", "validating at step 3", "drawing samples at step 5"])
+def test_told_to_stop_while_it_does_something_else(unbroken, sources, tmp_path, line):
+    samples = ("--trainer.sample-every", 5, "--trainer.sample-prompts", "a red circle", "--trainer.zoo", "tiny")
+    options = (*OPTIONS, *(samples if "samples" in line else ()))
+    process = start(tmp_path / "run", sources, *options)
+    said = ""
+    for text in process.stdout:
+        said += text
+        if line in text:
+            process.send_signal(signal.SIGTERM)
+            break
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "stopped by a signal" in said, said
+    step = len(curve(tmp_path / "run"))
+    assert step < STEPS and (tmp_path / "run" / "checkpoints" / f"step_{step}" / "metadata.json").exists()
+    done = train(tmp_path / "run", sources, *OPTIONS)
+    assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stdout
+    same(curve(tmp_path / "run"), unbroken)
+
+
+def test_torchrun_starts_again_when_a_rank_dies(unbroken, sources, tmp_path):
+    argv = command(tmp_path / "run", sources, *OPTIONS, ranks=2)
+    argv.insert(argv.index("--standalone"), "--max-restarts=1")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(argv, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    wait_for(process, tmp_path / "run", 9)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    status, said = process.wait(timeout=120), (tmp_path / "log").read_text()
+    assert status == 0, said
+    assert "resuming at step" in said, said
+    same(curve(tmp_path / "run"), unbroken)
+
+
+def test_a_rank_that_hangs_ends_the_job_with_the_reason(sources, tmp_path):
+    options = ("--parallel.timeout", 5, "--trainer.total-steps", 10_000)
+    with open(tmp_path / "log", "w") as log:
+        argv = command(tmp_path / "run", sources, *options, ranks=2)
+        process = subprocess.Popen(argv, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    wait_for(process, tmp_path / "run", 3)
+    other, hanging = workers(process)
+    os.kill(hanging, signal.SIGSTOP)
+    started = time.monotonic()
+    while Path(f"/proc/{other}").exists() and time.monotonic() < started + 60:
+        time.sleep(0.1)
+    assert 4 < time.monotonic() - started < 60
+    os.kill(hanging, signal.SIGKILL)  # torchrun would wait 30 s for it
+    status, said = process.wait(timeout=60), (tmp_path / "log").read_text()
+    assert status == 1, said
+    assert "error: rank 0 lost another rank" in said and "parallel.timeout = 5 s" in said, said
+
+
+@contextmanager
+def two_hosts():
+    """Two network namespaces joined by a cable; yields their names, addresses and devices."""
+    names = [f"flux{os.getpid()}{x}" for x in "ab"]
+
+    def ip(*args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        for i, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "cable0")
+            ip("-n", name, "link", "set", "cable0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
+def test_two_hosts(unbroken, sources, tmp_path):
+    with two_hosts() as names:
+        hosts = []
+        for i, name in enumerate(names):
+            argv = command(tmp_path / "run", sources, *OPTIONS, ranks=2)
+            torchrun = ["--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1"]
+            torchrun += ["--master_addr=10.77.0.1", "--master_port=29400"]
+            script = next(k for k, x in enumerate(argv) if x.endswith("launch/train.py"))
+            argv = ["ip", "netns", "exec", name, *argv[:3], *torchrun, *argv[script:]]
+            env = environment() | {"GLOO_SOCKET_IFNAME": "cable0"}
+            log = open(tmp_path / f"log{i}", "w")
+            hosts.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log, start_new_session=True))
+        try:
+            statuses = [host.wait(timeout=120) for host in hosts]
+        finally:
+            for host in hosts:
+                if host.poll() is None:
+                    os.killpg(host.pid, signal.SIGKILL)
+    said = "".join((tmp_path / f"log{i}").read_text() for i in (0, 1))
+    assert statuses == [0, 0], said
+    assert "on 2 x cpu" in said and (tmp_path / "run" / "report.html").exists()
+    same(curve(tmp_path / "run"), unbroken)
+
+
+def test_loss_spikes_are_skipped_also_after_a_resume(sources, tmp_path):
+    """The smallest allowed factor takes every loss above the median for a spike."""
+    options = ("--trainer.max-loss-spike", 1.05, "--trainer.max-nonfinite-steps", 50, "--trainer.total-steps")
+    for steps in (25, 40):
+        done = train(tmp_path / "parts", sources, *options, steps, "--trainer.lr-scheduler", "constant")
+        assert done.returncode == 0, done.stdout
+    whole = train(tmp_path / "whole", sources, *options, 40, "--trainer.lr-scheduler", "constant")
+    assert whole.returncode == 0, whole.stdout
+    one, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
+    skipped = [r["step"] for r in one if r["skipped"]]
+    assert skipped and min(skipped) > 20 and skipped == [r["step"] for r in parts if r["skipped"]]
+    assert "times the median" in whole.stdout and len(skipped) < 20
