@@ -5,6 +5,7 @@
     python -m sharding.build --source cache/old --kind cache            of an old cache, without any models
     torchrun --nproc-per-node 8 -m sharding.build --source portraits    the same on 8 devices
     sbatch --array=0-31 launch/slurm/build.sbatch --source portraits    the same as 32 jobs of a SLURM array
+    python -m sharding.build --source portraits --only lune --out data/portraits-lune    from data/portraits: add Lune
 
 The same command goes on where a stopped or killed one was, and says so when there is nothing left to do.
 """
@@ -17,7 +18,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
@@ -29,9 +30,18 @@ from sharding.convert import Converter
 from sharding.engine import Engine
 from sharding.inputs import Input
 from sharding.job import Job, JobError
+from sharding.only import FIELDS, Old, Refit, needed, with_entries
 from sharding.readers import list_inputs
 from sharding.sources import SourceError, SourceSpec, describe, find_source, load_sources, table, unlisted_source
-from tinyflux.model.extract import extract_batches, load_models, null_embeddings, parts_of, producer
+from tinyflux.model.extract import (
+    extract_batches,
+    load_for,
+    load_models,
+    models_of,
+    null_embeddings,
+    parts_of,
+    producer,
+)
 from tinyflux.model.zoo import FLUX, ModelZoo
 from tinyflux.shards.manifest import Manifest, diff_fingerprints
 from tinyflux.shards.old import FINGERPRINT
@@ -64,6 +74,13 @@ class BuildConfig:
     begun with, else main; what they stand for is resolved once and recorded."""
     limit: int | None = None
     """Take only the first N inputs."""
+    only: tuple[Literal["lune", "sol", "prompt"], ...] = ()
+    """Make only these anew, of a source that is finished, and copy the rest of it into the new folder --out: `lune`
+    and `sol` also where the source has none yet; `prompt` takes the captions as they are now, with their T5 states and
+    CLIP vectors (the teachers saw the old ones: `--only prompt lune sol` redoes them too). The old source stays as it
+    is, and so do its shards, keys and rejects."""
+    old: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """The folder of the source that --only starts from; default: data/SOURCE."""
     append: bool = False
     """Take in inputs that are new since the source was built, or a larger --limit; they go last, in new shards."""
     shard_size: int = 256
@@ -109,6 +126,14 @@ class BuildConfig:
             raise ValueError(f"--max-rejected must be a fraction from 0 to 1, not {self.max_rejected}")
         if self.compile and self.low_memory:
             raise ValueError("--compile with --low-memory would compile each model anew for each shard: choose one")
+        if self.only and not self.out:
+            raise ValueError("--only needs --out, the folder of the new source: the old one stays as it is")
+        if self.old and not self.only:
+            raise ValueError("--from goes with --only")
+        unfit = {"--limit": self.limit, "--append": self.append, "--estimate": self.estimate}
+        unfit |= {"--no-lune": not self.lune, "--no-sol": not self.sol, "--kind cache": self.kind == "cache"}
+        if self.only and (wrong := [name for name, given in unfit.items() if given]):
+            raise ValueError(f"--only takes the old source as it is: leave out {', '.join(wrong)}")
         if not self.source and not self.list:
             raise ValueError("--source NAME is missing; --list shows the names")
 
@@ -286,8 +311,11 @@ def convert(config: BuildConfig, spec: SourceSpec) -> int:
 
 def already(job: Job, shard_size: int) -> int | None:
     """0, having said so, where there is nothing left to do."""
-    if not job.complete(shard_size):
-        return None
+    return say_complete(job) if job.complete(shard_size) else None
+
+
+def say_complete(job: Job) -> int:
+    """Say that there is nothing left to do: status 0."""
     manifest = Manifest.load(job.out)
     print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
     return 0
@@ -299,6 +327,8 @@ def build(config: BuildConfig) -> int:
     Raises ValueError, OSError or RuntimeError with a message for the user.
     """
     spec = source_of(config)
+    if config.only:
+        return redo(config, spec)
     if spec.kind == "cache":
         return convert(config, spec)
     rank, world, local_rank, local_world = place()
@@ -308,6 +338,8 @@ def build(config: BuildConfig) -> int:
     if begun:
         job.check({"settings": settings})
         check_revisions(job, config, begun)
+        if "only" in begun and not job.manifest.exists():
+            raise JobError(f"{job.out}: was begun with --only: finish it by the same command")
     if begun and not config.append and (status := already(job, config.shard_size)) is not None:
         return status
     device = device_of(config, settings, local_rank)
@@ -340,6 +372,63 @@ def build(config: BuildConfig) -> int:
     progress = Progress(job, engine, show=local_rank == 0)
     start = time.perf_counter()
     engine.run(job, job.claim(rank, world), ordered, progress)
+    progress.close()
+    say_speed(engine, time.perf_counter() - start)
+    return finish(job, fingerprint, config.max_rejected)
+
+
+def redo(config: BuildConfig, spec: SourceSpec) -> int:
+    """Make some fields of a finished source anew, or this rank's share of it. Returns the exit status. Raises as
+    `build`."""
+    if spec.kind == "cache":
+        raise ValueError(f"[{spec.name}] is an old cache: it has no images to make anything of")
+    rank, world, local_rank, local_world = place()
+    old = Old(config.old or f"data/{spec.name}", spec)
+    job = Job(Path(config.out), spec.name, spec.dataset_id)
+    if job.out.resolve() == old.folder.resolve():
+        raise JobError(f"--out {job.out}: is the old source, which --only leaves as it is; choose another folder")
+    parts = {FIELDS[name] for name in config.only}
+    begun = job.config()
+    settings = settle(config, spec, begun or {"settings": old.settings}, local_world) | {
+        "lune": "lune" in old.parts | parts,
+        "sol": "sol" in old.parts | parts,
+        "shard_size": old.settings.get("shard_size", config.shard_size),
+        "preview": old.settings.get("preview", config.preview),
+    }
+    asked = {"settings": settings, "only": {"fields": sorted(config.only), "from": old.identity}}
+    if begun:
+        job.check(asked)
+        check_revisions(job, config, begun)
+        if job.complete_of(len(old.sizes)):
+            return say_complete(job)
+    device = device_of(config, settings, local_rank)
+    shared = set(models_of(parts)) & set(models_of(old.parts - parts))
+    known = {name: value for name, value in old.manifest.fingerprint.items() if name in shared}
+    zoo = ModelZoo(device=device, zoo=config.zoo, revision=revisions(config, begun or {"fingerprint": known}))
+    size = spec.size or zoo.image_size
+    old.compare(needed(spec, config.seed, config.dtype, size, old, parts, config.teacher_input))
+    workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
+    dtype = getattr(torch, config.dtype)
+    encode = partial(extract_batches, zoo, parts=parts, teacher_input=config.teacher_input, dtype=dtype)
+    limits = (size, config.batch_size, config.seed, workers)
+    engine = Refit(spec, encode, *limits, whole_shards=config.low_memory, old=old, redo=parts)
+    rows = Job(old.folder, spec.name, spec.dataset_id).read_inputs() if old.inputs is not None else None
+    engine.match(list_inputs(spec, size, config.seed), rows)
+    job.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(settings["threads"])
+    zoo.one_at_a_time = config.low_memory
+    load_for(zoo, parts)
+    if config.compile:
+        zoo.compile()
+    fingerprint = old.fingerprint(parts, zoo.fingerprint(), config.teacher_input)
+    job.begin_like(asked | {"fingerprint": fingerprint}, old.sizes, old.inputs)
+    with job.lock():
+        if not (job.out / "null.safetensors").exists():
+            made = safetensors.torch.save(null_embeddings(zoo, dtype)) if "text" in parts else None
+            atomic_write(job.out / "null.safetensors", made or (old.folder / "null.safetensors").read_bytes())
+    progress = Progress(job, engine, show=local_rank == 0)
+    start = time.perf_counter()
+    engine.run(job, with_entries(job, job.claim(rank, world)), [], progress)
     progress.close()
     say_speed(engine, time.perf_counter() - start)
     return finish(job, fingerprint, config.max_rejected)

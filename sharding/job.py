@@ -62,7 +62,7 @@ class Job:
     def check(self, asked: dict) -> None:
         """Raises JobError that lists how settings and fingerprint differ from those the build was begun with."""
         begun = self.config() or asked
-        if differences := diff_fingerprints({key: begun[key] for key in asked}, asked):
+        if differences := diff_fingerprints({key: begun.get(key) for key in asked}, asked):
             lines = "\n  ".join(differences)
             raise JobError(
                 f"{self.out}: was begun with other settings (there, against those asked for now):\n  {lines}\n"
@@ -75,8 +75,7 @@ class Job:
         `append` takes inputs that are new since then: they go last, from the next shard on, so that no finished shard
         changes; the ordinals that this skips have None. Raises JobError where config or inputs differ.
         """
-        self.notes.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.notes / "locks", os.O_RDWR | os.O_CREAT, 0o666)
+        self._open()
         with self.lock():
             if self.config() is None:
                 self._write_inputs([(item.origin, item.stamp) for item in inputs])
@@ -90,12 +89,34 @@ class Job:
         self.shard_size, self.shards, self.total = shard_size, len(self.sizes), sum(self.sizes)
         return ordered
 
+    def begin_like(self, config: dict, sizes: list[int], inputs: bytes | None) -> None:
+        """Start, or go on with, a build that follows another's: `sizes` of its shards, the notes of its inputs.
+
+        Raises JobError where the config differs.
+        """
+        self._open()
+        with self.lock():
+            if self.config() is None:
+                if inputs is not None:
+                    atomic_write(self.notes / "inputs.jsonl.zst", inputs)
+                atomic_write(self.notes / "config.json", json.dumps(config, indent=1).encode())
+            self.check(config)
+        self.shard_size, self.sizes, self.shards, self.total = 0, sizes, len(sizes), sum(sizes)
+
+    def _open(self) -> None:
+        self.notes.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.notes / "locks", os.O_RDWR | os.O_CREAT, 0o666)
+
     def _write_inputs(self, rows: list[tuple[str, str] | None]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         atomic_write(self.notes / "inputs.jsonl.zst", zstandard.compress(text.encode()))
 
-    def _read_inputs(self) -> list[tuple[str, str] | None]:
-        text = zstandard.decompress((self.notes / "inputs.jsonl.zst").read_bytes()).decode()
+    def read_inputs(self) -> list[tuple[str, str] | None]:
+        """(origin, stamp) of each input by ordinal, None where none is. Raises JobError where that was not noted."""
+        path = self.notes / "inputs.jsonl.zst"
+        if not path.is_file():
+            raise JobError(f"{self.out}: has no {path.name} in {self.notes}: it can be read, but not be added to")
+        text = zstandard.decompress(path.read_bytes()).decode()
         return [row and tuple(row) for row in map(json.loads, text.splitlines())]
 
     def _order(self, inputs: list[Input], append_from: int) -> list[Input | None]:
@@ -103,7 +124,7 @@ class Job:
         for item in inputs:
             now.setdefault((item.origin, item.stamp), []).append(item)
         ordered, gone = [], []
-        for row in self._read_inputs():
+        for row in self.read_inputs():
             if row is not None and not now.get(row):
                 gone.append(row[0])
             else:
@@ -149,7 +170,13 @@ class Job:
         """Whether there is nothing left to do: all shards are finished, there, and in the manifest."""
         if not self.manifest.exists():
             return False
-        notes = [self.finished(k) for k in range(-(-len(self._read_inputs()) // shard_size))]
+        return self.complete_of(-(-len(self.read_inputs()) // shard_size))
+
+    def complete_of(self, shards: int) -> bool:
+        """The same of so many shards."""
+        if not self.manifest.exists():
+            return False
+        notes = [self.finished(k) for k in range(shards)]
         try:
             listed = [shard.to_dict() for shard in Manifest.load(self.out).shards]
         except ManifestError:

@@ -16,10 +16,10 @@ KILLS = int(os.environ.get("TINYFLUX_KILLS", "3"))
 PATIENCE = 300  # seconds
 
 
-def rank(folder: Path, out: str, index: int = 0, world: int = 1, **limits) -> BaseProcess:
+def rank(folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), **limits) -> BaseProcess:
     """A rank of the build of `folder`/sources.toml into `folder`/`out`."""
     args = ["--source", "drawn", "--sources", "sources.toml", "--out", out, "--zoo", "tiny", "--threads", "1"]
-    args += ["--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
+    args += ["--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu", *options]
     env = {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return start(folder, folder / f"{out}-{index}.log", args, env, **limits)
 
@@ -77,6 +77,24 @@ def test_killed_ranks_come_back(whole, world, kills):
     assert struck or not kills
     assert content(folder / out) == expected
     assert not list((folder / out).rglob("*.tmp"))
+
+
+def test_fields_added_by_ranks_that_are_killed(whole):
+    """--only on two ranks, one killed and started again: the bytes of a full build, and an old source as it was."""
+    folder, expected = whole
+    assert finished(rank(folder, "bare", options=("--no-lune",))) == 0, (folder / "bare-0.log").read_text()
+    before, options = content(folder / "bare"), ("--only", "lune", "--from", "bare")
+    ranks = {index: rank(folder, "taught", index, 2, options) for index in range(2)}
+    deadline = time.monotonic() + PATIENCE
+    while notes(folder / "taught") < 1 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    print(f"struck a running build: {ranks[1].is_alive()}")
+    ranks[1].kill()
+    ranks[1].join()
+    ranks[1] = rank(folder, "taught", 1, 2, options)
+    for index, process in ranks.items():
+        assert finished(process) == 0, (folder / f"taught-{index}.log").read_text()
+    assert content(folder / "taught") == expected and content(folder / "bare") == before
 
 
 def test_no_room_leaves_finished_shards_intact(whole):
