@@ -70,6 +70,8 @@ class BuildConfig:
     revision: dict[str, str] = field(default_factory=dict)
     """Commits or branches of the Hub's models: `--revision t5 0f1e2d... vae main`. Default: those that the build was
     begun with, else main; what they stand for is resolved once and recorded."""
+    model_dtype: dict[str, Literal["float32", "float16", "bfloat16"]] = field(default_factory=dict)
+    """Precision that models compute in: `--model-dtype lune bfloat16 sol bfloat16`; float32 unless given."""
     limit: int | None = None
     """Take only the first N inputs."""
     only: tuple[Literal["lune", "sol", "prompt"], ...] = ()
@@ -175,7 +177,7 @@ def settle(config: BuildConfig, spec: SourceSpec, begun: dict | None, local_worl
         "batch_size": config.batch_size,
         "threads": config.threads or begun.get("threads") or cores,
         "device": device,
-    } | ({"compile": True} if config.compile else {})
+    } | {name: value for name in ("compile", "model_dtype") if (value := getattr(config, name))}
 
 
 def revisions(config: BuildConfig, begun: dict | None) -> dict[str, str]:
@@ -201,6 +203,14 @@ def check_revisions(job: Job, config: BuildConfig, begun: dict) -> None:
             f"{job.out}: was built with other models (there, against those asked for now):\n  {lines}\n"
             "Leave out --revision, or choose another --out"
         )
+
+
+def zoo_of(config: BuildConfig, device: str, begun: dict | None) -> ModelZoo:
+    """The zoo, none of its models loaded yet. Raises ValueError for one that it doesn't have."""
+    dtypes = {name: getattr(torch, dtype) for name, dtype in config.model_dtype.items()}
+    zoo = ModelZoo(device=device, dtype=dtypes, zoo=config.zoo, revision=revisions(config, begun))
+    zoo.one_at_a_time = config.low_memory
+    return zoo
 
 
 def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:
@@ -271,13 +281,12 @@ def build(config: BuildConfig) -> int:
     if begun and not config.append and (status := already(job, config.shard_size)) is not None:
         return status
     device = device_of(config, settings, local_rank)
-    zoo = ModelZoo(device=device, zoo=config.zoo, revision=revisions(config, begun))
+    zoo = zoo_of(config, device, begun)
     size = spec.size or zoo.image_size
     inputs = list_inputs(spec, size, config.seed)[: config.limit]
     if begun is None and not config.estimate:
         job.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
     torch.set_num_threads(settings["threads"])
-    zoo.one_at_a_time = config.low_memory
     load_models(zoo, settings["lune"], settings["sol"])
     if config.compile:
         zoo.compile()
@@ -332,7 +341,7 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
     device = device_of(config, settings, local_rank)
     shared = set(models_of(parts)) & set(models_of(old.parts - parts))
     known = {name: value for name, value in old.manifest.fingerprint.items() if name in shared}
-    zoo = ModelZoo(device=device, zoo=config.zoo, revision=revisions(config, begun or {"fingerprint": known}))
+    zoo = zoo_of(config, device, begun or {"fingerprint": known})
     size = spec.size or zoo.image_size
     old.compare(needed(spec, config.seed, config.dtype, size, old, parts, config.teacher_input))
     workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -344,7 +353,6 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
     engine.match(list_inputs(spec, size, config.seed), rows)
     job.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings["threads"])
-    zoo.one_at_a_time = config.low_memory
     load_for(zoo, parts)
     if config.compile:
         zoo.compile()

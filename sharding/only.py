@@ -64,6 +64,8 @@ class Old:
             if not number.isdigit() or shard_name(name, int(number)) != shard.name:
                 raise JobError(f"--from {folder}: {shard.name} is not named as a build names shards")
             self.shards[int(number)] = shard
+        if not self.shards:
+            raise JobError(f"--from {folder}: its manifest lists no shards")
         config, inputs = folder / ".build" / "config.json", folder / ".build" / "inputs.jsonl.zst"
         self.settings: dict = json.loads(config.read_bytes())["settings"] if config.is_file() else {}
         self.inputs = inputs.read_bytes() if inputs.is_file() else None

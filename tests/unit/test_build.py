@@ -421,6 +421,27 @@ def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys)
     assert "drawn: 20 inputs at" in capsys.readouterr().out
 
 
+def test_precision_of_single_models(tmp_path, capsys):
+    """--model-dtype: of Lune alone, so all but its feature and its part of the fingerprint stay as they are."""
+    sources(tmp_path)
+    for name, options in (("plain", ()), ("half", ("--model-dtype", "lune", "bfloat16"))):
+        assert run(tmp_path, "--out", tmp_path / name, "--limit", 4, *options, source="drawn") == 0
+    plain, half = samples(tmp_path / "plain"), samples(tmp_path / "half")
+    for index in plain:
+        for name in ("latents", "t5_embeds", "clip_pooled", "sol_stats", "sol_spatial"):
+            assert torch.equal(plain[index][name], half[index][name])
+        a, b = plain[index]["lune"].float(), half[index]["lune"].float()
+        assert not torch.equal(a, b) and (a - b).norm() <= 0.05 * a.norm()
+    prints = [Manifest.load(tmp_path / name).fingerprint for name in ("plain", "half")]
+    assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"lune"}
+    assert prints[1]["lune"]["dtype"] == "bfloat16"
+    capsys.readouterr()
+    assert run(tmp_path, "--out", tmp_path / "half", "--limit", 4, source="drawn") == 2
+    assert "settings.model_dtype.lune: 'bfloat16' against None" in capsys.readouterr().err
+    assert run(tmp_path, "--out", tmp_path / "x", "--model-dtype", "lena", "bfloat16", source="drawn") == 2
+    assert "no such model: lena" in capsys.readouterr().err
+
+
 def test_compiled_models_agree(tmp_path, monkeypatch, capsys):
     """--compile: features equal to 1e-3, and not mixed with those of an ordinary build.
 
