@@ -1,0 +1,53 @@
+"""The README's way from a folder of pictures to a picture: its very commands, with the tiny zoo and a tiny model."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import torch
+from PIL import Image
+
+from launch.demo import CONFIG, write_images
+from tests.training import ROOT, environment, records
+from tinyflux.model.loader import save_published
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.shards.manifest import Manifest
+from tinyflux.trainer.config import fit_model
+
+
+def test_from_a_folder_to_a_picture(tmp_path):
+    section = (ROOT / "README.md").read_text().split("### Fine-tune on a folder of your own\n")[1].split("\n## ")[0]
+    (tmp_path / "sources.toml").write_text(re.search(r"```toml\n(.*?)```", section, re.DOTALL)[1])
+    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", "").splitlines()
+    build, train, sample = map(shlex.split, lines)
+    write_images(tmp_path / "photos", 12)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+
+    def run(words: list[str], *more: str) -> None:
+        words = ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:]
+        done = subprocess.run(
+            [sys.executable, *words, *more],
+            cwd=tmp_path,
+            env=environment() | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+    run(build, "--zoo", "tiny")
+    fields = {name: field.shape for name, field in Manifest.load(tmp_path / "data" / "portraits").fields.items()}
+    config = fit_model(TinyFluxConfig(**tomllib.loads(CONFIG.read_text())["model"]), set(), fields)
+    torch.manual_seed(0)
+    save_published(TinyFluxDeep(config), tmp_path / "published" / "model.safetensors")
+    train[train.index("--trainer.init-from") + 1] = "published"
+    small = ["--trainer.zoo", "tiny", "--trainer.total-steps", "2", "--trainer.sample-every", "2", "--trainer.dtype"]
+    run(train, *small, "float32", "--data.global-batch-size", "4", "--data.micro-batch-size", "4")
+    assert len(records(tmp_path / "runs" / "portraits")) == 2
+    assert (tmp_path / "runs" / "portraits" / "samples" / "step_2.png").is_file()
+    run(sample, "--zoo", "tiny", "--steps", "2")
+    assert Image.open(tmp_path / "sailor.png").size == (64, 64)
