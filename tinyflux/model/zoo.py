@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import is_accelerate_available
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
@@ -343,6 +344,8 @@ class ModelZoo:
 
 def pretrained(kind: type[nn.Module], origin: Origin, **options) -> nn.Module:
     """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
+    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate, at each model, unless it is told
+        options["low_cpu_mem_usage"] = is_accelerate_available()
     model, info = kind.from_pretrained(**origin.pretrained(), output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{origin} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
