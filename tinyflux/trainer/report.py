@@ -87,10 +87,11 @@ def summary(run_dir: Path, records: list[dict], config: dict) -> list[tuple[str,
     """Rows of the table at the top."""
     last, tail = records[-1], records[-max(1, len(records) // 20) :]
     seconds = sum(record["step_s"] for record in records)
+    spent = f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     rows = [
         ("steps", f"{last['step']} of {config['trainer']['total_steps']}"),
         ("loss, mean of the last twentieth", f"{sum(r['loss'] or 0 for r in tail) / len(tail):.4f}"),
-        ("time in steps", f"{seconds / 3600:.2f} h, {seconds / len(records):.3f} s a step"),
+        ("time in steps", f"{spent}, {seconds / len(records):.3f} s a step"),
         ("samples a second", f"{sum(r['samples_per_s'] for r in records) / len(records):.1f}"),
         ("waiting for data", f"{100 * sum(r['data_wait'] for r in records) / len(records):.1f}% of the time"),
         ("steps skipped", str(sum(r["skipped"] for r in records))),
