@@ -254,3 +254,30 @@ def test_old_caches_that_are_damaged(tmp_path):
         DatasetCache.load(make_old_cache(tmp_path / "nan", lune=features)).save(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DatasetCache.load(tmp_path / "nothing")
+
+
+def test_images_and_prompts_that_cannot_be(zoo):
+    for images, prompts, message in (
+        ([torch.full((3, 64, 64), torch.nan)], ["a"], "image 0 of 'portraits': the tensor has NaN or infinity"),
+        (IMAGES[:2], ["a", None], "prompts must be a list of texts, not NoneType at number 1"),
+        (IMAGES[:2], "ab", "prompts must be a list of texts, not one text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_cache(zoo, images, prompts)
+
+
+def test_indices_and_timesteps_that_cannot_be(tmp_path):
+    cache, multi = DatasetCache.load(make_source(tmp_path / "a")), MultiSourceCache()
+    multi.add(cache, 3)
+    rows, ids = torch.tensor([4, 1]), torch.tensor([3, 3])
+    assert torch.equal(multi.get_lune(rows, ids, 0.3), cache.get_lune(rows, 0.3))
+    assert torch.equal(multi.get_sol(rows, ids, torch.tensor(0.3))[1], cache.get_sol(rows, 0.3)[1])
+    for wrong in (torch.tensor([True, False]), torch.tensor([0.7])):
+        with pytest.raises(TypeError, match="indices are whole numbers, not"):
+            cache.get_lune(wrong, 0.5)
+    with pytest.raises(ValueError, match="t is NaN"):
+        cache.get_lune(rows, torch.nan)
+    with pytest.raises(ValueError, match=r"t has shape \[3\] for 2 indices"):
+        multi.get_lune(rows, ids, torch.rand(3))
+    with pytest.raises(ValueError, match="no indices were given"):
+        multi.get_lune(rows[:0], ids[:0], 0.5)

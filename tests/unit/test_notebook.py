@@ -14,6 +14,7 @@ from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import CachedDataset, MultiCachedDataset, collate_fn
 from tinyflux.trainer.loaders import CacheLoader
+from tinyflux.trainer.parallel import usable_device
 from tinyflux.trainer.schedules import keyed_timesteps
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import rng
@@ -183,3 +184,13 @@ def test_configs_of_the_original_package():
     for name, value in (("dtype", torch.float16), ("optimizer", "sgd"), ("lune_mode", "l2"), ("compile_mode", "fast")):
         with pytest.raises(ValueError, match=f"trainer.{name} is .*: it must be one of"):
             TrainerConfig(**{name: value})
+
+
+def test_devices_by_name(monkeypatch):
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device gpu9 cannot be used here"):
+        usable_device("gpu9")
+    monkeypatch.setattr("tinyflux.trainer.parallel.check_place", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert usable_device("cuda") == torch.device("cuda:1")  # torch.cuda.set_device refuses one without a number

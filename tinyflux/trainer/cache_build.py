@@ -61,6 +61,10 @@ class CacheBuild:
     ):
         if len(images) != len(prompts) or not len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts: one of each per sample, at least one")
+        wrong = next((i for i, text in enumerate(prompts) if not isinstance(text, str)), None)
+        if isinstance(prompts, str) or wrong is not None:
+            kind = "one text" if wrong is None else f"{type(prompts[wrong]).__name__} at number {wrong}"
+            raise ValueError(f"prompts must be a list of texts, not {kind}")
         if str(dtype).removeprefix("torch.") not in DTYPES:
             raise ValueError(f"dtype is {dtype}, must be one of {', '.join(DTYPES)}")
         if min(batch_size, shard_size) < 1:
@@ -203,6 +207,8 @@ def _readable(image) -> bytes | Image.Image:
         return image
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
         if image.is_floating_point():
+            if not image.isfinite().all():  # as uint8 it would be a black picture
+                raise TypeError("the tensor has NaN or infinity")
             image = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         image = image.permute(1, 2, 0).contiguous().cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:

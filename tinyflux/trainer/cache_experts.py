@@ -85,15 +85,20 @@ class _View:
         return f"{type(self).__name__}({self.rows.name!r}, {len(self)} samples)"
 
     def _read(self, indices: Tensor | Sequence[int]) -> tuple[Tensor, ...]:
-        array = np.asarray(indices.tolist() if isinstance(indices, Tensor) else indices, np.int64).reshape(-1)
+        array = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices).reshape(-1)
         if not len(array):
             raise ValueError(f"cache {self.rows.name!r}: no indices were given")
+        if array.dtype.kind not in "iu":  # a mask would be read as rows 0 and 1, fractions would be cut
+            raise TypeError(f"cache {self.rows.name!r}: indices are whole numbers, not {array.dtype}")
+        array = array.astype(np.int64)
         if len(wrong := array[(array < 0) | (array >= len(self))]):
             raise IndexError(f"index {wrong[0]} is out of range: cache {self.rows.name!r} has {len(self)} samples")
         return tuple(self.rows.read(self.group, array).values())
 
     def _at(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, ...]:
         t = torch.as_tensor(t, dtype=torch.float32)
+        if t.isnan().any():
+            raise ValueError(f"cache {self.rows.name!r}: t is NaN")
         features = self._read(indices)
         if t.ndim > 1 or t.ndim == 1 and len(t) != len(features[0]):
             raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: one t each, or one for all")
@@ -304,17 +309,21 @@ class MultiSourceCache:
         """Latents [B, C, H, W], T5 states [B, L, D], CLIP vectors [B, D]."""
         return self._gather(local_indices, dataset_ids, lambda cache, rows, _: cache.get_encodings_batch(rows))
 
-    def get_lune(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor) -> Tensor:
+    def get_lune(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor | float) -> Tensor:
         """Lune's features float32 [B, D] at t [B], on t's device. Raises ValueError, IndexError."""
+        t = _of_each(t, local_indices)
         get = lambda cache, rows, where: (cache.get_lune(rows, t[where]),)  # noqa: E731
         return self._gather(local_indices, dataset_ids, get)[0]
 
-    def get_sol(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def get_sol(self, local_indices: Tensor, dataset_ids: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Sol's statistics [B, 3] and maps [B, h, w] at t [B], on t's device. Raises ValueError, IndexError."""
+        t = _of_each(t, local_indices)
         return self._gather(local_indices, dataset_ids, lambda cache, rows, where: cache.get_sol(rows, t[where]))
 
     def _gather(self, local_indices: Tensor, dataset_ids: Tensor, get: Callable) -> tuple[Tensor, ...]:
         indices, ids = torch.as_tensor(local_indices).cpu(), torch.as_tensor(dataset_ids).cpu()
+        if not indices.numel():
+            raise ValueError("no indices were given")
         if indices.shape != ids.shape or indices.ndim != 1:
             raise ValueError(f"{list(indices.shape)} local indices and {list(ids.shape)} dataset ids: must be [B] each")
         if unknown := sorted(set(ids.tolist()) - self.caches.keys()):
@@ -327,6 +336,14 @@ class MultiSourceCache:
             for whole, value in zip(out, values, strict=True):
                 whole[where.to(whole.device)] = value.to(whole.dtype)
         return tuple(out)
+
+
+def _of_each(t: Tensor | float, indices: Tensor | Sequence[int]) -> Tensor:
+    """t [B] of the samples, which may be given as one for all. Raises ValueError."""
+    t = torch.as_tensor(t, dtype=torch.float32)
+    if t.ndim and t.shape != (len(indices),):
+        raise ValueError(f"t has shape {list(t.shape)} for {len(indices)} indices: one t each, or one for all")
+    return t.expand(len(indices))
 
 
 def _shape(field: Field) -> list[int]:

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tinyflux.model.loader import check_place
+
 # the caller never changes the network's output in place, which is what this warns of at every start
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
@@ -56,6 +58,15 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name; "cuda" alone, or None, is this rank's. ValueError where it cannot be used."""
+    if device is None:
+        return local_device()
+    check_place(device, None)
+    device = torch.device(device)
+    return local_device() if device.type == "cuda" and device.index is None else device
 
 
 def join_process_group(device: torch.device, timeout: int = 600) -> None:

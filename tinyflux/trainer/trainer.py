@@ -65,7 +65,7 @@ class Trainer:
         weights: dict[str, Tensor] | None = None,
     ):
         self.config, self.seed, self.run_dir = config, seed, Path(run_dir)
-        self.device = torch.device(device) if device is not None else parallel.local_device()
+        self.device = parallel.usable_device(device)
         devices.configure(self.device)
         parallel_config = parallel_config or ParallelConfig()
         parallel.join_process_group(self.device, parallel_config.timeout)
