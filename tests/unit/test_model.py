@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.reference_model import ReferenceTinyFlux
 from tinyflux.model.loader import from_published, published_shapes
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
+from tinyflux.trainer.parallel import process_group
 
 TINY = TinyFluxConfig(
     hidden_size=64,
@@ -257,9 +258,8 @@ def test_activation_checkpointing_changes_nothing():
 
 @pytest.fixture
 def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group(torch.device("cpu")):
+        yield
 
 
 def test_fully_sharded(one_rank):
