@@ -1,5 +1,6 @@
 """A run's own checkpoint folders, read without a process group: what they give, and what is refused."""
 
+import json
 import os
 import pickle
 import shutil
@@ -91,3 +92,19 @@ def test_a_pickle_bomb_does_not_run(step, monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match=r"\.metadata is refused or damaged: it names posix.mkdir"):
         load_checkpoint(step)
     assert not Path("exploded").exists()
+
+
+def test_names_that_leave_the_folder_are_refused(step):
+    with open(step / ".metadata", "rb") as file:
+        metadata = pickle.load(file)  # noqa: S301  it was written by the run above
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere.distcp"
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    listed = json.loads((step / "metadata.json").read_text())
+    del listed["files"][".metadata"]  # its checksum is another one now
+    (step / "metadata.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"\.metadata is refused: it names '\.\./elsewhere.distcp'"):
+        load_checkpoint(step)
+    listed["files"]["../config.json"] = [1, 1]
+    (step / "metadata.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"metadata.json is refused: it names '\.\./config.json'"):
+        load_checkpoint(step)

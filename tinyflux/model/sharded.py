@@ -33,7 +33,7 @@ TYPES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "pathlib": {"Path", "PosixPath"},
-    "pathlib._local": {"Path", "PosixPath"},  # where Python 3.13 has them
+    "pathlib._local": {"Path", "PosixPath"},  # where Python 3.13 writes that they are
 }
 
 
@@ -41,7 +41,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if name not in TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
+        return super().find_class(module.removesuffix("._local"), name)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -52,9 +52,16 @@ class _Reader(dcp.FileSystemReader):
                 metadata = _Unpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is refused or damaged: {error}") from error
+        for entry in metadata.storage_data.values():
+            _check_name(path, entry.relative_path)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _check_name(source: Path, name: str) -> None:
+    if Path(name).name != name:
+        raise ValueError(f"{source} is refused: it names {name!r}, which is not a file of its folder")
 
 
 def read_metadata(folder: Path) -> dict:
@@ -74,6 +81,7 @@ def crc32(path: Path) -> int:
 def check_files(folder: Path) -> None:
     """Raises ValueError naming the file that is not what was written."""
     for name, (size, crc) in read_metadata(folder)["files"].items():
+        _check_name(folder / METADATA, name)
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{path} is missing or not {size} bytes long")
