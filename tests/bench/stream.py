@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--shard-size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[], help="readers whose name begins like this")
