@@ -64,6 +64,7 @@ def compare() -> None:
             difference = (p.full_tensor() - q).abs()
             assert difference.max() < (2e-2 if rough else 2e-6), (name, difference.max())
             assert not rough or q.shape != (33, 256) or difference.max() > 0
+    dist.barrier()
     dist.destroy_process_group()
 
 
