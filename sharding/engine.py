@@ -89,18 +89,16 @@ class Engine:
         with self.stages.time("decode"):
             try:
                 prompt = caption(self.spec, item, seed)
-                picture = prepare(
-                    item.image(),
-                    self.size,
-                    crop=self.spec.crop,
-                    seed=seed,
-                    min_side=self.spec.min_side,
-                    max_aspect=self.spec.max_aspect,
-                    max_pixels=self.spec.max_pixels,
-                )
+                picture = self.cut(item, seed)
             except Rejected as reason:
                 return reason
         return Ready(index, item.origin, seed, prompt, picture)
+
+    def cut(self, item: Input, seed: int) -> Picture:
+        """An input's image, cut to size by the source's rules. Raises Rejected."""
+        spec = self.spec
+        limits = {"min_side": spec.min_side, "max_aspect": spec.max_aspect, "max_pixels": spec.max_pixels}
+        return prepare(item.image(), self.size, crop=spec.crop, seed=seed, **limits)
 
     def tasks(self, shards: Iterable[int], inputs: list, shard_size: int) -> Iterator[tuple]:
         """(shard, index, origin, what reads it), in order."""
@@ -159,17 +157,21 @@ class Engine:
                 check_tensors(tensors, expected)
             except Rejected as reason:
                 return reason
-            meta = {
-                "prompt": ready.prompt,
-                "source": self.spec.name,
-                "dataset_id": self.spec.dataset_id,
-                "index": ready.index,
-                "origin": ready.origin,
-                "size": ready.picture.size,
-                "crop": ready.picture.crop,
-            }
-            picture = preview(ready.picture.pixels) if self.with_preview else None
-            return encode_sample(sample_key(self.spec.dataset_id, ready.index), tensors, meta, picture)
+            return self.members(ready, tensors)
+
+    def members(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
+        """One sample as tar members."""
+        meta = {
+            "prompt": ready.prompt,
+            "source": self.spec.name,
+            "dataset_id": self.spec.dataset_id,
+            "index": ready.index,
+            "origin": ready.origin,
+            "size": ready.picture.size,
+            "crop": ready.picture.crop,
+        }
+        picture = preview(ready.picture.pixels) if self.with_preview else None
+        return encode_sample(sample_key(self.spec.dataset_id, ready.index), tensors, meta, picture)
 
     def finish(self, job: Job, k: int, pending: list, rejected: list[dict], fields: dict[str, Field]) -> None:
         """Write shard k and its note, in a thread."""

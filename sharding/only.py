@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sharding.engine import Engine, Ready, check_tensors
+from sharding.engine import Engine, Ready
 from sharding.inputs import Input, caption
 from sharding.job import Job, JobError
 from sharding.sources import SourceSpec
 from tinyflux.model.extract import MODELS, models_of
-from tinyflux.model.images import Picture, Rejected, prepare, preview
+from tinyflux.model.images import Picture, Rejected, preview
 from tinyflux.shards.format import (
     GROUPS,
     SUFFIX,
@@ -228,9 +228,7 @@ class Refit(Engine):
 
     def _picture(self, item: Input, seed: int, meta: dict, members: dict[str, bytes]) -> Picture:
         """The sample's image. Raises Rejected where it is not the one that the sample was made of."""
-        spec = self.spec
-        limits = {"min_side": spec.min_side, "max_aspect": spec.max_aspect, "max_pixels": spec.max_pixels}
-        picture = prepare(item.image(), self.size, crop=spec.crop, seed=seed, **limits)
+        picture = self.cut(item, seed)
         found, was = [[list(picture.size), list(picture.crop)], [meta["size"], meta["crop"]]]
         if found != was:
             raise Rejected(f"image has changed: size and crop are {found}, were {was}")
@@ -238,22 +236,17 @@ class Refit(Engine):
             raise Rejected("image has changed: it looks unlike the sample's preview")
         return picture
 
-    def compress(self, ready: Ready, tensors: dict[str, Tensor], expected: dict[str, Field]) -> dict | Rejected:
-        """The sample's members, in a thread: the new ones and the rest as it was."""
-        with self.stages.time("compress"):
-            try:
-                check_tensors(tensors, expected)
-            except Rejected as reason:
-                return reason
-            key, meta = sample_key(self.spec.dataset_id, ready.index), json.loads(ready.members["json"])
-            if "text" in self.redo:
-                fields = self.old.manifest.groups["encodings"]
-                latents = decode_member(ready.members[ENCODINGS], fields, where=(str(self.old.folder), key))["latents"]
-                tensors, meta = {"latents": latents, **tensors}, meta | {"prompt": ready.prompt}
-            made = encode_sample(key, tensors, meta)
-            if "text" not in self.redo:
-                made["json"] = ready.members["json"]
-            return ready.members | made
+    def members(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
+        """The sample's members: the new ones and the rest as it was."""
+        key, meta = sample_key(self.spec.dataset_id, ready.index), json.loads(ready.members["json"])
+        if "text" in self.redo:
+            fields = self.old.manifest.groups["encodings"]
+            latents = decode_member(ready.members[ENCODINGS], fields, where=(str(self.old.folder), key))["latents"]
+            tensors, meta = {"latents": latents, **tensors}, meta | {"prompt": ready.prompt}
+        made = encode_sample(key, tensors, meta)
+        if "text" not in self.redo:
+            made["json"] = ready.members["json"]
+        return ready.members | made
 
     def finish(self, job: Job, k: int, pending: list, rejected: list[dict], fields: dict[str, Field]) -> None:
         """Write shard k and its note, in a thread."""

@@ -126,6 +126,18 @@ def wait_for(process: subprocess.Popen, run_dir: Path, when: int | Path) -> None
         time.sleep(0.002)
 
 
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks, in their order."""
+    found = {}
+    for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            rank = next((entry[5:] for entry in content if entry.startswith(b"RANK=")), None)
+            if rank is not None:
+                found[int(rank)] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
 def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: int, *options: object) -> tuple[int, str]:
     """Train on one rank until a step is recorded or a file is there, then send a signal. (Exit status, output)."""
     process = start(run_dir, sources, *options)

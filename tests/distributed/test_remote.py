@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
 
 import pytest
 
 from tests.dataset_hub import dataset_hub
-from tests.training import curve, make_source, records, start, train, wait_for
+from tests.training import curve, make_source, records, start, train, wait_for, workers
 
 STEPS = 12
 OPTIONS = ("--data.weights", 0.5, 0.5, "--trainer.lr-scheduler", "constant")
@@ -37,23 +36,13 @@ def urls(sources, tmp_path, monkeypatch):
         yield [f"hf://datasets/user/repo/{s.name}" for s in sources]
 
 
-def worker_of(process: subprocess.Popen, rank: int) -> int:
-    """The process id of a rank under torchrun."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    for pid in children.stdout.split():
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            if f"LOCAL_RANK={rank}".encode() in file.read().split(b"\0"):
-                return int(pid)
-    raise AssertionError(f"no rank {rank} among {children.stdout.split()}")
-
-
 def test_a_killed_rank_of_a_run_on_the_hub(unbroken, urls, tmp_path):
     run_dir = tmp_path / "run"
     options = (*OPTIONS, "--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
     options += ("--data.cache-dir", tmp_path / "cache")
     process = start(run_dir, urls, *options, ranks=2)
     wait_for(process, run_dir, run_dir / "checkpoints" / "step_4" / "metadata.json")
-    os.kill(worker_of(process, 1), signal.SIGKILL)
+    os.kill(workers(process)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "SIGKILL" in output.upper(), output
 

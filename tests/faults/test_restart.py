@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import command, curve, environment, make_source, records, start, train, wait_for
+from tests.training import command, curve, environment, make_source, records, start, train, wait_for, workers
 
 STEPS = 16
 OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--data.val-fraction", 0.2)
@@ -36,18 +36,6 @@ def same(run: list[dict], other: list[dict]) -> None:
     for a, b in zip(run, other, strict=True):
         for name in ("loss", "grad_norm", "val_loss"):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-4), (a["step"], name)
-
-
-def workers(torchrun: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks, in their order."""
-    found = {}
-    for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
-        for pid in children.read_text().split():
-            content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = next((entry[5:] for entry in content if entry.startswith(b"RANK=")), None)
-            if rank is not None:
-                found[int(rank)] = int(pid)
-    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.mark.parametrize("line", ["training from step 0", "validating at step 3", "drawing samples at step 5"])

@@ -1,17 +1,10 @@
 """python -m tinyflux.test_training: from pictures to falling losses, and what it says where they don't."""
 
 import pytest
-import torch
 
 from tinyflux import test_training as field_test
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_passes(tmp_path, capsys):

@@ -19,6 +19,7 @@ from tinyflux.trainer.schedules import keyed_timesteps
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import rng
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 SMALL |= {"num_double_layers": 1, "num_single_layers": 1, "lune_hidden_dim": 16, "sol_hidden_dim": 8, "in_channels": 4}
 SMALL |= {"joint_attention_dim": 24, "pooled_projection_dim": 24, "lune_expert_dim": 24}
@@ -30,14 +31,6 @@ QUICK |= {"save_every_epochs": 0, "lune_warmup_steps": 2, "sol_warmup_steps": 2,
 def caches(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
     return [DatasetCache.load(make_source(root / f"s{i}", i, samples=n)) for i, n in ((0, 14), (1, 9))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def loader_of(cache, batch_size=4, **options) -> DataLoader:
