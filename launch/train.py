@@ -18,15 +18,15 @@ import torch
 import torch.distributed as dist
 
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.run.checkpoint import starting_weights
 from tinyflux.shards.stream import Stream
-from tinyflux.trainer.checkpoint import starting_weights
 from tinyflux.trainer.config import RunConfig, fit_model, load_config
 from tinyflux.trainer.data import HeldOut, StreamCollate, data_identity, open_run_sources
 from tinyflux.trainer.dryrun import describe
-from tinyflux.trainer.metrics import say
 from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer
+from tinyflux.util.log import say
 
 
 def run(config: RunConfig, given: set[str], device: torch.device) -> int:

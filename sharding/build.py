@@ -24,14 +24,10 @@ import torch
 import transformers
 import tyro
 
-from sharding.convert import Converter
-from sharding.engine import Engine
-from sharding.job import Job, JobError
-from sharding.only import FIELDS, Old, Refit, needed, with_entries
-from sharding.progress import Progress, already, estimate, finish, say_complete, say_speed
-from sharding.readers import list_inputs
-from sharding.sources import SourceError, SourceSpec, describe, find_source, load_sources, table, unlisted_source
-from tinyflux.model.extract import (
+from tinyflux.model.zoo import FLUX, ModelZoo
+from tinyflux.precache.convert import Converter
+from tinyflux.precache.engine import Engine
+from tinyflux.precache.extract import (
     extract_batches,
     load_for,
     load_models,
@@ -40,9 +36,21 @@ from tinyflux.model.extract import (
     parts_of,
     producer,
 )
-from tinyflux.model.zoo import FLUX, ModelZoo
+from tinyflux.precache.ledger import Job, JobError
+from tinyflux.precache.legacy import FINGERPRINT
+from tinyflux.precache.overlay import FIELDS, Old, Refit, needed, with_entries
+from tinyflux.precache.progress import Progress, already, estimate, finish, say_complete, say_speed
+from tinyflux.precache.readers import list_inputs
+from tinyflux.precache.sources import (
+    SourceError,
+    SourceSpec,
+    describe,
+    find_source,
+    load_sources,
+    table,
+    unlisted_source,
+)
 from tinyflux.shards.manifest import diff_fingerprints
-from tinyflux.shards.old import FINGERPRINT
 from tinyflux.shards.writer import atomic_write
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from sharding.page import render
-from sharding.report import Report, look
+from tinyflux.precache.page import render
+from tinyflux.precache.survey import Report, look
 from tinyflux.shards.format import SUFFIX
 from tinyflux.shards.manifest import diff_fingerprints
 from tinyflux.shards.store import open_source
@@ -123,8 +123,8 @@ def text(report: Report) -> str:
 
 def decode(report: Report, zoo_name: str) -> None:
     """Give the shown samples their reconstructions. Raises ValueError where the VAE is not the source's."""
-    from tinyflux.model.images import preview  # here, with torch's models, for the table needs neither
     from tinyflux.model.zoo import ModelZoo
+    from tinyflux.precache.images import preview  # here, with torch's models, for the table needs neither
 
     zoo = ModelZoo(zoo=zoo_name)
     zoo.load_vae()

@@ -18,8 +18,8 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from tinyflux.shards.cache import DownloadError, NodeCache, RemoteStore
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.remote import DownloadError, NodeCache, RemoteStore
 from tinyflux.shards.store import open_source
 from tinyflux.shards.writer import Shard, atomic_write
 

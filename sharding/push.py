@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, Re
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
-from sharding.card import PREVIEW, contact_sheet, render
+from tinyflux.precache.card import PREVIEW, contact_sheet, render
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.store import open_source
 

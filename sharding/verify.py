@@ -25,10 +25,11 @@ import tyro
 import zstandard
 from tqdm import tqdm
 
-from tinyflux.shards.cache import RemoteStore
 from tinyflux.shards.format import GROUPS, SUFFIX, Field, ShardError, fields_of, parse_key, read_member, scan_tar
 from tinyflux.shards.manifest import Manifest, ManifestError, check_name
-from tinyflux.shards.store import LocalStore, ShardFile, open_source
+from tinyflux.shards.remote import RemoteStore
+from tinyflux.shards.shardfile import ShardFile
+from tinyflux.shards.store import LocalStore, open_source
 from tinyflux.shards.writer import Shard, origin_hash
 
 

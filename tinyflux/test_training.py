@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.run.metrics import read_metrics
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.config import TrainerConfig, fit_model
 from tinyflux.trainer.data import CachedDataset, collate_fn
-from tinyflux.trainer.metrics import read_metrics
 from tinyflux.trainer.parallel import local_device
 from tinyflux.trainer.trainer import Trainer
 

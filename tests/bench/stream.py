@@ -39,7 +39,7 @@ from tests.store_server import store_server
 from tinyflux.shards.format import GROUPS, SUFFIX, encode_sample, fields_of, read_member, sample_key
 from tinyflux.shards.manifest import Manifest, shard_name
 from tinyflux.shards.plan import Plan, PlanSource
-from tinyflux.shards.store import ShardFile
+from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.shards.writer import write_shard
 from tinyflux.trainer.config import TrainerConfig

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun runs this file to
 
 from tests.training import curve, environment, make_source, train
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.optimizers import make_optimizer, optimizer_state
+from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state
 
 STEPS, STOP = 10, 5
 WIDE = ("--model.attention-head-dim", 32, "--model.hidden-size", 64, "--model.axes-dims-rope", 8, 12, 12)

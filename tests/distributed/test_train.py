@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from tests.training import curve, make_source, train
 from tinyflux.model.loader import load_checkpoint, load_model
+from tinyflux.run import checkpoint
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
-from tinyflux.trainer import checkpoint
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import StreamCollate
 from tinyflux.util import rng

@@ -14,8 +14,8 @@ import torch
 
 from tests.make_source import make_samples, make_source
 from tests.store_server import COMMIT, store_server  # noqa: F401  (COMMIT: for HUB)
-from tinyflux.shards import cache as cache_module
-from tinyflux.shards.cache import DownloadError, NodeCache, RemoteStore
+from tinyflux.shards import remote as cache_module
+from tinyflux.shards.remote import DownloadError, NodeCache, RemoteStore
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.shards.writer import write_shard
 
@@ -173,7 +173,7 @@ def test_the_cache_may_be_deleted_under_a_run(server, folder, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from tinyflux.shards import cache
+from tinyflux.shards import remote as cache
 cache.BLOCK = 8000
 store = cache.RemoteStore(sys.argv[1], cache.NodeCache(sys.argv[2]))
 read, done = store._read, 0

@@ -9,8 +9,8 @@ import pytest
 
 from tests.dataset_hub import TOKEN, dataset_hub
 from tests.training import command, curve, environment, make_source
+from tinyflux.run.upload import public, render
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.upload import public, render
 
 REPO = "user/flux"
 OPTIONS = ("--trainer.total-steps", 8, "--trainer.save-every-steps", 2, "--trainer.keep-last-n-steps", 1)

@@ -17,9 +17,9 @@ import zstandard
 from PIL import Image
 
 from sharding import build
-from sharding.engine import check_tensors
-from tinyflux.model.images import Rejected
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.engine import check_tensors
+from tinyflux.precache.images import Rejected
 from tinyflux.shards.format import fields_of, parse_key
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.store import open_source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyflux.model.images import Rejected, crop_box, open_image, prepare, preview
+from tinyflux.precache.images import Rejected, crop_box, open_image, prepare, preview
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 

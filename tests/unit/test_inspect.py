@@ -16,8 +16,8 @@ import zstandard
 from PIL import Image
 
 from sharding import build, inspect
-from sharding.report import look, spread
 from tests.make_source import make_source, make_tensors
+from tinyflux.precache.survey import look, spread
 from tinyflux.shards.format import encode_sample, fields_of, sample_key, scan_tar
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.store import open_source

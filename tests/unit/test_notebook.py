@@ -11,9 +11,9 @@ from tests.training import curve, make_source, records
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
+from tinyflux.trainer.cache_loader import CacheLoader
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import CachedDataset, MultiCachedDataset, collate_fn
-from tinyflux.trainer.loaders import CacheLoader
 from tinyflux.trainer.parallel import usable_device
 from tinyflux.trainer.schedules import keyed_timesteps
 from tinyflux.trainer.trainer import Trainer

@@ -142,7 +142,6 @@ def test_version_one_stays_what_it_is():
     ]
 
 
-
 def test_replacement_rows_go_once_around_the_shard():
     plan = Plan([PlanSource("a", 0, np.array([6, 9]))], [1], global_batch_size=4, seed=0)
     draws = plan.batch(3)

@@ -13,10 +13,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sharding.inputs import caption
-from sharding.readers import list_inputs
-from sharding.sources import SourceError, SourceSpec
-from tinyflux.model.images import Rejected, open_image
+from tinyflux.precache.images import Rejected, open_image
+from tinyflux.precache.inputs import caption
+from tinyflux.precache.readers import list_inputs
+from tinyflux.precache.sources import SourceError, SourceSpec
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
 

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tinyflux.trainer.report import plot, smooth, ticks, write_report
+from tinyflux.run.report import plot, smooth, ticks, write_report
 
 CONFIG = {"trainer": {"total_steps": 40, "sample_prompts": ["a <red> circle"]}}
 

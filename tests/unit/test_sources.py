@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sharding.inputs import caption
-from sharding.readers import READERS, list_inputs
-from sharding.sources import KINDS, SourceError, find_source, load_sources, table
-from tinyflux.model.images import Rejected
+from tinyflux.precache.images import Rejected
+from tinyflux.precache.inputs import caption
+from tinyflux.precache.readers import READERS, list_inputs
+from tinyflux.precache.sources import KINDS, SourceError, find_source, load_sources, table
 
 
 def written(folder: Path, text: str) -> Path:

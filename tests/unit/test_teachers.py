@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 from tinyflux.model import teachers
-from tinyflux.model.extract import TOKENS, extract, null_embeddings, teacher_features, teacher_inputs
 from tinyflux.model.teachers import halved, lune_features, sol_statistics
 from tinyflux.model.tiny import shapes
 from tinyflux.model.tiny.pictures import to_pixels
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.extract import TOKENS, extract, null_embeddings, teacher_features, teacher_inputs
 from tinyflux.util.buckets import BUCKETS
 
 

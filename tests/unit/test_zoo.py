@@ -18,7 +18,7 @@ from tests.hub import serve
 from tinyflux.model import zoo as zoo_module
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.model.origin import Origin
+from tinyflux.model.pretrained import Origin
 from tinyflux.model.tiny import pictures, shapes
 from tinyflux.model.zoo import TINY_DIR, ModelZoo, SolAttnProcessor, unet_from_file
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .layers import Linear
+from tinyflux.model.layers import Linear
 
 
 def choose(teacher: Tensor | None, predicted: Tensor, use_teacher: Tensor | None) -> Tensor:

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .layers import rope_frequencies
-from .model import TinyFluxConfig, TinyFluxDeep
-from .sharded import METADATA, check_files, read_checkpoint
+from tinyflux.model.dcp import METADATA, check_files, read_checkpoint
+from tinyflux.model.layers import rope_frequencies
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 
 log = logging.getLogger(__name__)
 

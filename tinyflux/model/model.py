@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .experts import LunePredictor, SolPrior
-from .layers import DoubleBlock, Linear, RMSNorm, SingleBlock, resize_map, rope_table
+from tinyflux.model.experts import LunePredictor, SolPrior
+from tinyflux.model.layers import DoubleBlock, Linear, RMSNorm, SingleBlock, resize_map, rope_table
 
 TIME_FREQUENCIES = 128
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from tinyflux.model.loader import check_place, load_model
-from tinyflux.model.origin import Origin
+from tinyflux.model.pretrained import Origin
 from tinyflux.model.teachers import SolAttnProcessor
 
 __all__ = ["FLUX", "TINY_DIR", "ModelZoo", "SolAttnProcessor"]

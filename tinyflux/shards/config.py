@@ -5,9 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-from tinyflux.shards.cache import NodeCache, RemoteStore, is_remote, without_revision
 from tinyflux.shards.format import GROUPS
 from tinyflux.shards.manifest import diff_fingerprints
+from tinyflux.shards.remote import NodeCache, RemoteStore, is_remote, without_revision
 from tinyflux.shards.store import Source, open_source
 
 

@@ -201,11 +201,3 @@ def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> 
         raise ValueError(f"val_fraction must be in [0, 1), not {val_fraction}")
     draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + np.asarray(origin_hashes, np.uint64))
     return (draws >> np.uint64(11)) < np.uint64(int(val_fraction * 2**53))
-
-
-if __name__ == "__main__":
-    import sys
-
-    from tinyflux.shards.planned import main  # it stands on this module
-
-    sys.exit(main(sys.argv[1:]))

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torchdata import nodes
 
-from tinyflux.shards.ahead import LookAhead
-from tinyflux.shards.cache import RemoteStore, Stopped
 from tinyflux.shards.config import DataConfig, open_sources
 from tinyflux.shards.format import Field, ShardError
+from tinyflux.shards.lookahead import LookAhead
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, Reader, StreamStats
+from tinyflux.shards.remote import RemoteStore, Stopped
 from tinyflux.shards.store import Source
 from tinyflux.util import rng
 

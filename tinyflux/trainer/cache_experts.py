@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyflux.precache.legacy import OldCache, is_old_cache
 from tinyflux.shards.format import DTYPES, Field, bits
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.old import OldCache, is_old_cache
 from tinyflux.shards.store import LocalStore, OpenShards, Source, open_source
 from tinyflux.shards.writer import atomic_write
 from tinyflux.util.buckets import interpolate
@@ -183,7 +183,7 @@ class DatasetCache:
         Samples are those that `sharding.build` makes of the same images, prompts, id and seed.
         Raises ValueError naming the image that cannot be read, or how checkpoint_dir differs from what is asked for.
         """
-        from tinyflux.trainer.cache_build import CacheBuild  # its libraries take seconds to import
+        from tinyflux.precache.cache_build import CacheBuild  # its libraries take seconds to import
 
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix=f"tinyflux-{name}-".replace(os.sep, "_")))
         options = {"name": name, "dataset_id": dataset_id, "lune": build_lune, "sol": build_sol, "seed": seed}
@@ -218,7 +218,7 @@ class DatasetCache:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.rows, OldCache):
-            from tinyflux.trainer.cache_build import convert
+            from tinyflux.precache.cache_build import convert
 
             _refuse_other(folder, None)
             convert(self.rows, folder, self.name, dataset_id)

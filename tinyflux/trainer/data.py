@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tinyflux.run.checkpoint import newest_identity
 from tinyflux.shards.config import DataConfig, open_sources, resolve_revisions
 from tinyflux.shards.plan import PLAN_VERSION
 from tinyflux.shards.store import Source
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
-from tinyflux.trainer.checkpoint import newest_identity
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
 from tinyflux.util import rng

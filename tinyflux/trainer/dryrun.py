@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.shards.stream import Stream
-from tinyflux.trainer import devices
 from tinyflux.trainer.config import RunConfig
-from tinyflux.trainer.optimizers import STATE_BYTES
+from tinyflux.trainer.optim.registry import STATE_BYTES
 from tinyflux.trainer.parallel import DTYPES, freeze
+from tinyflux.util import devices
 
 EXPECTED_MFU = 0.4  # of a GPU whose peak is known
 SECONDS = 3.0  # that the data are read for

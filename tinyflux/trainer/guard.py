@@ -9,7 +9,7 @@ from statistics import median
 import torch.distributed as dist
 
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.metrics import say
+from tinyflux.util.log import say
 
 WINDOW, FEWEST = 100, 20  # steps whose median loss a spike is measured against, and without which none is
 

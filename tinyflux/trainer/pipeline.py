@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 
 from tinyflux.model.loader import REPO, check_place, load_model, save_published
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.origin import Origin
+from tinyflux.model.pretrained import Origin
 from tinyflux.model.zoo import ModelZoo, pretrained
 from tinyflux.trainer.sampling import Prompts, Sampler, initial_noise, to_uint8
 

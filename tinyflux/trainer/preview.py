@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyflux.trainer.metrics import Metrics, say
+from tinyflux.run.metrics import Metrics
 from tinyflux.trainer.sampling import Prompts, Sampler, image_grid, save_samples
+from tinyflux.util.log import say
 
 
 class Preview:

@@ -16,23 +16,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tinyflux.model.model import flops_per_sample
+from tinyflux.run import checkpoint
+from tinyflux.run.checkpoint import Checkpointer
+from tinyflux.run.metrics import Metrics, data_lines, data_report, scalars
+from tinyflux.run.report import write_report
+from tinyflux.run.upload import Uploader
 from tinyflux.shards.stream import Stream
-from tinyflux.trainer import checkpoint, devices, parallel
+from tinyflux.trainer import parallel
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
-from tinyflux.trainer.checkpoint import Checkpointer
+from tinyflux.trainer.cache_loader import CacheLoader
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.guard import Guard
-from tinyflux.trainer.loaders import CacheLoader
-from tinyflux.trainer.metrics import Metrics, data_lines, data_report, say, scalars
 from tinyflux.trainer.objective import Losses, Objective
-from tinyflux.trainer.optimizers import make_optimizer, optimizer_state, set_learning_rate
+from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state, set_learning_rate
 from tinyflux.trainer.parallel import ParallelConfig
 from tinyflux.trainer.preview import Preview
-from tinyflux.trainer.report import write_report
 from tinyflux.trainer.sampling import Sampler, evaluating
 from tinyflux.trainer.schedules import learning_rate
-from tinyflux.trainer.upload import Uploader
+from tinyflux.util import devices
+from tinyflux.util.log import say
 
 PREEMPTED = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved itself and can be requeued
 T_BINS = 10  # parts of t that the main loss is recorded for

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import zstandard
 
-from sharding.inputs import Input
+from tinyflux.precache.inputs import Input
 from tinyflux.shards.format import Field
 from tinyflux.shards.manifest import Manifest, ManifestError, diff_fingerprints, shard_name
 from tinyflux.shards.writer import Shard, atomic_write

@@ -1,7 +1,7 @@
 """What a run will see: the samples of a step on each rank, and the shares of the sources up to it.
 
-    python -m tinyflux.shards.plan --step 100 --ranks 8 --config FILE.toml
-    python -m tinyflux.shards.plan --step 100 --data.sources data/portraits data/imagenet --data.weights 0.7 0.3
+    python launch/plan.py --step 100 --ranks 8 --config FILE.toml
+    python launch/plan.py --step 100 --data.sources data/portraits data/imagenet --data.weights 0.7 0.3
 
 Of the file only the [data] table is read; its keys are options too, as in training. Of remote sources only the
 manifests are fetched, so their samples are shown without keys.
@@ -86,7 +86,7 @@ def load_options(argv: list[str]) -> Options:
                 raise ValueError(f"{known.config}: unknown key data.{key}. Accepted here: {', '.join(accepted)}")
             values = value if isinstance(value, list) else [value]
             arguments += [f"--data.{key.replace('_', '-')}", *map(str, values)]
-    return tyro.cli(Options, args=arguments + rest, prog="python -m tinyflux.shards.plan", description=__doc__)
+    return tyro.cli(Options, args=arguments + rest, prog="python launch/plan.py", description=__doc__)
 
 
 def main(argv: list[str]) -> int:
@@ -104,3 +104,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

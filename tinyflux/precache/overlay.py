@@ -18,12 +18,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sharding.engine import Engine, Ready
-from sharding.inputs import Input, caption
-from sharding.job import Job, JobError
-from sharding.sources import SourceSpec
-from tinyflux.model.extract import MODELS, models_of
-from tinyflux.model.images import Picture, Rejected, preview
+from tinyflux.precache.engine import Engine, Ready
+from tinyflux.precache.extract import MODELS, models_of
+from tinyflux.precache.images import Picture, Rejected, preview
+from tinyflux.precache.inputs import Input, caption
+from tinyflux.precache.ledger import Job, JobError
+from tinyflux.precache.sources import SourceSpec
 from tinyflux.shards.format import (
     GROUPS,
     SUFFIX,
@@ -35,7 +35,7 @@ from tinyflux.shards.format import (
     sample_key,
 )
 from tinyflux.shards.manifest import Manifest, diff_fingerprints, shard_name
-from tinyflux.shards.store import ShardFile
+from tinyflux.shards.shardfile import ShardFile
 from tinyflux.util import rng
 
 FIELDS = {"lune": "lune", "sol": "sol", "prompt": "text"}
@@ -270,4 +270,3 @@ def alike(a: bytes, b: bytes) -> bool:
         return True
     first, second = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) for data in (a, b))
     return first.shape == second.shape and float(np.abs(first - second).mean()) <= LIKENESS
-

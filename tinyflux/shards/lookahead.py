@@ -9,9 +9,9 @@ import threading
 import time
 from collections import deque
 
-from tinyflux.shards.cache import NoRoom, RemoteStore, Stopped
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import StreamStats
+from tinyflux.shards.remote import NoRoom, RemoteStore, Stopped
 from tinyflux.shards.store import Source
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-PACKAGED = Path(__file__).with_name("sources.toml")
+PACKAGED = Path(__file__).parents[2] / "sharding" / "sources.toml"
 
 COMMON = ("kind", "dataset_id", "weight", "captions", "allow_empty_captions", "crop", "size", "min_side",
           "max_aspect", "max_pixels")  # fmt: skip

@@ -7,7 +7,7 @@
     best_ema.safetensors        of the lowest validation loss
     config.json, training_config.json
 
-    python -m tinyflux.trainer.checkpoint export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
+    python -m tinyflux.run.checkpoint export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
 
 DCP's own .metadata file is a pickle: resume step_N folders only where you wrote them, and never from a hub.
 """
@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tinyflux.model.dcp import METADATA, check_files, crc32, of_kind, read_checkpoint, read_metadata, read_tensors
 from tinyflux.model.loader import load_model, save_published, to_published
 from tinyflux.model.model import TinyFluxConfig
-from tinyflux.model.sharded import METADATA, check_files, crc32, of_kind, read_checkpoint, read_metadata, read_tensors
+from tinyflux.run.staging import Staging
 from tinyflux.shards.writer import atomic_write
-from tinyflux.trainer.metrics import say
-from tinyflux.trainer.staging import Staging
+from tinyflux.util.log import say
 
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)  # what a full disk or a damaged file raises
 

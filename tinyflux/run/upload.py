@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
-from tinyflux.trainer.metrics import say
+from tinyflux.util.log import say
 
 FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: the client's, of a file that it can't send
 RETRY = 60.0  # seconds after a failure, beside the client's own retries; twice as many after each further one

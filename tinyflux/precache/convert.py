@@ -7,15 +7,15 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from sharding.engine import check_tensors
-from sharding.inputs import Input, digest
-from sharding.job import Job
-from sharding.readers import folder
-from sharding.sources import SourceError, SourceSpec
-from tinyflux.model.images import Rejected
+from tinyflux.precache.engine import check_tensors
+from tinyflux.precache.images import Rejected
+from tinyflux.precache.inputs import Input, digest
+from tinyflux.precache.ledger import Job
+from tinyflux.precache.legacy import OldCache
+from tinyflux.precache.readers import folder
+from tinyflux.precache.sources import SourceError, SourceSpec
 from tinyflux.shards.format import GROUPS, Field, encode_sample, sample_key
 from tinyflux.shards.manifest import shard_name
-from tinyflux.shards.old import OldCache
 from tinyflux.shards.writer import write_shard
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sharding.convert import Converter
-from sharding.engine import Engine
-from sharding.inputs import Input
-from sharding.job import Job, JobError
+from tinyflux.precache.convert import Converter
+from tinyflux.precache.engine import Engine
+from tinyflux.precache.inputs import Input
+from tinyflux.precache.ledger import Job, JobError
 from tinyflux.shards.manifest import Manifest
 
 

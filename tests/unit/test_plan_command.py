@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from launch.plan import main
 from tests.make_source import make_source
-from tinyflux.shards.planned import main
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 
 STEP = 5
@@ -67,6 +67,6 @@ def test_faults_are_one_line(capsys, name):
 
 
 def test_as_a_command(config):
-    command = [sys.executable, "-m", "tinyflux.shards.plan", "--config", str(config[0]), "--step", "2"]
+    command = [sys.executable, "launch/plan.py", "--config", str(config[0]), "--step", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr and "passes" in done.stdout, done.stderr

@@ -10,11 +10,11 @@ from threading import Lock
 
 from webdataset.shardlists import expand_urls
 
-from sharding.fetch import download
-from sharding.inputs import Input, check_field, digest, lines_of, printable, read_file, records, texts
-from sharding.sources import SourceError, SourceSpec
-from tinyflux.model.images import EXTENSIONS, Rejected
 from tinyflux.model.tiny.shapes import render
+from tinyflux.precache.fetch import download
+from tinyflux.precache.images import EXTENSIONS, Rejected
+from tinyflux.precache.inputs import Input, check_field, digest, lines_of, printable, read_file, records, texts
+from tinyflux.precache.sources import SourceError, SourceSpec
 from tinyflux.shards.format import read_member, scan_tar
 
 

@@ -1,6 +1,6 @@
 """RUN_DIR/report.html: what a run did, on one page that needs nothing but a browser.
 
-python -m tinyflux.trainer.report RUN_DIR
+python -m tinyflux.run.report RUN_DIR
 """
 
 import html
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from tinyflux.trainer.metrics import data_lines, read_metrics
+from tinyflux.run.metrics import data_lines, read_metrics
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 56, 28
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")

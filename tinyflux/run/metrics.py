@@ -10,15 +10,9 @@ import torch
 import torch.distributed as dist
 
 from tinyflux.shards.stream import Stream
-from tinyflux.trainer import devices
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import loss_warmup
-
-
-def say(*words: object, sep: str = " ") -> None:
-    """Print on rank 0 alone, at once."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*words, sep=sep, flush=True)
+from tinyflux.util import devices
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.make_source import make_source
 from tests.store_server import store_server
-from tinyflux.shards import ahead, cache
-from tinyflux.shards.cache import DownloadError, NodeCache, NoRoom
+from tinyflux.shards import lookahead as ahead
+from tinyflux.shards import remote as cache
+from tinyflux.shards.remote import DownloadError, NodeCache, NoRoom
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 
 LANES, ROWS = 2, 12

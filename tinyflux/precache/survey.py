@@ -10,9 +10,10 @@ import safetensors.torch
 import zstandard
 from torch import Tensor
 
-from tinyflux.shards.cache import DownloadError
 from tinyflux.shards.format import SUFFIX, Field, ShardError, member_limit
-from tinyflux.shards.store import ShardFile, Source
+from tinyflux.shards.remote import DownloadError
+from tinyflux.shards.shardfile import ShardFile
+from tinyflux.shards.store import Source
 
 VALUES = 4096  # of each field of a sample that go into the histogram
 

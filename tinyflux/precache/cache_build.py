@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tinyflux.model.extract import extract, load_models, null_embeddings, producer
-from tinyflux.model.images import Picture, Rejected, prepare, preview
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.extract import extract, load_models, null_embeddings, producer
+from tinyflux.precache.images import Picture, Rejected, prepare, preview
+from tinyflux.precache.legacy import FINGERPRINT, OldCache
 from tinyflux.shards.format import DTYPES, Field, encode_sample, fields_of, sample_key
 from tinyflux.shards.manifest import Manifest, diff_fingerprints, shard_name
-from tinyflux.shards.old import FINGERPRINT, OldCache
 from tinyflux.shards.writer import Shard, atomic_write, write_shard
 from tinyflux.util import rng
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharding.inputs import Input, caption
-from sharding.job import Job
-from sharding.sources import SourceSpec
-from tinyflux.model.extract import Batch
-from tinyflux.model.images import Picture, Rejected, prepare, preview
+from tinyflux.precache.extract import Batch
+from tinyflux.precache.images import Picture, Rejected, prepare, preview
+from tinyflux.precache.inputs import Input, caption
+from tinyflux.precache.ledger import Job
+from tinyflux.precache.sources import SourceSpec
 from tinyflux.shards.format import Field, encode_sample, fields_of, sample_key
 from tinyflux.shards.manifest import shard_name
 from tinyflux.shards.writer import write_shard

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 
-from sharding.sources import SourceError
+from tinyflux.precache.sources import SourceError
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,7 @@ import torch
 import webdataset
 
 from tests.make_source import make_samples, make_source, make_tensors
-from tinyflux.shards.adopt import adopt
+from tinyflux.shards.discover import adopt
 from tinyflux.shards.format import SUFFIX, ShardError
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.stream import DataConfig, Stream, open_sources

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from sharding.sources import SourceError, SourceSpec
-from tinyflux.model.images import Rejected
+from tinyflux.precache.images import Rejected
+from tinyflux.precache.sources import SourceError, SourceSpec
 from tinyflux.util import rng
 
 FILE_LIMIT = 1 << 30

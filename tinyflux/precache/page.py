@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from sharding.report import FieldStats, Report, Shown
+from tinyflux.precache.survey import FieldStats, Report, Shown
 
 BINS = 60
 STYLE = """

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from tinyflux.trainer.adafactor import Adafactor
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.optim.adafactor import Adafactor
 
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a trained parameter; rows, columns, scales not counted
 
@@ -23,7 +23,7 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optim
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     try:
-        from tinyflux.trainer.adam8bit import AdamW8bit
+        from tinyflux.trainer.optim.adam8bit import AdamW8bit
     except ImportError as error:
         raise ValueError(
             f"trainer.optimizer is adamw8bit, which needs torchao ({error}): pip install 'tinyflux-deep[8bit]'"

@@ -1,0 +1,1 @@
+"""Precaching: images and captions -> shards of latents, text states and teacher features."""
