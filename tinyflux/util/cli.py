@@ -1,0 +1,76 @@
+"""Commands: parse, call, and turn what a user can put right into one message and an exit status."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+DONE = 0
+FAILED = 1
+REFUSED = 2
+"""Nothing was begun: the input is at fault."""
+SAVED = 75
+"""Stopped by a signal after saving (EX_TEMPFAIL): run the same command to resume."""
+INTERRUPTED = 130
+
+# what goes wrong before anything is begun
+SETUP = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+Options = TypeVar("Options")
+
+
+def parse(options: type[Options], argv: list[str] | None, prog: str, description: str | None) -> Options:
+    """The options of a command line, sys.argv's unless given. Exits with 0 after --help, and with 2 where they are
+    not understood."""
+    import tyro
+
+    return tyro.cli(options, args=argv, prog=prog, description=description)
+
+
+def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] = ()) -> int:
+    """The exit status of `action`: its own, or that of the error it raises, which becomes one message on stderr.
+
+    failures: errors, beside OSError, that are told without a traceback.
+    """
+    try:
+        return action()
+    except KeyboardInterrupt:
+        print("stopped; run the same command to resume", file=sys.stderr)
+        return INTERRUPTED
+    except SETUP as error:
+        print(f"error: {message(error)}", file=sys.stderr)
+        return REFUSED
+    except (OSError, *failures) as error:
+        print(f"error: {message(error)}", file=sys.stderr)
+        return FAILED
+
+
+def message(error: BaseException) -> str:
+    """An error in words; an OSError of the system with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def run(
+    command: Callable[[Options], int | None],
+    options: type[Options],
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    failures: tuple[type[BaseException], ...] = (),
+) -> int:
+    """Parse, call, report. Returns the exit status; a command that returns None is done."""
+    return report(lambda: command(parse(options, argv, prog, description)) or DONE, failures)
+
+
+def table(rows: list[tuple], *, right: bool = False) -> str:
+    """Rows as text in columns as wide as they need to be; right: all but the first column end at the right."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        pairs = enumerate(zip(row, widths, strict=True))
+        aligned = [cell.rjust(width) if right and i else cell.ljust(width) for i, (cell, width) in pairs]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
