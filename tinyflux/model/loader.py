@@ -16,13 +16,14 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tinyflux.model.dcp import METADATA, check_files, read_checkpoint
+from tinyflux.model.dcp import METADATA, check_files, read_checkpoint, read_metadata
 from tinyflux.model.layers import rope_frequencies
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 
@@ -207,9 +208,12 @@ def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
 def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tuple[Path, Path | None]:
     """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`.
 
-    A run's own checkpoint folder, `checkpoints/step_N`, is returned itself.
+    A run's own checkpoint folder, `checkpoints/step_N`, is returned itself, and so it is for `step_N.pt` and `best.pt`
+    where no such file was written.
     """
     path = Path(source)
+    if path.suffix == ".pt" and not path.exists():
+        path = _folder_of(path) or path
     if (path / METADATA).is_file():
         return path, path.with_name("config.json") if path.with_name("config.json").is_file() else None
     if path.is_dir():
@@ -226,9 +230,54 @@ def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tu
         folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
         return path, next((f / "config.json" for f in folders if (f / "config.json").is_file()), None)
     match = REPO.fullmatch(str(source))
+    known = [f"{folder}: {', '.join(names)}" for folder in (path.parent, path.parent / "checkpoints")
+             if (names := _checkpoints(folder))]  # fmt: skip
+    if known:
+        raise FileNotFoundError(f"{source}: no such checkpoint; there are in {'; in '.join(known)}")
     if path.suffix in (".safetensors", ".pt") or not match:
         raise FileNotFoundError(f"{source}: no such file or directory, and not of the form user/repo[:sub/folder]")
     return _locate_on_hub(match["repo"], match["folder"] or "", use_ema, revision)
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The checkpoint folder that a `step_N.pt` or `best.pt` that was not written would have been made of."""
+    folders = sorted(path.parent.glob("step_*"), key=lambda folder: _step(folder.name), reverse=True)
+    for folder in folders:
+        if (folder / METADATA).is_file():
+            is_best = path.stem == "best" and "best" in read_metadata(folder).get("reasons", ())
+            if is_best or path.stem == folder.name:
+                return folder
+    return None
+
+
+def _step(name: str) -> int:
+    match = re.match(r"step_(\d+)", name)
+    return int(match[1]) if match else -1
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, by step: their folders where they are whole, and weights files."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir()
+             if (path / METADATA).is_file() or (path.suffix in (".safetensors", ".pt") and path.name[0] != ".")]
+    return sorted(names, key=lambda name: (_step(name), name))
+
+
+def find_training_config(source: str | Path, use_ema: bool = True, revision: str | None = None) -> Path | None:
+    """The training_config.json of the run that a checkpoint is of, None where there is none. Errors as of `locate`."""
+    weights, _ = locate(source, use_ema, revision)
+    for folder in weights.parents[:2]:
+        if (path := folder / "training_config.json").is_file():
+            return path
+    if Path(source).exists() or not (match := REPO.fullmatch(str(source))):
+        return None
+    try:  # of the weights' own commit
+        commit = weights.parents[len(PurePosixPath(match["folder"] or "").parts)].name
+        name = str(PurePosixPath(match["folder"] or "", "training_config.json"))
+        return Path(hf_hub_download(match["repo"], name, revision=commit))
+    except EntryNotFoundError:
+        return None
 
 
 def _locate_on_hub(repo: str, folder: str, use_ema: bool, revision: str | None) -> tuple[Path, Path | None]:
@@ -355,8 +404,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", dtype:
     """A training checkpoint: `model` (a TinyFluxDeep), `step`, `epoch`, `ema` (its state dict for that model), and
     `optimizer`, `scheduler`, `best_loss`, `trainer_config` as a `.pt` holds them; None where there is none.
 
-    path: a `step_N.pt`, a run's own folder `checkpoints/step_N`, or whatever `load_model` takes. Of a `.safetensors`
-    file the step is read from its name.
+    path: a `step_N.pt` or `best.pt` (where it was not written, the checkpoint folder of that step beside it is read), a
+    run's own folder `checkpoints/step_N`, or whatever `load_model` takes. Of a `.safetensors` file the step is read
+    from its name.
     """
     check_place(device, dtype)
     path, content, config = _read(path, False, None, ("model", "ema", "optimizer"))

@@ -38,6 +38,7 @@ FLUX = {
 }
 UNET_CONFIG = Origin(SD15, "unet")  # of weights that come as a single file
 CLIP_LENGTH = 77
+WARNED = 10_000  # prompts that are remembered, so that each is warned of once
 
 
 class ModelZoo:
@@ -93,6 +94,7 @@ class ModelZoo:
         self.tokenizers: dict = {}
         self._identities: dict[str, dict] = {}
         self._known: dict[Origin, dict] = {}
+        self._warned: set[str] = set()
 
     @classmethod
     def of(cls, image_size: int, t5_length: int, tokenizers: dict, **models: nn.Module) -> "ModelZoo":
@@ -324,14 +326,32 @@ class ModelZoo:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokenizer = self.tokenizers[name]
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for row in tokens.attention_mask.all(dim=1).nonzero().flatten().tolist():
-            n = len(tokenizer(prompts[row], verbose=False).input_ids)
-            if n > length:
-                kept = tokenizer.decode(tokens.input_ids[row], skip_special_tokens=True)
-                log.warning(
-                    "prompt %d has %d %s tokens, %d are kept: cut after '...%s'", row, n, name, length, kept[-40:]
-                )
+        full = tokens.attention_mask.all(dim=1)
+        if (unknown := tokenizer.unk_token_id) is not None and unknown != tokenizer.pad_token_id:
+            full |= (tokens.input_ids == unknown).any(dim=1)
+        for row in full.nonzero().flatten().tolist():
+            self._warn_of(prompts[row])
         return tokens
+
+    def _warn_of(self, prompt: str) -> None:
+        """Say once a prompt what the tokenizers that are loaded cut off it or do not know."""
+        if prompt in self._warned:
+            return
+        faults = []
+        for name, tokenizer in self.tokenizers.items():
+            length = {"t5": self.t5_length, "clip": CLIP_LENGTH}[name]
+            encoded = tokenizer(prompt, verbose=False, return_offsets_mapping=True)
+            ids, places = encoded.input_ids, encoded.offset_mapping
+            if len(ids) > length:
+                end = places[length - 2][1]  # of the last token before the one that ends every text
+                faults.append(f"{name} keeps {length} of {len(ids)} tokens, up to '...{prompt[:end][-40:]}'")
+            lost = [prompt[a:b] for i, (a, b) in zip(ids, places, strict=True) if i == tokenizer.unk_token_id and a < b]
+            if lost and tokenizer.unk_token_id != tokenizer.pad_token_id:
+                faults.append(f"{name} does not know {' '.join(dict.fromkeys(lost))}")
+        if faults:
+            log.warning("prompt %r: %s", prompt[:40], "; ".join(faults))
+            if len(self._warned) < WARNED:
+                self._warned.add(prompt)
 
     def fingerprint(self) -> dict:
         """What the outputs depend on, of every model that was loaded, also after its unload.

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
 from tinyflux.trainer.schedules import flux_shift
+from tinyflux.trainer.solvers import SOLVERS
 from tinyflux.util import rng
-from tinyflux.util.predictions import euler_step
 
 if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and a rank that trains never needs them
     from tinyflux.model.zoo import ModelZoo
@@ -55,9 +56,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-SOLVERS = ("euler", "heun", "midpoint")
-
-
 @dataclass(frozen=True)
 class Settings:
     """How latents are drawn. ValueError names what is out of range."""
@@ -67,14 +65,16 @@ class Settings:
     guidance: float = 5.0
     """Classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598); 1 is none."""
     shift: float = 3.0
-    """Flux shift of the timesteps, best that of the training."""
+    """Flux shift of the timesteps; use that of the training."""
     solver: str = "euler"
-    """euler calls the network once a step; heun and midpoint, of second order, twice."""
+    """A name of `SOLVERS`: euler and ab2 call the network once a step, heun and midpoint twice."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps, first and last, between which guidance applies (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
     guidance_rescale: float = 0.0
     """Share, in [0, 1], of the guided velocity that gets the unguided one's deviation (Lin et al., 2023,
     arXiv:2305.08891)."""
+    timesteps: tuple[float, ...] | None = None
+    """Ascending timesteps in [0, 1] to use as they are, instead of `steps` and `shift`."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -88,6 +88,14 @@ class Settings:
             raise ValueError(f"guidance_interval must be two ascending timesteps in [0, 1], not {first} {last}")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1], not {self.guidance_rescale}")
+        if (times := self.timesteps) is not None and not (
+            len(times) > 1 and 0 <= times[0] and times[-1] <= 1 and all(a < b for a, b in pairwise(times))
+        ):
+            raise ValueError(f"timesteps must be two or more ascending numbers in [0, 1], not {times}")
+
+    def schedule(self) -> list[float]:
+        """The timesteps from the first to the last, one more than there are steps."""
+        return timestep_schedule(self.steps, self.shift) if self.timesteps is None else list(self.timesteps)
 
     def guides(self, t: float) -> bool:
         """Does guidance apply at t? Where not, the negative prompt need not be run."""
@@ -104,17 +112,8 @@ def guide(null: Tensor, text: Tensor, scale: float, rescale: float = 0.0) -> Ten
     return v * (rescale * text.std(dims, keepdim=True) / v.std(dims, keepdim=True) + 1 - rescale)
 
 
-def solver_step(
-    velocity: Callable[[Tensor, float], Tensor], x: Tensor, now: float, after: float, solver: str
-) -> Tensor:
-    """x at `after` from x at `now`, with one or two calls of velocity(x, t)."""
-    v = velocity(x, now)
-    if solver == "heun":
-        v = (v + velocity(euler_step(x, v, now, after), after)) / 2
-    elif solver == "midpoint":
-        middle = (now + after) / 2
-        v = velocity(euler_step(x, v, now, middle), middle)
-    return euler_step(x, v, now, after)
+class _Stopped(Exception):
+    """on_step asked to stop; the latents so far are the exception's argument."""
 
 
 def denoise(
@@ -125,12 +124,13 @@ def denoise(
     null_t5: Tensor,
     null_clip: Tensor,
     settings: Settings,
-    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+    on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Latents from noise: the solver's steps along the velocity, guided in one batch of both prompts.
 
     noise [B, C, H, W], t5 [B, L, D] and clip [B, D] of the prompts, null_t5 and null_clip, the same of the negative
-    prompts. on_step(step, t, latents) is called after each step; what it returns goes on. Returns float32 [B, C, H, W].
+    prompts. on_step(step, t, latents) is called after each step: what it returns is used from there on, and None stops
+    there. Returns float32 [B, C, H, W].
     """
     H, W = noise.shape[2:]
     img_ids = model.create_img_ids(1, H, W, noise.device)[0]  # [H*W, 3]
@@ -138,19 +138,29 @@ def denoise(
     both = torch.cat((null_t5, t5)), torch.cat((null_clip, clip))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        at = torch.tensor(t, dtype=torch.float32, device=x.device)  # a number would be compiled in, anew for each t
+        at = torch.tensor(t, dtype=torch.float32, device=x.device)  # a number would be compiled in, again for each t
         if not settings.guides(t):
             return model(x, t5, clip, at, img_ids).float()
         null, text = model(x.repeat(2, 1, 1), *both, at, img_ids).float().chunk(2)
         return guide(null, text, settings.guidance, settings.guidance_rescale)
 
-    x = to_tokens(noise).float()
-    schedule = timestep_schedule(settings.steps, settings.shift)
+    done = 0
+
+    def after_step(x: Tensor, t: float) -> Tensor:
+        nonlocal done
+        done += 1
+        if on_step is None:
+            return x
+        latents = on_step(done - 1, t, to_latents(x, H, W))
+        if latents is None:
+            raise _Stopped(x)
+        return to_tokens(latents)
+
     with evaluating(model):
-        for step, (now, after) in enumerate(zip(schedule, schedule[1:], strict=False)):
-            x = solver_step(velocity, x, now, after, settings.solver)
-            if on_step is not None:
-                x = to_tokens(on_step(step, after, to_latents(x, H, W)))
+        try:
+            x = SOLVERS[settings.solver](velocity, to_tokens(noise).float(), settings.schedule(), after_step)
+        except _Stopped as stopped:
+            (x,) = stopped.args
     return to_latents(x, H, W)
 
 
@@ -213,7 +223,7 @@ class Sampler:
         indices: Tensor | None = None,
         device: torch.device | str = "cpu",
         noise: Tensor | None = None,
-        on_step: Callable[[int, float, Tensor], Tensor] | None = None,
+        on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
         """Latents [B, C, H, W] of the prompts number `indices` (default: all of them, in order).
 

@@ -1,0 +1,51 @@
+"""How a checkpoint is best drawn with: what its run recorded in training_config.json, and where each value is from."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+GUIDANCE, SHIFT, ZOO = 5.0, 3.0, "flux"  # of the published weights, where no run says otherwise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Zoo, shift and guidance of a run, and what it has seen. Lists are empty where the run did not record them."""
+
+    zoo: str = ZOO
+    shift: float = SHIFT
+    guidance: float = GUIDANCE
+    latent_shapes: tuple[tuple[int, int], ...] = ()
+    """Height and width of the latents it was trained on, the most frequent first."""
+    words: frozenset[str] = frozenset()
+    """All words of its captions, where they are few enough to be known."""
+    origin: str = "by default: the checkpoint has no training_config.json"
+    """Where these values are from."""
+
+    @classmethod
+    def read(cls, path: Path | None) -> "Recipe":
+        """Out of a training_config.json; the defaults where there is none. ValueError where it is no such file."""
+        if path is None:
+            return cls()
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            trainer, seen = config["trainer"], config.get("seen", {})
+            return cls(
+                zoo=str(trainer.get("zoo", ZOO)),
+                shift=float(trainer.get("shift", SHIFT)),
+                guidance=float(trainer.get("guidance_scale", GUIDANCE)),
+                latent_shapes=tuple((int(h), int(w)) for h, w in seen.get("latent_shapes", ())),
+                words=frozenset(map(str, seen.get("words", ()))),
+                origin=f"of {path}",
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the training_config.json of a run: {error!r}") from error
+
+    def unseen(self, prompt: str) -> list[str]:
+        """Words of a prompt that no caption of the training had, where those are known."""
+        return [word for word in words_of(prompt) if self.words and word not in self.words]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, lower case, each once."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.casefold())))
