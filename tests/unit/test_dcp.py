@@ -48,6 +48,22 @@ def test_a_folder_gives_what_its_single_file_does(checkpoints):
     assert equal(folder, file)
 
 
+def test_the_folder_stands_in_for_a_file_that_was_not_written(checkpoints, step):
+    """The calls of the original package: `load_checkpoint("checkpoints/step_5000.pt")` and `best.pt`."""
+    root = step.parent
+    loaded = load_checkpoint(root / "step_4.pt")
+    assert loaded["step"] == 4 and equal(loaded["model"].state_dict(), load_model(checkpoints / "step_4").state_dict())
+    with pytest.raises(FileNotFoundError, match=r"step_5.pt: no such checkpoint; there are in .*: step_4$"):
+        load_checkpoint(root / "step_5.pt")
+    with pytest.raises(FileNotFoundError, match="best.pt: no such checkpoint"):
+        load_checkpoint(root / "best.pt")
+    with pytest.raises(FileNotFoundError, match=r"step_7: no such checkpoint; there are in .*checkpoints: .*step_4.pt"):
+        load_model(checkpoints.parent / "step_7")
+    metadata = json.loads((step / "metadata.json").read_text())
+    (step / "metadata.json").write_text(json.dumps(metadata | {"reasons": ["best", "step"]}))
+    assert load_checkpoint(root / "best.pt")["step"] == 4
+
+
 def test_both_sets_of_weights(checkpoints):
     for ema, name in ((False, "step_4.safetensors"), (True, "step_4_ema.safetensors")):
         model = load_model(checkpoints / "step_4", use_ema=ema)

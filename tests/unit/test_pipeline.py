@@ -196,7 +196,7 @@ def test_bad_input(pipe, given, message):
 
 def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
     draw(pipe, "a red ring " * 60)
-    assert "t5 tokens, 32 are kept: cut after '..." in caplog.text and "clip tokens, 77 are kept" in caplog.text
+    assert "t5 keeps 32 of 242 tokens, up to '..." in caplog.text and "clip keeps 77 of 182 tokens" in caplog.text
 
 
 def copied(saved: Path, folder: Path) -> Path:

@@ -1,18 +1,24 @@
 """launch/sample.py on a small run folder and the packaged zoo."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import T5Config, T5EncoderModel
 
 from launch.sample import main
 from tinyflux.model.loader import load_model, save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.model.zoo import ModelZoo
+from tinyflux.model.zoo import TINY_DIR, ModelZoo
 from tinyflux.trainer.sampling import Sampler, to_uint8
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 WIDTHS = {"joint_attention_dim": 128, "pooled_projection_dim": 128, "lune_expert_dim": 128}
 SMALL = TinyFluxConfig(
@@ -28,30 +34,37 @@ def run_dir(tmp_path_factory):
         model = TinyFluxDeep(SMALL)
         torch.nn.init.normal_(model.final_linear.weight, std=0.3)
         save_published(model, folder / "checkpoints" / f"{name}.safetensors")
-    (folder / "checkpoints" / "training_config.json").write_text(json.dumps({"trainer": {"shift": 2.0}}))
+    seen = {"latent_shapes": [[8, 8], [6, 8]], "words": ["a", "red", "ring", "green", "star"]}
+    config = {"trainer": {"shift": 2.0, "guidance_scale": 3.0, "zoo": "tiny"}, "seen": seen}
+    (folder / "checkpoints" / "training_config.json").write_text(json.dumps(config))
     return folder
 
 
 def call(run_dir, *options):
-    return main(["--checkpoint", str(run_dir), "--zoo", "tiny", "--steps", "2", *map(str, options)])
+    return main(["--checkpoint", str(run_dir), "--steps", "2", *map(str, options)])
 
 
-def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys):
+def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys, caplog):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n\n  a green star \n")
     out = tmp_path / "grid.png"
     options = ["--solver", "heun", "--guidance-interval", "0.2", "0.9", "--guidance-rescale", "0.7", "--seed", "4"]
     size = ["--height", "32", "--width", "48", "--columns", "1", "--negative-prompt", "blue"]
     assert call(run_dir, "--prompt-file", prompts, "--out", out, *options, *size) == 0
-    captured = capsys.readouterr()
-    assert captured.out.strip() == str(out) and "shift 2 of" in captured.err and "step_5_ema" in captured.err
+    told = caplog.text
+    origin = run_dir / "checkpoints" / "training_config.json"
+    assert capsys.readouterr().out.strip() == str(out) and "weights step_5_ema.safetensors (averaged)" in told
+    for line in (f"zoo tiny (of {origin})", f"shift 2 (of {origin})", "guidance 3 (of", "size 32x48 (as given)"):
+        assert line in told
+    assert "no picture of the training was 32x48 (height x width); these were: 64x64, 48x64" in told
     picture = Image.open(out)
     assert picture.size == (48, 66)
     text = picture.text["parameters"]
     assert str(run_dir.parent) not in text
     assert json.loads(text) == {
         "prompts": ["a red ring", "a green star"], "checkpoint": "mine", "weights": "step_5_ema.safetensors",
-        "negative_prompt": "blue", "seed": 4, "height": 32, "width": 48, "steps": 2, "guidance": 5.0, "shift": 2.0,
+        "zoo": "tiny", "negative_prompt": "blue", "seed": 4, "height": 32, "width": 48, "steps": 2, "guidance": 3.0,
+        "shift": 2.0,
         "solver": "heun", "guidance_interval": [0.2, 0.9], "guidance_rescale": 0.7,
     }  # fmt: skip
 
@@ -59,11 +72,54 @@ def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys):
 def test_one_file_each_with_the_pixels_of_the_sampler(run_dir, tmp_path):
     prompts = ["a red ring", "a green star"]
     assert call(run_dir, "--prompt", *prompts, "--out", tmp_path / "a.png", "--no-grid", "--seed", 9, "--no-ema") == 0
-    drawn = Sampler(ModelZoo(zoo="tiny"), steps=2, shift=2.0)(load_model(run_dir), prompts, seed=9)
+    drawn = Sampler(ModelZoo(zoo="tiny"), steps=2, shift=2.0, guidance=3.0)(load_model(run_dir), prompts, seed=9)
     for k, expected in enumerate(to_uint8(drawn).permute(0, 2, 3, 1).numpy()):
         picture = Image.open(tmp_path / f"a-{k}.png")
         assert np.array_equal(np.asarray(picture), expected)
         assert json.loads(picture.text["parameters"])["prompts"] == [prompts[k]]
+
+
+def test_doubts_and_a_prompt_that_is_cut(run_dir, tmp_path, caplog):
+    """What the model never saw is said once a prompt, and so is what the encoders cut off."""
+    prompts = ["a red ring", "a Blue hexagon", "a red ring " * 60, "a red ring " * 60]
+    assert call(run_dir, "--prompt", *prompts, "--out", tmp_path / "a.png", "--guidance", "2") == 0
+    told = caplog.text
+    assert "guidance 2 (as given)" in told and "size 64x64 (of" in told and "no picture of" not in told
+    assert told.count("no caption of the training has blue, hexagon, in the prompt 'a Blue hexagon'") == 1
+    assert told.count("t5 keeps 32 of 242 tokens") == told.count("clip keeps 77 of 182 tokens") == 1
+
+
+def test_without_a_run_the_published_defaults_hold(run_dir, tmp_path, capsys, caplog):
+    copied = tmp_path / "step_5.safetensors"
+    copied.write_bytes((run_dir / "checkpoints" / "step_5.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes((run_dir / "checkpoints" / "config.json").read_bytes())
+    assert call(copied, "--prompt", "a hexagon", "--zoo", "tiny", "--out", tmp_path / "a.png") == 0
+    told = caplog.text
+    assert "zoo tiny (as given)" in told and "shift 3 (by default: the checkpoint has no training_config" in told
+    assert "size 64x64 (the zoo's own)" in told and "no caption" not in told
+    (tmp_path / "training_config.json").write_text("[]")
+    assert call(copied, "--prompt", "a hexagon") == 1
+    assert "is not the training_config.json of a run" in capsys.readouterr().err
+
+
+def test_another_zoo_and_a_missing_step(run_dir, tmp_path, capsys):
+    zoo = tmp_path / "zoo"
+    shutil.copytree(TINY_DIR, zoo, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    T5EncoderModel(T5Config(vocab_size=1000, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        zoo / "t5"
+    )
+    assert call(run_dir, "--prompt", "a", "--zoo", zoo) == 1
+    assert "T5 and CLIP give 16 and 128 features, this network takes 128 and 128" in capsys.readouterr().err
+    assert call(run_dir / "checkpoints" / "step_7", "--prompt", "a") == 1
+    assert "no such checkpoint; there are in" in (told := capsys.readouterr().err)
+    assert "step_5.safetensors, step_5_ema.safetensors" in told
+
+
+def test_help_appears_at_once():
+    """Nothing heavy is imported before something is drawn."""
+    code = "import sys, launch.sample; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "[]", process.stderr
 
 
 def test_a_compiled_network_draws_the_same(run_dir, tmp_path):

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers.models import Unigram
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from tests.hub import serve
@@ -131,13 +132,26 @@ def test_pooled_clip_knows_which_colour_is_whose(zoo):
     assert reworded > swapped + 0.2
 
 
-def test_long_prompts_are_cut_with_a_warning(zoo, caplog):
+def test_long_prompts_are_cut_with_one_warning_each(zoo, caplog):
+    long = "a cat and " * 30 + "a dog"
     with caplog.at_level(logging.WARNING):
-        states = zoo.encode_t5(["a cat", "a cat and " * 20 + "a dog"])
-    assert states.shape == (2, 32, 128)
-    assert (
-        "prompt 1 has" in caplog.text and "32 are kept: cut after '..." in caplog.text and "prompt 0" not in caplog.text
-    )
+        states = zoo.encode_t5(["a cat", long])
+        zoo.encode_clip([long])
+        zoo.encode_t5(long)
+    assert states.shape == (2, 32, 128) and len(caplog.records) == 1
+    assert "t5 keeps 32 of 124 tokens, up to '... and a cat and a cat and a cat and a cat'" in caplog.text
+    assert "clip keeps 77 of" in caplog.text
+
+
+def test_what_a_tokenizer_does_not_know_is_said(caplog):
+    """The packaged T5 spells every character in bytes, the real one does not."""
+    zoo = ModelZoo(zoo="tiny")
+    zoo.load_t5()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)]
+    zoo.tokenizers["t5"].backend_tokenizer.model = Unigram(pieces, 2)
+    with caplog.at_level(logging.WARNING):
+        zoo.encode_t5(["a", "a \N{SNOWMAN} a"])
+    assert len(caplog.records) == 1 and "t5 does not know" in caplog.text and "\N{SNOWMAN}" in caplog.text
 
 
 def test_a_model_that_is_not_loaded_is_named():

@@ -230,6 +230,13 @@ class Sampler:
         noise [B, C, H, W], by prompt number, is taken instead of the seed's. on_step: see `denoise`; it is called for
         each batch.
         """
+        config = model.config
+        width, expected = prompts.t5.shape[-1], config.joint_attention_dim
+        if width != expected or prompts.clip.shape[-1] != config.pooled_projection_dim:
+            raise ValueError(
+                f"T5 and CLIP give {width} and {prompts.clip.shape[-1]} features, this network takes {expected} and"
+                f" {config.pooled_projection_dim}: choose the zoo that its shards were built with"
+            )
         indices = torch.arange(len(prompts)) if indices is None else indices
         parts = []
         for chunk in indices.split(self.batch_size):

@@ -1,0 +1,208 @@
+"""Pictures out of a checkpoint with what its run says it is best drawn with: shared by sample, app and evaluate.
+
+This module imports no torch before something is drawn, so that the commands' help appears at once.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tinyflux.trainer.recipe import Recipe
+from tinyflux.trainer.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinyflux.model.model import TinyFluxDeep
+    from tinyflux.model.zoo import ModelZoo
+    from tinyflux.trainer.sampling import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class Artist:
+    """A checkpoint and its zoo, ready to draw.
+
+    model, the network; zoo, its encoders and decoder; recipe, what the run said; weights, the name of the file.
+    """
+
+    def __init__(self, checkpoint: str, model: "TinyFluxDeep", zoo: "ModelZoo", recipe: Recipe, weights: str):
+        self.checkpoint, self.model, self.zoo, self.recipe, self.weights = checkpoint, model, zoo, recipe, weights
+
+    @classmethod
+    def load(
+        cls, checkpoint: str, *, zoo: str | None = None, ema: bool = True, device: "torch.device | None" = None
+    ) -> "Artist":
+        """Load a checkpoint: a file, a run or one of its `checkpoints/step_N`, or user/repo[:sub/folder].
+
+        zoo: instead of the run's own. device: this machine's GPU unless given. Errors as of `load_model` and
+        `ModelZoo`.
+        """
+        from tinyflux.model.loader import find_training_config, load_model, locate
+        from tinyflux.model.zoo import ModelZoo
+        from tinyflux.trainer.parallel import local_device
+
+        device = device or local_device()
+        recipe = Recipe.read(find_training_config(checkpoint, ema))
+        model = load_model(checkpoint, device=device, use_ema=ema)
+        # names, no paths: a picture is passed on, and where its weights lay is nobody's business
+        local = Path(checkpoint)
+        name = local.resolve().name if local.exists() else checkpoint
+        return cls(name, model, ModelZoo(device, zoo=zoo or recipe.zoo), recipe, locate(checkpoint, ema)[0].name)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths in pixels that the network was trained on, the most frequent first; [] if not known."""
+        factor = self.zoo.image_size // self.zoo.latent_shape[1]
+        return [(h * factor, w * factor) for h, w in self.recipe.latent_shapes]
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of a picture: the ones given, else the most frequent of the training, else the zoo's."""
+        usual = [*self.sizes, (self.zoo.image_size,) * 2][0]
+        return height or usual[0], width or usual[1]
+
+    def sampler(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        batch_size: int = 8,
+        shift: float | None = None,
+        guidance: float | None = None,
+        **settings,
+    ) -> "Sampler":
+        """A Sampler of pictures of that size; shift and guidance are the run's unless given. ValueError."""
+        from tinyflux.trainer.sampling import Sampler
+
+        return Sampler(
+            self.zoo,
+            batch_size=batch_size,
+            latent_shape=self.zoo.latent_shape_of(*self.size(height, width)),
+            shift=self.recipe.shift if shift is None else shift,
+            guidance=self.recipe.guidance if guidance is None else guidance,
+            **settings,
+        )
+
+    def doubts(self, prompts: Sequence[str], height: int, width: int) -> list[str]:
+        """What the network never saw in its training, a sentence each: this size, words of these prompts."""
+        found = []
+        if self.sizes and (height, width) not in self.sizes:
+            known = ", ".join(f"{h}x{w}" for h, w in self.sizes)
+            found.append(f"no picture of the training was {height}x{width} (height x width); these were: {known}")
+        for prompt in dict.fromkeys(prompts):
+            if words := self.recipe.unseen(prompt):
+                found.append(f"no caption of the training has {', '.join(words)}, in the prompt {prompt[:60]!r}")
+        return found
+
+
+@dataclass
+class SampleOptions:
+    checkpoint: str
+    """A .safetensors or .pt file, a run folder or one of its checkpoints/step_N, or user/repo[:sub/folder]."""
+    prompt: list[str] = field(default_factory=list)
+    """One picture for each."""
+    prompt_file: Path | None = None
+    """A text file of more prompts, one a line."""
+    out: Path = Path("samples.png")
+    """The PNG to write: a grid where there are several prompts."""
+    grid: bool = True
+    """One picture of all, or one each: out-0.png, out-1.png, ..."""
+    columns: int | None = None
+    """Columns of the grid; by default it is as near a square as can be."""
+    negative_prompt: str = ""
+    """What guidance moves away from."""
+    steps: int = 28
+    """Steps of the solver."""
+    solver: Literal[*SOLVERS] = "euler"
+    """euler and ab2 call the network once a step, heun and midpoint twice; all but euler are of second order."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 is none. Default: that of the run's training_config.json; 5 where there is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Timesteps between which guidance applies; 0 is noise, 1 data."""
+    guidance_rescale: float = 0.0
+    """Against the overexposure of strong guidance: 0 is none, 0.7 usual, 1 most."""
+    shift: float | None = None
+    """Flux shift of the timesteps. Default: that of the run's training_config.json; 3 where there is none."""
+    seed: int = 0
+    """Picture k has noise keyed by (seed, k)."""
+    height: int | None = None
+    """Of a picture, in pixels. Default: what the run was mostly trained on, else what the zoo is made for."""
+    width: int | None = None
+    """Likewise."""
+    batch_size: int = 8
+    """Pictures that are drawn at once."""
+    zoo: str | None = None
+    """Encoders and decoder: flux, tiny, or a directory. Default: that of the run's training_config.json, else flux."""
+    ema: bool = True
+    """Averaged weights, or those that were trained."""
+    compile: bool = False
+    """Compile the network first: worth it for many pictures."""
+
+    def __post_init__(self):
+        if self.prompt_file is not None:
+            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+            self.prompt = [*self.prompt, *(line.strip() for line in lines if line.strip())]
+        if not self.prompt:
+            raise ValueError("no prompts: give --prompt or --prompt-file")
+        for name in ("batch_size", "columns"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+def sample(options: SampleOptions) -> list[Path]:
+    """Load, sample, save, and say on the way which settings are used and where each is from. Returns the paths."""
+    artist = Artist.load(options.checkpoint, zoo=options.zoo, ema=options.ema)
+    from tinyflux.trainer.sampling import save_samples
+
+    height, width = artist.size(options.height, options.width)
+    sampler = artist.sampler(
+        height,
+        width,
+        batch_size=options.batch_size,
+        shift=options.shift,
+        guidance=options.guidance,
+        steps=options.steps,
+        solver=options.solver,
+        guidance_interval=options.guidance_interval,
+        guidance_rescale=options.guidance_rescale,
+    )
+    for line in _told(options, artist, sampler):
+        log.info(line)
+    for doubt in artist.doubts(options.prompt, height, width):
+        log.warning(doubt)
+    if options.compile:
+        artist.model.compile()
+    parameters = {
+        "checkpoint": artist.checkpoint,
+        "weights": artist.weights,
+        "zoo": Path(options.zoo or artist.recipe.zoo).name,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+        "height": height,
+        "width": width,
+        **{name: value for name, value in asdict(sampler.settings).items() if value is not None},
+    }
+    images = sampler(artist.model, options.prompt, negative=options.negative_prompt, seed=options.seed)
+    if options.grid:
+        return [save_samples(images, options.out, options.columns, {"prompts": options.prompt, **parameters})]
+    paths = []
+    for k, (prompt, image) in enumerate(zip(options.prompt, images, strict=True)):
+        path = options.out.with_name(f"{options.out.stem}-{k}.png")
+        paths.append(save_samples(image[None], path, parameters={"prompts": [prompt], "picture": k, **parameters}))
+    return paths
+
+
+def _told(options: SampleOptions, artist: Artist, sampler: "Sampler") -> list[str]:
+    """A line for each setting that may come from the run."""
+    origin, (height, width) = artist.recipe.origin, artist.size(options.height, options.width)
+    usual = origin if artist.sizes else "the zoo's own"
+    rows = [
+        ("weights", artist.weights, "averaged" if artist.weights.endswith("_ema.safetensors") else ""),
+        ("zoo", options.zoo or artist.recipe.zoo, "as given" if options.zoo else origin),
+        ("shift", f"{sampler.settings.shift:g}", origin if options.shift is None else "as given"),
+        ("guidance", f"{sampler.settings.guidance:g}", origin if options.guidance is None else "as given"),
+        ("size", f"{height}x{width}", "as given" if options.height and options.width else usual),
+    ]
+    return [f"{name} {value}{f' ({where})' if where else ''}" for name, value, where in rows]
