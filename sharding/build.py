@@ -29,11 +29,10 @@ from tinyflux.precache.convert import Converter
 from tinyflux.precache.engine import Engine
 from tinyflux.precache.extract import (
     extract_batches,
+    groups_of,
     load_for,
-    load_models,
     models_of,
     null_embeddings,
-    parts_of,
     producer,
 )
 from tinyflux.precache.ledger import Job, JobError
@@ -295,14 +294,14 @@ def build(config: BuildConfig) -> int:
     if begun is None and not config.estimate:
         job.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
     torch.set_num_threads(settings["threads"])
-    load_models(zoo, settings["lune"], settings["sol"])
+    load_for(zoo, groups_of(settings["lune"], settings["sol"]))
     if config.compile:
         zoo.compile()
     dtype = getattr(torch, config.dtype)
     switches = {name: settings[name] for name in ("lune", "sol", "teacher_input")}
     workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
-    parts = parts_of(settings["lune"], settings["sol"])
-    encode = partial(extract_batches, zoo, parts=parts, teacher_input=config.teacher_input, dtype=dtype)
+    parts = groups_of(settings["lune"], settings["sol"])
+    encode = partial(extract_batches, zoo, groups=parts, teacher_input=config.teacher_input, dtype=dtype)
     engine = Engine(
         spec, encode, size, config.batch_size, config.seed, workers, config.preview, whole_shards=config.low_memory
     )
@@ -354,7 +353,7 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
     old.compare(needed(spec, config.seed, config.dtype, size, old, parts, config.teacher_input))
     workers = config.workers or min(16, max(1, len(os.sched_getaffinity(0)) // local_world))
     dtype = getattr(torch, config.dtype)
-    encode = partial(extract_batches, zoo, parts=parts, teacher_input=config.teacher_input, dtype=dtype)
+    encode = partial(extract_batches, zoo, groups=parts, teacher_input=config.teacher_input, dtype=dtype)
     limits = (size, config.batch_size, config.seed, workers)
     engine = Refit(spec, encode, *limits, whole_shards=config.low_memory, old=old, redo=parts)
     rows = Job(old.folder, spec.name, spec.dataset_id).read_inputs() if old.inputs is not None else None

@@ -12,7 +12,7 @@ from tinyflux.model.teachers import halved, lune_features, sol_statistics
 from tinyflux.model.tiny import shapes
 from tinyflux.model.tiny.pictures import to_pixels
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.precache.extract import TOKENS, extract, null_embeddings, teacher_features, teacher_inputs
+from tinyflux.precache.extract import TOKENS, Batch, extract, extract_batches, null_embeddings, teacher_inputs
 from tinyflux.util.buckets import BUCKETS
 
 
@@ -172,13 +172,20 @@ def test_features_do_not_depend_on_the_batch(zoo, samples, monkeypatch, teacher_
 
 def test_features_differ_by_seed_prompt_and_bucket(zoo, samples):
     pixels, prompts, seeds = samples
-    same = teacher_features(zoo, pixels[[0, 0]], prompts[:1] * 2, seeds[[0, 0]])
-    other = teacher_features(zoo, pixels[[0, 0]], prompts[:1] * 2, seeds[[0, 1]])
+    same, other, reworded = extract_batches(
+        zoo,
+        [
+            Batch(pixels[[0, 0]], prompts[:1] * 2, seeds[[0, 0]]),
+            Batch(pixels[[0, 0]], prompts[:1] * 2, seeds[[0, 1]]),
+            Batch(pixels[:1], ["a cup of coffee"], seeds[:1]),
+        ],
+        groups=("lune", "sol"),
+        dtype=torch.float32,
+    )
     for name in ("lune", "sol_stats", "sol_spatial"):
         torch.testing.assert_close(same[name][0], same[name][1])
         assert (other[name][0] - other[name][1]).abs().max() > 1e-4, name
         assert (same[name][0, 0] - same[name][0, 9]).abs().max() > 1e-4, name
-    reworded = teacher_features(zoo, pixels[:1], ["a cup of coffee"], seeds[:1])
     assert (reworded["lune"][0] - same["lune"][0]).abs().max() > 1e-4
 
 

@@ -19,9 +19,9 @@ from tests.hub import serve
 from tinyflux.model import zoo as zoo_module
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.model.pretrained import Origin
+from tinyflux.model.pretrained import Pretrained, load_unet
 from tinyflux.model.tiny import pictures, shapes
-from tinyflux.model.zoo import TINY_DIR, ModelZoo, SolAttnProcessor, unet_from_file
+from tinyflux.model.zoo import TINY_DIR, ModelZoo, SolAttnProcessor
 
 KINDS = {
     "vae": AutoencoderKL, "sd_vae": AutoencoderKL, "clip": CLIPTextModel, "t5": T5EncoderModel,
@@ -141,6 +141,9 @@ def test_long_prompts_are_cut_with_one_warning_each(zoo, caplog):
     assert states.shape == (2, 32, 128) and len(caplog.records) == 1
     assert "t5 keeps 32 of 124 tokens, up to '... and a cat and a cat and a cat and a cat'" in caplog.text
     assert "clip keeps 77 of" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        zoo.encode_t5([f"{i} and {long}" for i in range(20)])
+    assert len(caplog.records) == 11 and "counted, but not told" in caplog.text and zoo.truncated["t5"] >= 22
 
 
 def test_what_a_tokenizer_does_not_know_is_said(caplog):
@@ -152,6 +155,22 @@ def test_what_a_tokenizer_does_not_know_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         zoo.encode_t5(["a", "a \N{SNOWMAN} a"])
     assert len(caplog.records) == 1 and "t5 does not know" in caplog.text and "\N{SNOWMAN}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path, name):
+    shutil.copytree(TINY_DIR / name, tmp_path / name)
+    (tmp_path / name / "tokenizer.json").rename(tmp_path / "kept.json")
+    with pytest.raises(FileNotFoundError, match=f"{name} has no tokenizer: one of tokenizer.json"):
+        getattr(ModelZoo(zoo=tmp_path), f"load_{name}")()
+    content = json.loads((tmp_path / "kept.json").read_text())
+    words = content["model"]["vocab"]
+    few = dict(list(words.items())[:50]) if isinstance(words, dict) else words[:50]
+    content["model"] |= {"vocab": few, "merges": []} if "merges" in content["model"] else {"vocab": few}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < 50]
+    (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="its tokenizer knows .* tokens, its model"):
+        getattr(ModelZoo(zoo=tmp_path), f"load_{name}")()
 
 
 def test_a_model_that_is_not_loaded_is_named():
@@ -239,9 +258,9 @@ def test_missing_weights_are_not_made_up(tmp_path, name):
 
 def test_a_single_unet_file_loads_strictly(zoo, tmp_path):
     state = zoo.lune.state_dict()
-    config = Origin(str(TINY_DIR), "lune", local=True)
+    config = Pretrained(str(TINY_DIR), "lune", local=True)
     save_file(state, tmp_path / "whole.safetensors")
-    unet = unet_from_file(tmp_path / "whole.safetensors", config)
+    unet = load_unet(tmp_path / "whole.safetensors", config, torch.float32)
     assert all(torch.equal(value, state[key]) for key, value in unet.state_dict().items())
     del state["conv_in.bias"]
     state["conv_out.bias"] = torch.zeros(5)
@@ -249,7 +268,7 @@ def test_a_single_unet_file_loads_strictly(zoo, tmp_path):
     with pytest.raises(
         ValueError, match=r"3 faults\n  conv_out.bias is \[5\].*\n  missing conv_in.bias\n  unexpected extra"
     ):
-        unet_from_file(tmp_path / "bad.safetensors", config)
+        load_unet(tmp_path / "bad.safetensors", config, torch.float32)
 
 
 def test_the_real_names_from_a_hub(zoo, tmp_path, monkeypatch):

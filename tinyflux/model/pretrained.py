@@ -1,6 +1,7 @@
-"""Where a frozen model comes from: a Hub repo at a resolved commit, or a local folder or file, and its identity."""
+"""Frozen models as they are published: where one is, a Hub repo at a resolved commit or local files, and loading it."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from huggingface_hub.errors import (
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A model's place: `at` is a Hub repo or, with `local`, a folder. `file` names a single weights file in it."""
+class Pretrained:
+    """Where a model is: `at` is a Hub repo or, with `local`, a folder. `file` names a single weights file in it."""
 
     at: str
     subfolder: str = ""
@@ -28,13 +29,13 @@ class Origin:
     local: bool = False
 
     def __str__(self) -> str:
-        place = "/".join(part for part in (self.subfolder, self.file) if part)
+        path = "/".join(part for part in (self.subfolder, self.file) if part)
         if self.local:
-            return str(Path(self.at, place))
-        return self.at + (f":{place}" if place else "") + (f" at {self.revision}" if self.revision else "")
+            return str(Path(self.at, path))
+        return self.at + (f":{path}" if path else "") + (f" at {self.revision}" if self.revision else "")
 
     @classmethod
-    def parse(cls, source: str | Path, name: str) -> "Origin":
+    def parse(cls, source: str | Path, name: str) -> "Pretrained":
         """A folder with the model (or with a subfolder `name` that has it), a file, or `user/repo[:sub/folder]`."""
         path = Path(source)
         if path.is_dir():
@@ -47,7 +48,7 @@ class Origin:
             raise FileNotFoundError(f"{name}: {source} is no file or folder and not of the form user/repo[:sub/folder]")
         return cls(repo, folder)
 
-    def resolve(self, probe: str = "config.json") -> "Origin":
+    def resolve(self, probe: str = "config.json") -> "Pretrained":
         """The same place with the commit that its revision names. It is readable: `probe` has been fetched from it.
 
         Errors: FileNotFoundError, PermissionError (gated), ConnectionError; each says what to do.
@@ -62,6 +63,19 @@ class Origin:
             path = Path(hf_hub_download(self.at, name, revision=self.revision))
         return replace(self, revision=path.parents[name.count("/")].name)
 
+    def has(self, name: str) -> bool:
+        """Whether the place has a file, which is fetched. Errors as of `resolve`, but for a file that isn't there."""
+        if self.local:
+            return Path(self.at, self.subfolder, name).is_file()
+        try:
+            with _explained(self, self._name(name)):
+                hf_hub_download(self.at, self._name(name), revision=self.revision)
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return False
+            raise
+        return True
+
     def path(self) -> Path:
         """The single file, fetched if it is on the Hub."""
         name = self._name(self.file)
@@ -70,8 +84,8 @@ class Origin:
     def _name(self, file: str) -> str:
         return f"{self.subfolder}/{file}" if self.subfolder else file
 
-    def pretrained(self) -> dict:
-        """Arguments of any `from_pretrained`."""
+    def arguments(self) -> dict:
+        """Keywords of any `from_pretrained`."""
         if self.local:
             return {"pretrained_model_name_or_path": str(Path(self.at, self.subfolder)), "local_files_only": True}
         return {"pretrained_model_name_or_path": self.at, "subfolder": self.subfolder, "revision": self.revision}
@@ -94,9 +108,9 @@ class Origin:
 
 
 @contextmanager
-def _explained(origin: Origin, name: str) -> Iterator[None]:
+def _explained(place: Pretrained, name: str) -> Iterator[None]:
     """The Hub's errors in words that say what to do."""
-    where, revision = origin.at, origin.revision or "main"
+    where, revision = place.at, place.revision or "main"
     try:
         yield
     except GatedRepoError as error:
@@ -118,3 +132,72 @@ def _explained(origin: Origin, name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{where} has no file {name} at revision {revision}") from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{where} is neither a folder here nor a possible name of a Hub repo") from error
+
+
+TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+SMALLEST_VOCABULARY = 0.9  # of the model's: models round theirs up, by 28 of 32,128 in T5
+
+
+def load_pretrained(kind: type, place: Pretrained, **options):
+    """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
+    from diffusers import ModelMixin
+    from diffusers.utils import is_accelerate_available
+    from transformers.utils import logging
+
+    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate, at each model, unless it is told
+        options = {**options, "low_cpu_mem_usage": is_accelerate_available()}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers prints a table of the weights that are not of this part of the model
+    try:
+        model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(level)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{place} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
+    return model
+
+
+def load_tokenizer(place: Pretrained, vocab_size: int):
+    """The tokenizer of a model with `vocab_size` embeddings.
+
+    transformers 5 builds an empty one, in which every word is unknown, where the files cannot be had. Raises
+    FileNotFoundError or ConnectionError where they are missing, ValueError where the vocabulary is not the model's.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(place.has(name) for name in TOKENIZERS):
+        raise FileNotFoundError(f"{place} has no tokenizer: one of {', '.join(TOKENIZERS)} is needed")
+    tokenizer = AutoTokenizer.from_pretrained(**place.arguments(), trust_remote_code=False)
+    if not SMALLEST_VOCABULARY * vocab_size <= len(tokenizer) <= vocab_size:
+        known = f"its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}"
+        raise ValueError(f"{place}: {known}: files are missing, or another model's")
+    return tokenizer
+
+
+def vocabulary_hash(tokenizer) -> str:
+    """SHA-256 of a tokenizer's words and their numbers."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def load_unet(path: Path, config: Pretrained, dtype):
+    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**config.arguments()))
+    state = load_file(path)
+    expected = unet.state_dict()
+    faults = [f"missing {key}" for key in expected.keys() - state.keys()]
+    faults += [f"unexpected {key}" for key in state.keys() - expected.keys()]
+    faults += [
+        f"{key} is {list(state[key].shape)} instead of {list(expected[key].shape)}"
+        for key in expected.keys() & state.keys()
+        if state[key].shape != expected[key].shape
+    ]
+    if faults:
+        shown = "\n  ".join(sorted(faults)[:20])
+        raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
+    unet.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    return unet

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.utils import is_accelerate_available
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from tinyflux.model.loader import check_place, load_model
-from tinyflux.model.pretrained import Origin
+from tinyflux.model.pretrained import Pretrained, load_pretrained, load_tokenizer, load_unet, vocabulary_hash
 from tinyflux.model.teachers import SolAttnProcessor
+from tinyflux.util.devices import configure
+from tinyflux.util.pixels import to_pixels
 
 __all__ = ["FLUX", "TINY_DIR", "ModelZoo", "SolAttnProcessor"]
 
@@ -29,16 +30,16 @@ TINY_DIR = Path(__file__).parent / "tiny"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 EXPERTS = "AbstractPhil/tinyflux-experts"
 FLUX = {
-    "vae": Origin("black-forest-labs/FLUX.1-schnell", "vae"),
-    "sd_vae": Origin(SD15, "vae"),
-    "clip": Origin("openai/clip-vit-large-patch14"),
-    "t5": Origin("google/flan-t5-base"),
-    "lune": Origin(EXPERTS, file="sd15-flow-lune-unet.safetensors"),
-    "sol": Origin(EXPERTS, file="sd15-flow-sol-unet.safetensors"),
+    "vae": Pretrained("black-forest-labs/FLUX.1-schnell", "vae"),
+    "sd_vae": Pretrained(SD15, "vae"),
+    "clip": Pretrained("openai/clip-vit-large-patch14"),
+    "t5": Pretrained("google/flan-t5-base"),
+    "lune": Pretrained(EXPERTS, file="sd15-flow-lune-unet.safetensors"),
+    "sol": Pretrained(EXPERTS, file="sd15-flow-sol-unet.safetensors"),
 }
-UNET_CONFIG = Origin(SD15, "unet")  # of weights that come as a single file
+UNET_CONFIG = Pretrained(SD15, "unet")  # of weights that come as a single file
 CLIP_LENGTH = 77
-WARNED = 10_000  # prompts that are remembered, so that each is warned of once
+WARNED = 10  # prompts that are warned of one by one; more of them are counted
 
 
 class ModelZoo:
@@ -46,8 +47,8 @@ class ModelZoo:
 
     zoo: "flux" (the real models, from the Hub), "tiny" (the offline ones that come with this package), or a folder
     with `vae`, `sd_vae`, `clip`, `t5`, `lune` and `sol` in it and an optional `zoo.json` {"image_size", "t5_length"}.
-    dtype: one for all or {name: dtype}; float32 unless given. revision: one for all Hub repos or {name: revision}; that
-    of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
+    dtype: one for all or {name: dtype}; unless given bfloat16 on CUDA, float32 elsewhere. revision: one for all Hub
+    repos or {name: revision}; that of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
     Every model is None until its `load_*`, then in eval mode without gradients.
     """
 
@@ -65,6 +66,7 @@ class ModelZoo:
         for given in {None, *self._dtypes.values()}:
             check_place(device, given)
         self.device = torch.device(device)
+        configure(self.device)
         revisions = revision if isinstance(revision, dict) else dict.fromkeys((*FLUX, "unet"), revision)
         for given, names in ((self._dtypes, (*FLUX, "tinyflux")), (revisions, (*FLUX, "unet"))):
             if unknown := given.keys() - {*names}:
@@ -74,12 +76,12 @@ class ModelZoo:
         self._unet_config = replace(UNET_CONFIG, revision=revisions.get("unet"))
         settings = {"image_size": 512, "t5_length": 128}
         if zoo == "flux":
-            self._origins = {name: Origin(o.at, o.subfolder, o.file, revisions.get(name)) for name, o in FLUX.items()}
+            self._places = {name: replace(place, revision=revisions.get(name)) for name, place in FLUX.items()}
         else:
             folder = TINY_DIR if zoo == "tiny" else Path(zoo)
             if not folder.is_dir():
                 raise FileNotFoundError(f'{folder}: a zoo is "flux", "tiny" or a folder of models')
-            self._origins = {name: Origin(str(folder), name, local=True) for name in FLUX}
+            self._places = {name: Pretrained(str(folder), name, local=True) for name in FLUX}
             if (folder / "zoo.json").is_file():
                 settings |= json.loads((folder / "zoo.json").read_text())
         self.image_size: int = settings["image_size"]
@@ -93,7 +95,9 @@ class ModelZoo:
         self.tinyflux: nn.Module | None = None
         self.tokenizers: dict = {}
         self._identities: dict[str, dict] = {}
-        self._known: dict[Origin, dict] = {}
+        self._known: dict[Pretrained, dict] = {}
+        self.truncated: Counter[str] = Counter()
+        """By model, how many of the prompts encoded so far were longer than it takes."""
         self._warned: set[str] = set()
 
     @classmethod
@@ -136,52 +140,55 @@ class ModelZoo:
         return self.tinyflux
 
     def _load_vae(self, name: str, source: str | Path | None) -> AutoencoderKL:
-        origin = self._find(name, source)
-        vae = pretrained(AutoencoderKL, origin, torch_dtype=self._dtype(name))
-        self._keep(name, origin, vae)
+        place = self._find(name, source)
+        vae = load_pretrained(AutoencoderKL, place, torch_dtype=self._dtype(name))
+        self._keep(name, place, vae)
         self._identities[name]["scaling_factor"] = vae.config.scaling_factor
         return vae
 
     def _load_text(self, name: str, source: str | Path | None, kind: type[nn.Module]) -> nn.Module:
-        origin = self._find(name, source)
-        tokenizer = AutoTokenizer.from_pretrained(**origin.pretrained())
-        model = self._keep(name, origin, pretrained(kind, origin, dtype=self._dtype(name)))
-        self.tokenizers[name] = tokenizer
+        place = self._find(name, source)
+        model = load_pretrained(kind, place, dtype=self._dtype(name))
+        self.tokenizers[name] = load_tokenizer(place, model.config.vocab_size)
+        self._keep(name, place, model)
+        self._identities[name]["vocabulary"] = vocabulary_hash(self.tokenizers[name])
         return model
 
     def _load_unet(self, name: str, source: str | Path | None) -> UNet2DConditionModel:
-        origin = self._find(name, source, single_file=True)
-        if origin.file:
+        place = self._find(name, source, single_file=True)
+        if place.file:
             self._unet_config = self._unet_config.resolve()  # once, as those of the models
-            unet = unet_from_file(origin.path(), self._unet_config, self._dtype(name))
+            unet = load_unet(place.path(), self._unet_config, self._dtype(name))
         else:
-            unet = pretrained(UNet2DConditionModel, origin, torch_dtype=self._dtype(name))
+            unet = load_pretrained(UNet2DConditionModel, place, torch_dtype=self._dtype(name))
         if extra := [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key) is not None]:
-            raise ValueError(f"{name}: {origin} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
-        self._keep(name, origin, unet)
-        if origin.file:
+            raise ValueError(f"{name}: {place} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
+        self._keep(name, place, unet)
+        if place.file:
             self._identities[name]["config"] = self._unet_config.identity()
         return unet
 
-    def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Origin:
+    def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Pretrained:
         if source is None:
-            self._origins[name] = self._origins[name].resolve()  # once: the commit stays the same from here on
-            return self._origins[name]
-        origin = Origin.parse(source, name)
-        if origin.file and not single_file:
-            raise ValueError(f"{name}: {origin} is a single file; a folder with config.json is needed")
-        return origin.resolve()
+            self._places[name] = self._places[name].resolve()  # once: the commit stays the same from here on
+            return self._places[name]
+        place = Pretrained.parse(source, name)
+        if place.file and not single_file:
+            raise ValueError(f"{name}: {place} is a single file; a folder with config.json is needed")
+        return place.resolve()
 
-    def _keep(self, name: str, origin: Origin, model: nn.Module) -> nn.Module:
+    def _keep(self, name: str, place: Pretrained, model: nn.Module) -> nn.Module:
         model = model.eval().requires_grad_(False).to(self.device)
+        if self.device.type == "cuda" and isinstance(model, AutoencoderKL | UNet2DConditionModel):
+            model = model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores take
         setattr(self, name, model)
-        if origin not in self._known:
-            self._known[origin] = origin.identity()  # once: it reads whole files
-        self._identities[name] = self._known[origin] | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
+        if place not in self._known:
+            self._known[place] = place.identity()  # once: it reads whole files
+        self._identities[name] = self._known[place] | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
         return model
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name) or torch.float32
+        return self._dtypes.get(name) or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
 
     def loaded(self) -> list[str]:
         """Names of the models that are loaded."""
@@ -272,7 +279,7 @@ class ModelZoo:
     def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image. Reads only the VAE's config where the VAE isn't loaded."""
         config = self.vae.config if self.vae is not None else AutoencoderKL.load_config(
-            **self._find("vae", None).pretrained()
+            **self._find("vae", None).arguments()
         )  # fmt: skip
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         if height < 1 or width < 1 or height % factor or width % factor:
@@ -318,6 +325,12 @@ class ModelZoo:
         """CLIP's last hidden states [B, 77, D], the teachers' condition."""
         return self._clip(prompts).last_hidden_state
 
+    @torch.no_grad()
+    def encode_clip_both(self, prompts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Pooled vectors [B, D] and last hidden states [B, 77, D] of one run."""
+        states = self._clip(prompts)
+        return states.pooler_output, states.last_hidden_state
+
     def _clip(self, prompts: str | list[str]):
         clip = self.required("clip")
         return clip(input_ids=self._tokenize("clip", prompts, CLIP_LENGTH).input_ids.to(clip.device))
@@ -330,12 +343,13 @@ class ModelZoo:
         if (unknown := tokenizer.unk_token_id) is not None and unknown != tokenizer.pad_token_id:
             full |= (tokens.input_ids == unknown).any(dim=1)
         for row in full.nonzero().flatten().tolist():
+            self.truncated[name] += len(tokenizer(prompts[row], verbose=False).input_ids) > length
             self._warn_of(prompts[row])
         return tokens
 
     def _warn_of(self, prompt: str) -> None:
         """Say once a prompt what the tokenizers that are loaded cut off it or do not know."""
-        if prompt in self._warned:
+        if prompt in self._warned or len(self._warned) >= WARNED:
             return
         faults = []
         for name, tokenizer in self.tokenizers.items():
@@ -350,8 +364,9 @@ class ModelZoo:
                 faults.append(f"{name} does not know {' '.join(dict.fromkeys(lost))}")
         if faults:
             log.warning("prompt %r: %s", prompt[:40], "; ".join(faults))
-            if len(self._warned) < WARNED:
-                self._warned.add(prompt)
+            self._warned.add(prompt)
+            if len(self._warned) == WARNED:
+                log.warning("more prompts of this kind are counted, but not told one by one")
 
     def fingerprint(self) -> dict:
         """What the outputs depend on, of every model that was loaded, also after its unload.
@@ -362,42 +377,11 @@ class ModelZoo:
         return {**self._identities, "latent": "mode", "t5_length": self.t5_length}
 
 
-def pretrained(kind: type[nn.Module], origin: Origin, **options) -> nn.Module:
-    """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
-    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate, at each model, unless it is told
-        options["low_cpu_mem_usage"] = is_accelerate_available()
-    model, info = kind.from_pretrained(**origin.pretrained(), output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{origin} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
-    return model
-
-
-def unet_from_file(path: Path, config: Origin, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**config.pretrained()))
-    state = load_file(path)
-    expected = unet.state_dict()
-    faults = [f"missing {key}" for key in expected.keys() - state.keys()]
-    faults += [f"unexpected {key}" for key in state.keys() - expected.keys()]
-    faults += [
-        f"{key} is {list(state[key].shape)} instead of {list(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    ]
-    if faults:
-        shown = "\n  ".join(sorted(faults)[:20])
-        raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
-    unet.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
-    return unet
-
-
 def _encode(vae: AutoencoderKL, pixels: Tensor | list) -> Tensor:
     if not isinstance(pixels, Tensor):
         if len(sizes := {image.size for image in pixels}) != 1:
             raise ValueError(f"images of one batch need one size, these have {sorted(sizes)}")
-        arrays = np.stack([np.asarray(image.convert("RGB")) for image in pixels])
-        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+        pixels = to_pixels(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in pixels])))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % factor for side in pixels.shape[2:]):
         raise ValueError(f"pixels are {list(pixels.shape)}; [B, 3, H, W] with sides divisible by {factor} are needed")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.precache.extract import extract, load_models, null_embeddings, producer
+from tinyflux.precache.extract import extract, groups_of, load_for, null_embeddings, producer
 from tinyflux.precache.images import Picture, Rejected, prepare, preview
 from tinyflux.precache.legacy import FINGERPRINT, OldCache
 from tinyflux.shards.format import DTYPES, Field, encode_sample, fields_of, sample_key
@@ -84,7 +84,7 @@ class CacheBuild:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"{self.folder}: another process builds a cache here") from None
-            load_models(self.zoo, self.features["lune"], self.features["sol"])
+            load_for(self.zoo, groups_of(self.features["lune"], self.features["sol"]))
             fingerprint = producer(self.zoo, self.zoo.image_size, self.dtype, seed=self.seed, **self.features)
             self._begin(fingerprint)
             starts = range(0, len(self.prompts), self.shard_size)
@@ -160,7 +160,6 @@ class CacheBuild:
             rows = range(first, min(first + self.batch_size, stop))
             batch = [next(pictures) for _ in rows]
             pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))  # [B, H, W, 3]
-            pixels = pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)  # [B, 3, H, W]
             seeds = torch.tensor([rng.signed_key(self.seed, self.dataset_id, i) for i in rows])
             tensors = extract(
                 self.zoo, pixels, [self.prompts[i] for i in rows], seeds, dtype=self.dtype, **self.features

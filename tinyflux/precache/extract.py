@@ -1,6 +1,7 @@
-"""Images and prompts -> one batch of sample tensors: what a build writes and a training run reads."""
+"""Images and captions -> the tensors of a sample, a function a group; a teacher is added by one more of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,82 +11,150 @@ from tinyflux.model.teachers import lune_features, sol_statistics
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.pixels import to_pixels
 from tinyflux.util.predictions import flow_x_t
 
 TEACHER_INPUTS = ("image", "noise")
 SOL_SIZE = 8
 TOKENS = {"cpu": 1 << 14, "accelerator": 1 << 18}  # latent pixels that go through a teacher at once
-# what is made of a sample: the models that each part takes, all of them in the order in which they run
-PARTS = {
-    "latents": ("vae",),
-    "text": ("t5", "clip"),
-    "lune": ("clip", "sd_vae", "lune"),
-    "sol": ("clip", "sd_vae", "sol"),
-}
-MODELS = ("vae", "t5", "clip", "sd_vae", "lune", "sol")
+
+Tensors = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Images and their captions. `pixels`: float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3], None where no part
+    """Images and their captions. `pixels`: float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3], None where no group
     needs them; `seeds` int64 [B] key the teachers' noise."""
 
     pixels: Tensor | None
     prompts: list[str]
     seeds: Tensor
 
-    def floats(self) -> Tensor:
-        """float32 [B, 3, H, W] in [-1, 1]."""
+    def on(self, device: torch.device) -> Tensor:
+        """float32 [B, 3, H, W] in [-1, 1] on a device; bytes are moved, and converted there."""
         if self.pixels.dtype != torch.uint8:
-            return self.pixels
-        return self.pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            return self.pixels.to(device)
+        pixels = self.pixels.pin_memory() if device.type == "cuda" else self.pixels
+        return to_pixels(pixels.to(device, non_blocking=True))
 
 
-def models_of(parts: Iterable[str]) -> list[str]:
-    """The models that these parts take, in the order in which they run."""
-    needed = {model for part in parts for model in PARTS[part]}
-    return [model for model in MODELS if model in needed]
+@dataclass
+class Extraction:
+    """One call of `extract_batches`: its batches, and what several groups need of them, which is computed once."""
+
+    zoo: ModelZoo
+    batches: list[Batch]
+    teacher_input: str = "image"
+    _clip: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _sd_latents: list[Tensor] = field(default_factory=list)
+
+    def clip(self) -> list[tuple[Tensor, Tensor]]:
+        """CLIP's pooled vectors [B, D] and hidden states [B, 77, D] of each batch."""
+        if not self._clip:
+            with self.zoo.using("clip"):
+                self._clip = [self.zoo.encode_clip_both(batch.prompts) for batch in self.batches]
+        return self._clip
+
+    def teacher_inputs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each batch what a UNet sees: latents [B, K, 4, h, w], timesteps [K] and context [B, 77, D]."""
+        contexts = [hidden for _, hidden in self.clip()]
+        if not self._sd_latents:
+            with self.zoo.using("sd_vae"):
+                self._sd_latents = [self.zoo.encode_sd(batch.on(self.zoo.device)) for batch in self.batches]
+        return [
+            (*teacher_inputs(latents, batch.seeds, self.teacher_input), context)
+            for latents, batch, context in zip(self._sd_latents, self.batches, contexts, strict=True)
+        ]
+
+
+def latents(run: Extraction) -> list[Tensors]:
+    """`latents` [B, C, h, w] of the zoo's VAE."""
+    with run.zoo.using("vae"):
+        return [{"latents": run.zoo.encode_images(batch.on(run.zoo.device))} for batch in run.batches]
+
+
+def text(run: Extraction) -> list[Tensors]:
+    """`t5_embeds` [B, L, D] and `clip_pooled` [B, D] of the captions."""
+    with run.zoo.using("t5"):
+        states = [run.zoo.encode_t5(batch.prompts) for batch in run.batches]
+    pooled = [vectors for vectors, _ in run.clip()]
+    return [{"t5_embeds": t5, "clip_pooled": clip} for t5, clip in zip(states, pooled, strict=True)]
+
+
+def lune(run: Extraction) -> list[Tensors]:
+    """`lune` [B, K, D], K the timesteps."""
+    inputs = run.teacher_inputs()
+    with run.zoo.using("lune") as unet:
+        return [_in_chunks(lambda *x: {"lune": lune_features(unet, *x)}, unet, *each) for each in inputs]
+
+
+def sol(run: Extraction) -> list[Tensors]:
+    """`sol_stats` [B, K, 3] and `sol_spatial` [B, K, 8, 8], K the timesteps."""
+    inputs = run.teacher_inputs()
+
+    def statistics(*x: Tensor) -> Tensors:
+        stats, spatial = sol_statistics(unet, *x, size=SOL_SIZE)
+        return {"sol_stats": stats, "sol_spatial": spatial}
+
+    with run.zoo.using("sol") as unet:
+        return [_in_chunks(statistics, unet, *each) for each in inputs]
+
+
+class Extractor(NamedTuple):
+    """What makes a group of a sample's tensors, and the models that it takes, in the order in which they run."""
+
+    run: Callable[[Extraction], list[Tensors]]
+    models: tuple[str, ...]
+    of_image: bool = True
+    """Whether it looks at the image, not at its captions alone."""
+    is_teacher: bool = False
+    """Whether it depends on `teacher_input` and on the sample's seed."""
+
+
+EXTRACTORS = {
+    "latents": Extractor(latents, ("vae",)),
+    "text": Extractor(text, ("t5", "clip"), of_image=False),
+    "lune": Extractor(lune, ("clip", "sd_vae", "lune"), is_teacher=True),
+    "sol": Extractor(sol, ("clip", "sd_vae", "sol"), is_teacher=True),
+}
+
+
+def models_of(groups: Iterable[str]) -> list[str]:
+    """The models that these groups take, in the order in which they run."""
+    groups = set(groups)
+    return list(dict.fromkeys(m for name, each in EXTRACTORS.items() if name in groups for m in each.models))
 
 
 @torch.no_grad()
 def extract_batches(
     zoo: ModelZoo,
     batches: list[Batch],
-    parts: Iterable[str] = tuple(PARTS),
+    groups: Iterable[str] = tuple(EXTRACTORS),
     *,
     teacher_input: str = "image",
     dtype: torch.dtype = torch.float16,
-) -> list[dict[str, Tensor]]:
-    """`extract` of several batches, model by model, so that a zoo of `one_at_a_time` loads each once.
+) -> list[Tensors]:
+    """The tensors of these groups for each batch, in `dtype` on the CPU.
 
-    "latents" gives `latents`, "text" `t5_embeds` and `clip_pooled`, "lune" `lune`, "sol" `sol_stats` and `sol_spatial`.
+    It goes group by group through all batches, so that a zoo of `one_at_a_time` loads each model once. A sample's
+    tensors don't depend on the rest of its batch. Raises ValueError for unknown groups and batches of uneven length.
     """
-    parts = set(parts)
-    out: list[dict[str, Tensor]] = [{} for _ in batches]
-
-    def put(sample: dict[str, Tensor], **tensors: Tensor) -> None:
-        sample.update({name: tensor.to("cpu", dtype) for name, tensor in tensors.items()})
-
-    if "latents" in parts:
-        with zoo.using("vae"):
-            for batch, sample in zip(batches, out, strict=True):
-                put(sample, latents=zoo.encode_images(batch.floats()))
-    if "text" in parts:
-        with zoo.using("t5"):
-            for batch, sample in zip(batches, out, strict=True):
-                put(sample, t5_embeds=zoo.encode_t5(batch.prompts))
-        with zoo.using("clip"):
-            for batch, sample in zip(batches, out, strict=True):
-                put(sample, clip_pooled=zoo.encode_clip(batch.prompts))
-    if teachers := [name for name in ("lune", "sol") if name in parts]:
-        with zoo.using("clip"):
-            contexts = [zoo.encode_clip_hidden(batch.prompts) for batch in batches]  # [B, 77, D] each
-        with zoo.using("sd_vae"):
-            latents = [zoo.encode_sd(batch.floats()) for batch in batches]
-        for name in teachers:
-            with zoo.using(name):
-                for batch, sample, context, x in zip(batches, out, contexts, latents, strict=True):
-                    put(sample, **_taught(zoo, name, context, *teacher_inputs(x, batch.seeds, teacher_input)))
-    return out
+    groups = set(groups)
+    if unknown := groups - EXTRACTORS.keys():
+        raise ValueError(f"nothing extracts {', '.join(sorted(unknown))}; known: {', '.join(EXTRACTORS)}")
+    for batch in batches:
+        if not len(batch.prompts if batch.pixels is None else batch.pixels) == len(batch.prompts) == len(batch.seeds):
+            raise ValueError(
+                f"{len(batch.pixels)} images, {len(batch.prompts)} prompts and {len(batch.seeds)} seeds: "
+                "one of each per sample"
+            )
+    run, found = Extraction(zoo, batches, teacher_input), [{} for _ in batches]
+    for name, extractor in EXTRACTORS.items():
+        if name in groups:
+            for sample, tensors in zip(found, extractor.run(run), strict=True):
+                sample.update({key: x.to(dtype).to("cpu", non_blocking=True) for key, x in tensors.items()})
+    if zoo.device.type == "cuda":
+        torch.cuda.synchronize(zoo.device)  # once, for all the copies
+    return found
 
 
 def extract(
@@ -98,63 +167,37 @@ def extract(
     sol: bool = True,
     teacher_input: str = "image",
     dtype: torch.dtype = torch.float16,
-) -> dict[str, Tensor]:
-    """Encodings and teacher features of a batch, in `dtype` on the CPU.
+) -> Tensors:
+    """`extract_batches` of one batch: `latents`, `t5_embeds`, `clip_pooled` and the teachers' features.
 
-    pixels float32 [B, 3, H, W] in [-1, 1], seeds int64 [B] (they key the teachers' noise). Returns `latents`
-    [B, C, h, w], `t5_embeds` [B, L, D], `clip_pooled` [B, D], with `lune` the feature `lune` [B, K, D], with `sol`
-    `sol_stats` [B, K, 3] and `sol_spatial` [B, K, 8, 8], K the timestep buckets. A sample's features don't depend on
-    the rest of its batch.
+    pixels float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3]; seeds int64 [B], which key the teachers' noise.
     """
-    if not len(pixels) == len(prompts) == len(seeds):
-        raise ValueError(f"{len(pixels)} images, {len(prompts)} prompts and {len(seeds)} seeds: one of each per sample")
-    batch = Batch(pixels, prompts, seeds)
-    return extract_batches(zoo, [batch], parts_of(lune, sol), teacher_input=teacher_input, dtype=dtype)[0]
+    batch, groups = Batch(pixels, prompts, seeds), groups_of(lune, sol)
+    return extract_batches(zoo, [batch], groups, teacher_input=teacher_input, dtype=dtype)[0]
 
 
-def parts_of(lune: bool, sol: bool) -> tuple[str, ...]:
-    """The parts of a whole sample, with or without its teachers'."""
+def groups_of(lune: bool, sol: bool) -> tuple[str, ...]:
+    """The groups of a whole sample, with or without its teachers'."""
     return ("latents", "text", *(("lune",) if lune else ()), *(("sol",) if sol else ()))
 
 
-def teacher_features(
-    zoo: ModelZoo,
-    pixels: Tensor,
-    prompts: list[str],
-    seeds: Tensor,
-    *,
-    lune: bool = True,
-    sol: bool = True,
-    teacher_input: str = "image",
-) -> dict[str, Tensor]:
-    """The teachers' part of `extract`: `lune` [B, K, D], `sol_stats` [B, K, 3], `sol_spatial` [B, K, 8, 8], float32."""
-    batch, parts = Batch(pixels, prompts, seeds), parts_of(lune, sol)[2:]
-    return extract_batches(zoo, [batch], parts, teacher_input=teacher_input, dtype=torch.float32)[0]
-
-
-def _taught(zoo: ModelZoo, name: str, contexts: Tensor, latents: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-    """One teacher's features of latents [B, K, 4, h, w] at timesteps [K], in chunks."""
+def _in_chunks(features: Callable[..., Tensors], unet, latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensors:
+    """features(latents, context, timestep) of latents [B, K, 4, h, w] at timesteps [K], as [B, K, ...]."""
     B, K = latents.shape[:2]
-    unet, features = zoo.required(name), []
-    rows = torch.arange(B * K, device=latents.device)
+    rows, found = torch.arange(B * K, device=latents.device), []
     tokens = TOKENS["cpu" if latents.device.type == "cpu" else "accelerator"]
     for chunk in rows.split(max(1, tokens // latents[0, 0, 0].numel())):
-        at = chunk // K, chunk % K
-        inputs = _cast(unet, latents[at], contexts[at[0]], timesteps[at[1]])
-        if name == "lune":
-            features.append({"lune": lune_features(unet, *inputs)})
-        else:
-            stats, spatial = sol_statistics(unet, *inputs, size=SOL_SIZE)
-            features.append({"sol_stats": stats, "sol_spatial": spatial})
-    return {key: torch.cat([chunk[key] for chunk in features]).unflatten(0, (B, K)) for key in features[0]}
+        row, k = chunk // K, chunk % K
+        found.append(features(latents[row, k].to(unet.dtype), contexts[row].to(unet.dtype), timesteps[k]))
+    return {name: torch.cat([each[name] for each in found]).unflatten(0, (B, K)) for name in found[0]}
 
 
 def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image") -> tuple[Tensor, Tensor]:
-    """What the teachers see at each bucket t.
+    """What the teachers see at each t of the grid.
 
     latents [B, 4, h, w] of the SD VAE, seeds int64 [B]. Returns [B, K, 4, h, w] float32 and teacher timesteps [K].
     "image": x_t at timestep 1000 (1 - t), the teachers' own convention. "noise": pure noise at timestep 1000 t, which
-    is what the published heads were distilled from. A sample's noise is the same in all of its buckets.
+    is what the published heads were distilled from. A sample's noise is the same at all of its timesteps.
     """
     if teacher_input not in TEACHER_INPUTS:
         raise ValueError(f"teacher_input is {teacher_input!r}; known: {', '.join(TEACHER_INPUTS)}")
@@ -166,25 +209,41 @@ def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image")
     return torch.stack([flow_x_t(latents, noise, time.expand(len(noise))) for time in t], dim=1), 1000 * (1 - t)
 
 
-def null_embeddings(zoo: ModelZoo, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def null_embeddings(zoo: ModelZoo, dtype: torch.dtype = torch.float16) -> Tensors:
     """T5 states [L, D] and pooled CLIP vector [D] of the empty prompt, for text dropout and guidance."""
     batch = Batch(None, [""], torch.zeros(1, dtype=torch.int64))
     return {name: tensor[0].clone() for name, tensor in extract_batches(zoo, [batch], ["text"], dtype=dtype)[0].items()}
 
 
-def load_models(zoo: ModelZoo, lune: bool = True, sol: bool = True) -> None:
-    """Load what `extract` needs and the zoo has not, and no more."""
-    load_for(zoo, parts_of(lune, sol))
-
-
-def load_for(zoo: ModelZoo, parts: Iterable[str]) -> None:
-    """Load what these parts need and the zoo has not; with `one_at_a_time` each is only tried, for the fingerprint."""
-    for name in models_of(parts):
+def load_for(zoo: ModelZoo, groups: Iterable[str]) -> None:
+    """Load what these groups need and the zoo has not; with `one_at_a_time` each is only tried, for the fingerprint."""
+    for name in models_of(groups):
         if zoo.one_at_a_time:
             with zoo.using(name):
                 pass
         elif getattr(zoo, name) is None:
             getattr(zoo, f"load_{name}")()
+
+
+def producers(
+    zoo: ModelZoo, groups: Iterable[str], dtype: torch.dtype, *, teacher_input: str = "image", seed: int = 0
+) -> dict[str, dict]:
+    """Of each group what decides its tensors: models, precision, and for teachers what they looked at.
+
+    zoo: with its models loaded.
+    """
+    known, found = zoo.fingerprint(), {}
+    for name in groups:
+        extractor = EXTRACTORS[name]
+        found[name] = {model: known[model] for model in extractor.models}
+        found[name]["dtype"] = str(dtype).removeprefix("torch.")
+        if "t5" in extractor.models:
+            found[name]["t5_length"] = known["t5_length"]
+        if "vae" in extractor.models:
+            found[name]["latent"] = known["latent"]
+        if extractor.is_teacher:
+            found[name] |= {"teacher_input": teacher_input, "seed": seed}
+    return found
 
 
 def producer(
@@ -199,8 +258,9 @@ def producer(
     teacher_input: str = "image",
 ) -> dict:
     """The fingerprint of a source: all that decides what its samples' tensors mean. `zoo`: with its models loaded."""
-    unused = set(MODELS) - set(models_of(parts_of(lune, sol)))
-    return {name: value for name, value in zoo.fingerprint().items() if name not in unused} | {
+    needed, known = models_of(groups_of(lune, sol)), zoo.fingerprint()
+    models = {name: value for name, value in known.items() if name in needed or name in ("latent", "t5_length")}
+    return models | {
         "resolution": resolution,
         "resize": "lanczos",
         "crop": crop,
@@ -208,7 +268,3 @@ def producer(
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _cast(unet, latents: Tensor, contexts: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return latents.to(unet.dtype), contexts.to(unet.dtype), timesteps

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from tinyflux.precache.engine import Engine, Ready
-from tinyflux.precache.extract import MODELS, models_of
+from tinyflux.precache.extract import EXTRACTORS, models_of
 from tinyflux.precache.images import Picture, Rejected, preview
 from tinyflux.precache.inputs import Input, caption
 from tinyflux.precache.ledger import Job, JobError
@@ -120,8 +120,9 @@ class Old:
         old, kept = self.manifest.fingerprint, set(models_of(self.parts - redo))
         new = set(models_of(redo))
         self.compare({name: made[name] for name in kept & new})
-        models = {name: made[name] if name in new else old.get(name) for name in MODELS if name in kept | new}
-        rest = {name: value for name, value in old.items() if name not in MODELS}
+        every = models_of(EXTRACTORS)
+        models = {name: made[name] if name in new else old.get(name) for name in every if name in kept | new}
+        rest = {name: value for name, value in old.items() if name not in every}
         if "text" in redo:
             rest["t5_length"] = made["t5_length"]
         if redo & {"lune", "sol"}:

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, 
 
 from tinyflux.model.loader import REPO, check_place, load_model, save_published
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.pretrained import Origin
-from tinyflux.model.zoo import ModelZoo, pretrained
+from tinyflux.model.pretrained import Pretrained, load_pretrained
+from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.sampling import Prompts, Sampler, initial_noise, to_uint8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,11 +55,11 @@ def _vae(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     if dtype is None and (folder / WEIGHTS).is_file():  # diffusers would take float32, whatever the file has
         with safe_open(folder / WEIGHTS, "pt") as file:
             dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    return pretrained(AutoencoderKL, Origin(str(folder), local=True), torch_dtype=dtype, use_safetensors=True)
+    return load_pretrained(AutoencoderKL, Pretrained(str(folder), local=True), torch_dtype=dtype, use_safetensors=True)
 
 
 def _encoder(kind: type, folder: Path, dtype: torch.dtype | None):
-    return pretrained(kind, Origin(str(folder), local=True), dtype=dtype or "auto", use_safetensors=True)
+    return load_pretrained(kind, Pretrained(str(folder), local=True), dtype=dtype or "auto", use_safetensors=True)
 
 
 def _load(folder: Path, name: str, dtype: torch.dtype | None):

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from tinyflux.model.tiny import shapes
+from tinyflux.util.pixels import to_pixels as bytes_to_pixels
 
 PHOTOGRAPHS = {
     "astronaut": "a portrait of a smiling astronaut in an orange suit in front of a flag",
@@ -40,7 +41,7 @@ def photograph(name: str) -> Image.Image:
 
 def to_pixels(images: list[Image.Image]) -> Tensor:
     """float32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    return bytes_to_pixels(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
 
 
 def shape_pictures(n: int, seed: int, size: int = 64) -> list[Image.Image]:

@@ -1,0 +1,14 @@
+"""Pictures as tensors: uint8 [B, H, W, 3] as files have them, float32 [B, 3, H, W] in [-1, 1] as networks take them."""
+
+import torch
+from torch import Tensor
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], on the same device."""
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] -> uint8, the same shape; what is outside is clamped."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
