@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun runs this file too
 
-from tests.training import curve, environment, make_source, train
+from tests.training import ROOT, curve, environment, make_source, train
+from tinyflux.model.model import TinyFluxDeep, flops_per_sample
 from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.optim.muon import Muon, orthogonal
 from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state
+from tinyflux.trainer.parallel import make_mesh
 
 STEPS, STOP = 10, 5
 WIDE = ("--model.attention-head-dim", 32, "--model.hidden-size", 64, "--model.axes-dims-rope", 8, 12, 12)
@@ -29,36 +35,52 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> Non
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)  # 33 rows: no two ranks have as many
-    return nn.Sequential(nn.Linear(256, 33), nn.LayerNorm(33), nn.Linear(33, 1))
+    torch.manual_seed(0)  # 33 rows: no two ranks have as many; fewer rows than ranks
+    return nn.Sequential(nn.Linear(256, 33), nn.LayerNorm(33), nn.Linear(33, 33), nn.Linear(33, 33), nn.Linear(33, 1))
+
+
+def groups(model: nn.Module) -> list[dict]:
+    return [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def muon(model: nn.Module, *_) -> Muon:
+    """What `build` makes of a TinyFluxDeep: the second matrix holds three."""
+    matrices, rest = groups(model)
+    stacks = dict(zip(matrices["params"], (1, 3, 1, 1), strict=True))
+    return Muon(stacks, [rest], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+SHARDED = {"adamw": make_optimizer, "adamw8bit": make_optimizer, "adafactor": make_optimizer, "muon": muon}
+WHOLE = {  # the same steps, or nearly
+    "adamw": lambda model: torch.optim.AdamW(groups(model), lr=1e-2, betas=(0.9, 0.95)),
+    "adamw8bit": lambda model: torch.optim.AdamW(groups(model), lr=1e-2, betas=(0.9, 0.95)),
+    "adafactor": lambda model: torch.optim.Adafactor(groups(model), lr=1e-2),
+    "muon": muon,
+}
 
 
 def compare() -> None:
-    """On every rank: sharded against unsharded, and the state before the first step."""
+    """On every rank: sharded over all ranks, or half of them, against unsharded; the state before the first step."""
     dist.init_process_group("gloo")
-    for name in ("adamw", "adamw8bit", "adafactor"):
-        config = TrainerConfig(optimizer=name, learning_rate=1e-2, weight_decay=0.1)
+    meshes = [make_mesh(torch.device("cpu"), size) for size in (0, dist.get_world_size() // 2)]
+    for name, mesh in product(SHARDED, meshes):
         sharded = network()
-        fully_shard(sharded)
-        optimizer = make_optimizer(sharded, config)
+        fully_shard(sharded, mesh=mesh)
+        optimizer = SHARDED[name](sharded, TrainerConfig(optimizer=name, learning_rate=1e-2, weight_decay=0.1))
         before = [p.full_tensor().clone() for p in sharded.parameters()]
         state = optimizer_state(sharded, optimizer)
         assert all(torch.equal(a, p.full_tensor()) for a, p in zip(before, sharded.parameters(), strict=True))
-        assert all(entries["step"] == 0 for entries in state.values())
+        assert all(entries.get("step", 0) == 0 for entries in state.values())
         assert ("exp_avg_codes" in state["0.weight"]) == (name == "adamw8bit")
+        assert (state["0.weight"].keys() == {"momentum"}) == (name == "muon")
         steps(sharded, optimizer, STEPS)
-        assert all(entries["step"] == STEPS for entries in state.values())
+        assert all(entries.get("step", STEPS) == STEPS for entries in state.values())
 
         whole = network()
-        groups = [
-            {"params": [p for p in whole.parameters() if p.ndim == 2], "weight_decay": 0.1},
-            {"params": [p for p in whole.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        if name == "adafactor":
-            plain = torch.optim.Adafactor(groups, lr=1e-2)
-        else:
-            plain = torch.optim.AdamW(groups, lr=1e-2, betas=config.betas)
-        steps(whole, plain, STEPS)
+        steps(whole, WHOLE[name](whole), STEPS)
         rough = name == "adamw8bit"
         for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
             difference = (p.full_tensor() - q).abs()
@@ -69,9 +91,52 @@ def compare() -> None:
 
 
 def test_sharded_steps_are_those_of_the_whole():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", __file__]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_muon_is_torch_s():
+    """Of a matrix alone; torch's works in bfloat16."""
+    ours, theirs = (nn.Parameter(torch.ones(48, 32)) for _ in range(2))
+    optimizers = [
+        Muon({ours: 1}, [], lr=1e-2, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for step in range(STEPS):
+        gradient = torch.randn(48, 32, generator=torch.Generator().manual_seed(step))
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 0.03 * (theirs - 1).abs().max()
+
+
+def test_orthogonal():
+    x = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    for matrices in (x, x.mT):
+        u, s, vh = torch.linalg.svd(orthogonal(matrices), full_matrices=False)
+        a, _, bh = torch.linalg.svd(matrices, full_matrices=False)
+        assert 0.6 < s.min() and s.max() < 1.3
+        torch.testing.assert_close(u @ vh, a @ bh, atol=1e-4, rtol=0)  # the same singular vectors
+    assert not orthogonal(torch.zeros(1, 4, 4)).any()
+
+
+def test_muon_s_share_of_a_step():
+    """Products of Muon and of a step on one rank, as the presets for the whole network set it up."""
+    with torch.device("meta"):
+        model = TinyFluxDeep()
+    optimizer = make_optimizer(model, TrainerConfig(optimizer="muon"))
+    counted, trained = optimizer.stacks, sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in counted) > 0.97 * trained
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer._update(optimizer.param_groups[0], list(counted))
+    step = 3 * flops_per_sample(model.config, 64 * 64, 128)
+    for preset, ranks in (("deep-1gpu", 1), ("deep-8gpu", 8), ("deep-multinode", 8)):  # ranks of a shard group
+        data = tomllib.loads((ROOT / f"launch/configs/{preset}.toml").read_text())["data"]
+        # a rank may have one matrix of a shape more than its share
+        assert counter.get_total_flops() / ranks * 1.2 < 0.05 * step * data["micro_batch_size"], preset
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +144,7 @@ def sources(tmp_path_factory):
     return [make_source(tmp_path_factory.mktemp("sources") / "a", 1)]
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw8bit", "adafactor", "muon"])
 def test_resumes_on_another_rank_count(sources, tmp_path, name):
     """One rank all the way; two ranks, one, two. (AdamW is in every other test.)"""
     options = (*WIDE, "--trainer.optimizer", name, "--trainer.total-steps", STEPS, "--trainer.lr-scheduler", "constant")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer.config import RunConfig
-from tinyflux.trainer.optim.registry import STATE_BYTES
+from tinyflux.trainer.optim.registry import OPTIMIZERS
 from tinyflux.trainer.parallel import DTYPES, freeze
 from tinyflux.util import devices
 
@@ -52,7 +52,7 @@ def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: in
     total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
     dtype = DTYPES[config.trainer.dtype]
     # weights and EMA of all; gradients and the optimizer's moments of what is trained
-    moments = STATE_BYTES[config.trainer.optimizer]
+    moments = OPTIMIZERS[config.trainer.optimizer].state_bytes
     state = (8 * total + (4 + moments) * trained) / (config.parallel.shard_size or world)
     # what is outside the blocks stays gathered; of the blocks two at a time, or all of them
     gathered = (

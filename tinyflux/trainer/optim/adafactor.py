@@ -7,12 +7,20 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.optim.adamw import decay_groups
 
 BETA2_DECAY = -0.8  # the second moments' decay after step n is 1 - n ** BETA2_DECAY
 SMALLEST_RMS = 1e-3  # of a parameter, in the step's size: what is zero can leave it
 LARGEST_UPDATE = 1.0  # root mean square of an update before it is scaled down
+
+
+def build(model: nn.Module, config: TrainerConfig) -> "Adafactor":
+    """Adafactor of all that is trained; `config.learning_rate` is relative to each parameter's size."""
+    return Adafactor(decay_groups(model.parameters(), config.weight_decay), lr=config.learning_rate)
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -24,25 +32,22 @@ class Adafactor(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = self._first_state(p.detach())
 
-    def _state(self, p: DTensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(())
-            local = p.to_local()
-            if p.ndim != 2:
-                state["variance"] = torch.zeros_like(p)
-            else:
-                where = {"run_check": False, "shape": torch.Size((p.shape[0], 1)), "stride": (1, 1)}
-                state["row_var"] = DTensor.from_local(
-                    local.new_zeros(local.shape[0], 1), p.device_mesh, p.placements, **where
-                )
-                state["col_var"] = local.new_zeros(1, p.shape[1])
-        return state
+    def _first_state(self, p: DTensor) -> dict[str, Tensor]:
+        if p.ndim != 2:
+            return {"step": torch.zeros(()), "variance": torch.zeros_like(p)}
+        rows = p.to_local().new_zeros(p.to_local().shape[0], 1)
+        sharded = DTensor.from_local(
+            rows, p.device_mesh, p.placements, run_check=False, shape=torch.Size((p.shape[0], 1)), stride=(1, 1)
+        )
+        return {"step": torch.zeros(()), "row_var": sharded, "col_var": p.to_local().new_zeros(1, p.shape[1])}
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient. A collective."""
+        """One update of every parameter that has a gradient. Must be called on all ranks."""
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not work:
             return
@@ -50,7 +55,7 @@ class Adafactor(torch.optim.Optimizer):
         shards = mesh.get_group(mesh.ndim - 1)  # replicas hold the same shards
         parts: list[Tensor] = []
         for _, p in work:
-            state, gradient = self._state(p), p.grad.to_local()
+            state, gradient = self.state[p], p.grad.to_local()
             state["step"] += 1
             decay = state["step"].item() ** BETA2_DECAY
             squares = gradient.square()

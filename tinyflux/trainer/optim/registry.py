@@ -1,38 +1,53 @@
-"""The optimizers of sharded parameters, and their state under the parameters' names."""
+"""The optimizers by name. To add one: a file beside this with a function `build`, and a line in OPTIMIZERS."""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.optim.adafactor import Adafactor
-
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a trained parameter; rows, columns, scales not counted
+if TYPE_CHECKING:
+    from tinyflux.trainer.config import TrainerConfig  # it reads the names here
 
 
-def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    """The optimizer `config.optimizer` of what is trained; weight decay on matrices only: norms, biases and gates are
-    vectors. Raises ValueError where it needs a package that is not installed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adafactor":
-        return Adafactor(groups, lr=config.learning_rate)
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+@dataclass(frozen=True)
+class Entry:
+    """module: the file beside this; its `build(model, config)` gives the optimizer. state_bytes: of a trained
+    parameter; rows, columns and scales are not counted. extra: of the distribution, with what it needs."""
+
+    module: str
+    state_bytes: int
+    extra: str | None = None
+
+
+OPTIMIZERS = {
+    "adamw": Entry("adamw", 8),
+    "adamw8bit": Entry("adamw8bit", 2, extra="8bit"),
+    "adafactor": Entry("adafactor", 0),
+    "muon": Entry("muon", 4),  # 8 of the few parameters outside the blocks
+}
+
+
+def make_optimizer(model: nn.Module, config: "TrainerConfig") -> torch.optim.Optimizer:
+    """The optimizer `config.optimizer` of the parameters that are trained, sharded or whole.
+
+    Raises ValueError where it needs a package that is not installed.
+    """
+    entry = OPTIMIZERS[config.optimizer]
     try:
-        from tinyflux.trainer.optim.adam8bit import AdamW8bit
+        module = importlib.import_module(f"{__package__}.{entry.module}")
     except ImportError as error:
+        if entry.extra is None:
+            raise
         raise ValueError(
-            f"trainer.optimizer is adamw8bit, which needs torchao ({error}): pip install 'tinyflux-deep[8bit]'"
+            f"trainer.optimizer = {config.optimizer}: {error}. Install it: pip install 'tinyflux-deep[{entry.extra}]'"
         ) from error
-    return AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
+    return module.build(model, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's: compiled, so a number would be compiled in
             group["lr"].fill_(lr)
@@ -40,24 +55,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def _begin(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that the first step would make, as it is before that step."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    lr = float(optimizer.param_groups[0]["lr"])
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    set_learning_rate(optimizer, 0.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    set_learning_rate(optimizer, lr)
-    for p in parameters:
-        optimizer.state[p]["step"].zero_()  # that was no step
-
-
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> entry -> tensor, sharded as the parameter is. They are the optimizer's own memory: what is
-    loaded into them is loaded."""
-    if not optimizer.state:
-        _begin(optimizer)
+    """Parameter name -> entry -> tensor, sharded as the parameter is. Tensors are live: loading into them updates the
+    optimizer."""
     state_of = getattr(optimizer, "plain_state", optimizer.state.__getitem__)
     return {name: state_of(p) for name, p in model.named_parameters() if p in optimizer.state}

@@ -6,9 +6,10 @@ values on 1 or 64 ranks, and a checkpoint that another rank count resumes bit fo
 
 import contextlib
 import logging
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels, of its other parts, that a CPU build lacks
@@ -16,8 +17,17 @@ logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels, of 
 import torchao.optim  # noqa: E402
 from torchao.optim.subclass_8bit import OptimState8bit  # noqa: E402
 
+from tinyflux.trainer.config import TrainerConfig  # noqa: E402
+from tinyflux.trainer.optim.adamw import decay_groups  # noqa: E402
+
 BLOCK, SMALLEST = 256, 4096  # values that share a scale; smaller parameters keep moments of 32 bits
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build(model: nn.Module, config: TrainerConfig) -> "AdamW8bit":
+    """AdamW8bit of all that is trained."""
+    groups = decay_groups(model.parameters(), config.weight_decay)
+    return AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def is_small(p: Tensor) -> bool:
@@ -26,7 +36,15 @@ def is_small(p: Tensor) -> bool:
 
 
 class AdamW8bit(torchao.optim.AdamW8bit):
-    """torchao's, with blocks that do not depend on the sharding. params: sharded by rows, and groups of them."""
+    """torchao's, with blocks that do not depend on the sharding. params: sharded by rows, and groups of them. The state
+    is there from the start."""
+
+    def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.95)):
+        super().__init__(params, lr=lr, betas=betas)
+        for group in self.param_groups:
+            for p in group["params"]:
+                moments = {name: self._new_buffer(p.detach(), signed=name == "exp_avg") for name in MOMENTS}
+                self.state[p] = {"step": torch.zeros(()), **moments}
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         local = p.to_local()

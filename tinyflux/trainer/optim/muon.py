@@ -1,0 +1,114 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, AdamW for the rest.
+
+torch.optim.Muon takes one unsharded matrix at a time: sharded ones would be gathered for each of its products, and
+every rank would compute all of them. Here each matrix is orthogonalised by one rank of its shard group, matrices of
+one shape together.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.optim.adamw import AdamW, decay_groups, local
+from tinyflux.trainer.optim.exchange import Exchange
+
+MOMENTUM = 0.95
+ITERATIONS, QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # singular values from 0.01 to 1 end between 0.7 and 1.2
+UPDATE_RMS = 0.2  # that of AdamW's updates (Liu et al. 2025, arXiv 2502.16982, eq. 4)
+SMALLEST_NORM = 1e-7
+
+
+def build(model: nn.Module, config: TrainerConfig) -> "Muon":
+    """Muon of a TinyFluxDeep: its blocks' matrices are orthogonalised, all else gets AdamW's update."""
+    stacks = {}
+    for block in (*model.double_blocks, *model.single_blocks):
+        for name, p in block.named_parameters():
+            if p.requires_grad and p.ndim == 2:
+                stacks[p] = stacked_matrices(name, p)
+    rest = [p for p in model.parameters() if p not in stacks]
+    groups = decay_groups(rest, config.weight_decay)
+    return Muon(stacks, groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def stacked_matrices(name: str, p: Tensor) -> int:
+    """Number of matrices that a parameter of a block holds, one upon the other: fused projections are maps of their
+    own (queries, keys, values; shift, scale, gate), and orthogonalised together the largest would hold the others
+    down."""
+    fused = name.endswith(("qkv.weight", "norm.linear.weight", "norm1.linear.weight"))
+    return p.shape[0] // p.shape[1] if fused else 1
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices of nearly the same singular vectors whose singular values are near 1: Newton-Schulz iterations.
+
+    x float32 [M, rows, columns], M matrices. In float32 the result hardly depends on how the gradient was summed, and
+    the products are under 1% of a step's.
+    """
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+class Muon(AdamW):
+    """stacks: each matrix that is orthogonalised, sharded by rows or whole, and how many it holds, one upon the other;
+    their state is `momentum`. rest: parameters for AdamW, and groups of them. One learning rate serves both: an
+    orthogonalised update is scaled to the size of AdamW's.
+    """
+
+    def __init__(
+        self,
+        stacks: dict[nn.Parameter, int],
+        rest: Iterable,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
+        self.stacks = stacks
+        self.exchanges: dict[tuple[int, ...], Exchange] = {}
+        # by shape: dealt out in turn, every rank gets equal shares of each
+        matrices = sorted(stacks, key=lambda p: tuple(p.shape))
+        super().__init__([{"params": matrices, "weight_decay": weight_decay}, *rest], lr, betas)
+
+    def _first_state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(p)} if p in self.stacks else super()._first_state(p)
+
+    def _update(self, group: dict, parameters: list[nn.Parameter]) -> None:
+        if parameters[0] not in self.stacks:
+            return super()._update(group, parameters)
+        gradients, momenta = [local(p.grad) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        updates = self._orthogonal(parameters, updates)
+        weights, lr = [local(p) for p in parameters], group["lr"]
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, updates, alpha=-lr)
+
+    def _orthogonal(self, parameters: list[nn.Parameter], rows: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of the scaled updates, from its rows of the momenta. Must be called on all ranks."""
+        exchange = self._exchange_of(parameters)
+        whole = exchange.to_owners(rows)
+        alike: dict[tuple, list[int]] = {}  # places in `whole`
+        for k, i in enumerate(exchange.owned):
+            alike.setdefault((*parameters[i].shape, self.stacks[parameters[i]]), []).append(k)
+        for (height, width, count), places in alike.items():
+            matrices = torch.stack([whole[k] for k in places]).view(-1, height // count, width)
+            matrices = orthogonal(matrices) * (UPDATE_RMS * max(matrices.shape[1:]) ** 0.5)
+            for k, matrix in zip(places, matrices.reshape(-1, height, width), strict=True):
+                whole[k] = matrix
+        return exchange.to_rows(whole, rows[0])
+
+    def _exchange_of(self, parameters: list[nn.Parameter]) -> Exchange:
+        key = tuple(map(id, parameters))  # nearly always the same: those that have a gradient
+        if key not in self.exchanges:
+            first, shards = parameters[0], None
+            if isinstance(first, DTensor):
+                shards = first.device_mesh.get_group(first.device_mesh.ndim - 1)  # replicas hold the same shards
+            self.exchanges[key] = Exchange([p.shape for p in parameters], shards)
+        return self.exchanges[key]
