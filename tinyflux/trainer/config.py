@@ -31,6 +31,8 @@ class TrainerConfig:
     """Decoupled weight decay, on matrices only: norms, biases and gates have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's momentum factors; adafactor has none."""
+    muon_scale: float = 0.2
+    """Root mean square of Muon's updates before the learning rate: 0.2 is that of AdamW's; small networks take more."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     warmup_steps: int = 1000
@@ -168,7 +170,7 @@ class TrainerConfig:
             value = getattr(self, name)
             choice = f"must be one of {', '.join(accepted)}"
             _require(not accepted or value in (*accepted, getattr(type(self), name)), name, value, choice)
-        positive = ("learning_rate", "total_steps", "shift", "snr_gamma", "huber_delta")
+        positive = ("learning_rate", "muon_scale", "total_steps", "shift", "snr_gamma", "huber_delta")
         positive += (
             "logit_std",
             "gradient_accumulation",

@@ -17,7 +17,6 @@ from tinyflux.trainer.optim.exchange import Exchange
 
 MOMENTUM = 0.95
 ITERATIONS, QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # singular values from 0.01 to 1 end between 0.7 and 1.2
-UPDATE_RMS = 0.2  # that of AdamW's updates (Liu et al. 2025, arXiv 2502.16982, eq. 4)
 SMALLEST_NORM = 1e-7
 
 
@@ -30,7 +29,14 @@ def build(model: nn.Module, config: TrainerConfig) -> "Muon":
                 stacks[p] = stacked_matrices(name, p)
     rest = [p for p in model.parameters() if p not in stacks]
     groups = decay_groups(rest, config.weight_decay)
-    return Muon(stacks, groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    return Muon(
+        stacks,
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        scale=config.muon_scale,
+    )
 
 
 def stacked_matrices(name: str, p: Tensor) -> int:
@@ -58,8 +64,9 @@ def orthogonal(x: Tensor) -> Tensor:
 
 class Muon(AdamW):
     """stacks: each matrix that is orthogonalised, sharded by rows or whole, and how many it holds, one upon the other;
-    their state is `momentum`. rest: parameters for AdamW, and groups of them. One learning rate serves both: an
-    orthogonalised update is scaled to the size of AdamW's.
+    their state is `momentum`. rest: parameters for AdamW, and groups of them. scale: root mean square of an
+    orthogonalised update; 0.2 is that of AdamW's, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982,
+    eq. 4).
     """
 
     def __init__(
@@ -69,8 +76,9 @@ class Muon(AdamW):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
+        scale: float = 0.2,
     ):
-        self.stacks = stacks
+        self.stacks, self.scale = stacks, scale
         self.exchanges: dict[tuple[int, ...], Exchange] = {}
         # by shape: dealt out in turn, every rank gets equal shares of each
         matrices = sorted(stacks, key=lambda p: tuple(p.shape))
@@ -99,7 +107,7 @@ class Muon(AdamW):
             alike.setdefault((*parameters[i].shape, self.stacks[parameters[i]]), []).append(k)
         for (height, width, count), places in alike.items():
             matrices = torch.stack([whole[k] for k in places]).view(-1, height // count, width)
-            matrices = orthogonal(matrices) * (UPDATE_RMS * max(matrices.shape[1:]) ** 0.5)
+            matrices = orthogonal(matrices) * (self.scale * max(matrices.shape[1:]) ** 0.5)
             for k, matrix in zip(places, matrices.reshape(-1, height, width), strict=True):
                 whole[k] = matrix
         return exchange.to_rows(whole, rows[0])
