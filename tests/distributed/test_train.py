@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.training import curve, make_source, train
 from tinyflux.model.loader import load_checkpoint, load_model
-from tinyflux.run import checkpoint
+from tinyflux.run import export
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import StreamCollate
@@ -142,9 +142,9 @@ def test_validation_epochs_and_exports(sources, tmp_path):
     assert torch.equal(whole["model"].img_in.weight, load_file(root / "step_16.safetensors")["img_in.weight"])
     assert whole["optimizer"]["state"]["img_in.weight"]["exp_avg"].shape == whole["model"].img_in.weight.shape
     out = tmp_path / "out" / "weights.safetensors"
-    assert checkpoint.main(["export", str(tmp_path / "two"), "--out", str(out)]) == 0
+    assert export.main([str(tmp_path / "two"), "--out", str(out)]) == 0
     assert load_model(out).config == whole["model"].config
-    assert checkpoint.main(["export", str(tmp_path)]) == 1
+    assert export.main([str(tmp_path)]) == 2
 
 
 def test_dry_run_starts_nothing(sources, tmp_path):

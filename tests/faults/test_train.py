@@ -9,7 +9,7 @@ import pytest
 
 from launch.train import main
 from tests.training import command, curve, make_source, start, train, train_until, wait_for
-from tinyflux.run.checkpoint import lock
+from tinyflux.run.folders import lock
 
 STEPS = 24
 OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 2)

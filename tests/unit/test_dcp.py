@@ -1,6 +1,5 @@
 """A run's own checkpoint folders, read without a process group: what they give, and what is refused."""
 
-import json
 import os
 import pickle
 import shutil
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests.training import make_source, train
+from tinyflux.model.dcp import read_metadata, write_metadata
 from tinyflux.model.loader import CheckpointError, load_checkpoint, load_model
 from tinyflux.model.model import TinyFluxDeep
 
@@ -59,8 +59,7 @@ def test_the_folder_stands_in_for_a_file_that_was_not_written(checkpoints, step)
         load_checkpoint(root / "best.pt")
     with pytest.raises(FileNotFoundError, match=r"step_7: no such checkpoint; there are in .*checkpoints: .*step_4.pt"):
         load_model(checkpoints.parent / "step_7")
-    metadata = json.loads((step / "metadata.json").read_text())
-    (step / "metadata.json").write_text(json.dumps(metadata | {"reasons": ["best", "step"]}))
+    write_metadata(step, read_metadata(step) | {"reasons": ["best", "step"]})
     assert load_checkpoint(root / "best.pt")["step"] == 4
 
 
@@ -84,6 +83,10 @@ def test_incomplete_damaged_and_misplaced_folders(step):
     shard.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing or not {len(data)} bytes long"):
         load_checkpoint(step)
+    text = (step / "metadata.json").read_text()
+    (step / "metadata.json").write_text(text.replace('"seed": 7', '"seed": 8'))
+    with pytest.raises(CheckpointError, match="metadata.json is damaged: its checksum differs"):
+        load_checkpoint(step)
     (step / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match="metadata.json is missing: its save was cut off"):
         load_checkpoint(step)
@@ -104,7 +107,7 @@ class Bomb:
 def test_a_pickle_bomb_does_not_run(step, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (step / ".metadata").write_bytes(pickle.dumps(Bomb()))
-    (step / "metadata.json").write_text('{"files": {}, "step": 4, "epoch": 0, "best_loss": null}')
+    write_metadata(step, {"files": {}, "step": 4, "epoch": 0, "best_loss": None})
     with pytest.raises(CheckpointError, match=r"\.metadata is refused or damaged: it names posix.mkdir"):
         load_checkpoint(step)
     assert not Path("exploded").exists()
@@ -115,12 +118,12 @@ def test_names_that_leave_the_folder_are_refused(step):
         metadata = pickle.load(file)  # noqa: S301  it was written by the run above
     next(iter(metadata.storage_data.values())).relative_path = "../elsewhere.distcp"
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
-    listed = json.loads((step / "metadata.json").read_text())
+    listed = read_metadata(step)
     del listed["files"][".metadata"]  # its checksum is another one now
-    (step / "metadata.json").write_text(json.dumps(listed))
+    write_metadata(step, listed)
     with pytest.raises(CheckpointError, match=r"\.metadata is refused: it names '\.\./elsewhere.distcp'"):
         load_checkpoint(step)
     listed["files"]["../config.json"] = [1, 1]
-    (step / "metadata.json").write_text(json.dumps(listed))
+    write_metadata(step, listed)
     with pytest.raises(CheckpointError, match=r"metadata.json is refused: it names '\.\./config.json'"):
         load_checkpoint(step)

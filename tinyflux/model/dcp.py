@@ -1,11 +1,14 @@
 """A run's own checkpoint folders (torch.distributed.checkpoint), read whole by one process without a process group.
 
-`metadata.json` is written last: without it a folder does not count. DCP's own `.metadata` is a pickle; here it is read
-with nothing but the few types that DCP puts there, so a folder cannot run code.
+`metadata.json` is written last: without it a folder does not count. It has the sizes and checksums of all files, and
+one of itself. DCP's own `.metadata` is a pickle; here it is read with nothing but the few types that DCP puts there, so
+a folder cannot run code.
 """
 
 import json
+import os
 import pickle
+import stat
 import warnings
 import zlib
 from pathlib import Path
@@ -14,6 +17,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from tinyflux.util.files import atomic_write
 
 METADATA = "metadata.json"
 # said of every read by one process alone
@@ -64,9 +69,36 @@ def _check_name(source: Path, name: str) -> None:
         raise ValueError(f"{source} is refused: it names {name!r}, which is not a file of its folder")
 
 
+class Damaged(ValueError):
+    """A checkpoint is not what was written: a file is missing, or its size or checksum is another one.
+
+    A file that cannot be read at all (EIO, ESTALE) is an OSError: it may be sound.
+    """
+
+
+def _checksum(metadata: dict) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+
+
+def write_metadata(folder: Path, metadata: dict) -> None:
+    """Complete a checkpoint: from now on the folder counts."""
+    metadata = json.loads(json.dumps(metadata))  # as it will be read
+    atomic_write(folder / METADATA, json.dumps({**metadata, "crc32": _checksum(metadata)}, indent=2))
+
+
 def read_metadata(folder: Path) -> dict:
-    """The metadata of a complete checkpoint."""
-    return json.loads((folder / METADATA).read_text())
+    """The metadata of a complete checkpoint. Raises Damaged where it is not what was written."""
+    path = folder / METADATA
+    try:
+        metadata = json.loads(path.read_bytes())
+        crc = metadata.pop("crc32")
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} is missing: its save was cut off") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+    if crc != _checksum(metadata):
+        raise Damaged(f"{path} is damaged: its checksum differs from the one at its end")
+    return metadata
 
 
 def crc32(path: Path) -> int:
@@ -78,15 +110,22 @@ def crc32(path: Path) -> int:
     return crc
 
 
-def check_files(folder: Path) -> None:
-    """Raises ValueError naming the file that is not what was written."""
-    for name, (size, crc) in read_metadata(folder)["files"].items():
+def check_files(folder: Path) -> dict:
+    """The metadata of a checkpoint whose files are all what was written. Raises Damaged naming the one that is not."""
+    metadata = read_metadata(folder)
+    for name, (size, crc) in metadata["files"].items():
         _check_name(folder / METADATA, name)
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(f"{path} is missing or not {size} bytes long")
-        if crc32(path) != crc:
-            raise ValueError(f"{path} is damaged: its checksum differs from the one in {METADATA}")
+        try:
+            found = os.stat(path)
+            sound = stat.S_ISREG(found.st_mode) and found.st_size == size
+            if sound and crc32(path) != crc:
+                raise Damaged(f"{path} is damaged: its checksum differs from the one in {METADATA}")
+        except FileNotFoundError:
+            sound = False
+        if not sound:
+            raise Damaged(f"{path} is missing or not {size} bytes long")
+    return metadata
 
 
 def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
@@ -122,9 +161,9 @@ def read_checkpoint(folder: Path, *kinds: str) -> dict:
             parameter, _, entry = name.rpartition(".")
             optimizer.setdefault(parameter, {})[entry] = tensor
         content["optimizer"] = {"state": optimizer}
-    config = folder.parent / "training_config.json"
+    config = metadata.get("config") or {}
     return content | {
         "scheduler": {"last_epoch": metadata["step"]},  # every schedule is a function of the step
         **{key: metadata[key] for key in ("step", "epoch", "best_loss")},
-        "trainer_config": json.loads(config.read_text())["trainer"] if config.is_file() else None,
+        "trainer_config": config.get("trainer"),
     }

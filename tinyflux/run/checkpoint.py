@@ -1,91 +1,91 @@
 """Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), complete or invisible, resumed by themselves.
 
     step_N/                     one .distcp file a rank (weights, optimizer, EMA), and
-    step_N/metadata.json        written last: without it the folder does not count. Step, data identity, checksums.
-    step_N[_ema].safetensors    the same weights in the published layout
+    step_N/metadata.json        written last: without it the folder does not count. Step, configs, data, checksums.
+    step_N[_ema].safetensors    the same weights in the published layout, written later (see export.py)
     step_N.pt                   all of it in one file, on request
     best_ema.safetensors        of the lowest validation loss
     config.json, training_config.json
 
-    python -m tinyflux.run.checkpoint export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
-
 DCP's own .metadata file is a pickle: resume step_N folders only where you wrote them, and never from a hub.
 """
 
-import fcntl
 import json
-import os
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import tyro
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
-from tinyflux.model.dcp import METADATA, check_files, crc32, of_kind, read_checkpoint, read_metadata, read_tensors
-from tinyflux.model.loader import load_model, save_published, to_published
+from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, write_metadata
+from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxConfig
+from tinyflux.run import folders, identity
+from tinyflux.run.export import KINDS, Exporter, beside, export_missing
+from tinyflux.run.folders import list_checkpoints, step_of
 from tinyflux.run.staging import Staging
-from tinyflux.shards.writer import atomic_write
+from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
-FAILURES = (CheckpointException, OSError, RuntimeError, ValueError)  # what a full disk or a damaged file raises
+# what a full disk or a damaged file raises
+FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, SafetensorError)
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between tries to read a checkpoint that an I/O error hides."""
+RETRY = 60.0
+"""Seconds after which a save that failed is tried again."""
+APART = 2**28
+"""Bytes of state from which exports are made in a process of their own: in a thread they would hold this one's
+interpreter for seconds, and a process takes seconds to start."""
+
+T = TypeVar("T")
 
 
-def lock(run_dir: Path, patience: float = 120) -> IO | None:
-    """Hold a run folder until the file returned is closed. Waits for a training that is just stopping in it.
-
-    Raises RuntimeError where the other one goes on. None on a file system without locks.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file, deadline, waiting = open(run_dir / ".lock", "a+"), time.monotonic() + patience, False
-    while True:
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again after an OSError: file systems of clusters have bad minutes."""
+    for pause in (*PAUSES, None):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"another training runs in {run_dir}: stop it, or choose another folder") from None
-            if not waiting:
-                say(f"waiting for another training to leave {run_dir}")
-            waiting = True
-            time.sleep(0.5)
+            return read()
         except OSError as error:
-            say(f"WARNING: {run_dir} cannot be locked ({error}): start one training there at a time")
-            file.close()
-            return None
+            if pause is None:
+                raise
+            say(f"WARNING: {error}; trying again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
-def _step(folder: Path) -> int:
-    match = re.fullmatch(r"step_(\d+)", folder.name)
-    return int(match[1]) if match else -1
+class Planner(DefaultSavePlanner):
+    """Plans a state once: later saves of the same names, shapes and places send nothing to rank 0.
+
+    torch keeps plans by class; here each run and start has its own, by `key`.
+    """
+
+    def __init__(self, key: str):
+        super().__init__(enable_plan_caching=True)
+        self._cached_plans_key = key
+
+    @classmethod
+    def forget(cls, key: str) -> None:
+        """Drop the plans of a key."""
+        for kept in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
+            getattr(cls, f"_cached_{kept}").pop(key, None)
 
 
-def list_checkpoints(root: str | Path) -> list[Path]:
-    """The complete checkpoints of a folder, newest first."""
-    folders = [path for path in Path(root).glob("step_*") if _step(path) >= 0 and (path / METADATA).is_file()]
-    return sorted(folders, key=_step, reverse=True)
-
-
-def newest_identity(root: str | Path) -> dict:
-    """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
-    for folder in list_checkpoints(root):
-        try:
-            return read_metadata(folder).get("identity", {})
-        except FAILURES:  # resuming says what is wrong with it, and takes the one before it too
-            continue
-    return {}
+def first_replica(state: dict[str, Tensor]) -> list[int]:
+    """The ranks that together hold one copy of a sharded state, rank 0 among them. The others hold the same."""
+    mesh = next((x.device_mesh for x in state.values() if isinstance(x, DTensor)), None)
+    return [0] if mesh is None else mesh.mesh.reshape(-1, mesh.size(mesh.ndim - 1))[0].tolist()
 
 
 def _check_names(folder: Path, state: dict) -> None:
@@ -100,30 +100,11 @@ def _check_names(folder: Path, state: dict) -> None:
         )
 
 
-def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True) -> Path:
-    """Write a checkpoint folder's weights in the published layout. Returns `out`.
-
-    A `.safetensors` file has the averaged weights, or the trained ones with `ema=False`; a `.pt` file has both, the
-    optimizer's state by parameter name, step, epoch, best_loss and the configs, and loads with `weights_only=True`.
-    """
-    if out.suffix == ".safetensors":
-        kind = "ema" if ema else "model"
-        save_published(of_kind(read_tensors(folder, kind), kind), out, config)
-        return out
-    if out.suffix != ".pt":
-        raise ValueError(f"{out}: a checkpoint is exported to .safetensors or .pt")
-    content = read_checkpoint(folder, "model", "ema", "optimizer") | {"model_config": config.to_dict()}
-    content |= {kind: to_published(content[kind], config) for kind in ("model", "ema")}
-    temporary = out.with_name(f".{out.name}.tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, out)
-    return out
-
-
 def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str, Tensor] | None]:
     """Config and weights (on rank 0, {} elsewhere) to fine-tune from: a file, a folder or user/repo[:sub/folder].
 
-    Where `root` has checkpoints already the run is resumed instead: their config, and None. A collective.
+    Where `root` has checkpoints already the run is resumed instead: their config, and None. Must be called on all
+    ranks.
     """
     found: list = [None, False]
     state: dict[str, Tensor] = {}
@@ -142,9 +123,11 @@ def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str,
 class Checkpointer:
     """Saves and finds the checkpoints of a run.
 
-    A save copies the shards into buffers that are kept, and returns; a thread writes them, then checksums, exports and
-    prunes on rank 0. It has a process group of its own, so that its collectives never meet those of the training step.
+    A save copies the shards into buffers that are kept, and returns; a thread writes them. Where several replicas hold
+    the same shards, the first one writes. A second thread of rank 0 then exports, uploads and prunes. The writing has
+    process groups of its own, so that its collectives never meet those of the training step.
     upload: called on rank 0, in that thread, with the folder of a checkpoint whose weights are to be uploaded.
+    every: seconds after which rank 0 finds another save due (0: never).
     """
 
     def __init__(
@@ -156,20 +139,28 @@ class Checkpointer:
         keep_epochs: int = 3,
         save_pt: bool = False,
         upload: Callable[[Path], None] | None = None,
+        every: float = 0.0,
     ):
-        self.root, self.config, self.save_pt, self.upload = root, config, save_pt, upload
+        self.root, self.config, self.save_pt, self.upload, self.every = root, config, save_pt, upload, every
+        self.training_config: dict = {}
         self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-        self.executor = ThreadPoolExecutor(1, "checkpoint")
+        self.savers: dist.ProcessGroup | None = None  # those of the first replica
+        self.saves = False
+        self.writing, self.publishing = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "exports")
+        self.exporter: Exporter | None = None  # for a large state
         self.staging: Staging | None = None
         self.pending: Future | None = None
+        self.published: Future | None = None
         self.newest = -1  # step of the newest complete checkpoint of this process
+        self.saved_at, self.failed_at = time.monotonic(), None
+        self.owed: set[str] = set()  # reasons of saves that failed
+        self.plan_key = f"{root.resolve()} {time.monotonic_ns()}"
         self.leads = dist.get_rank() == 0
         if self.leads:
             root.mkdir(parents=True, exist_ok=True)
-            for path in root.glob("step_*"):
-                if _step(path) >= 0 and path.is_dir() and not (path / METADATA).is_file():
-                    shutil.rmtree(path)  # a save that was cut off
+            for folder in folders.list_cut(root):
+                say(f"{folder} was cut off while it was saved: it is now {folders.set_aside(folder, folders.CUT).name}")
         dist.barrier(self.group)
 
     def write_configs(self, training_config: dict) -> None:
@@ -181,134 +172,194 @@ class Checkpointer:
         if path.exists() and TinyFluxConfig.from_json(path) != self.config:
             raise ValueError(f"{path} is another network than the one configured: choose another run folder")
         dist.barrier(self.group)
+        self.training_config = training_config
         if self.leads:
-            atomic_write(path, json.dumps(self.config.to_dict(), indent=2).encode())
-            atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2).encode())
+            atomic_write(path, json.dumps(self.config.to_dict(), indent=2))
+            atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2))
 
     def prepare(self, state: dict) -> None:
-        """Get the memory that saves of `state` (nested dict of tensors) need, in the background."""
-        self.staging = Staging(flatten_state_dict(state)[0], self.executor)
+        """Get the memory that saves of `state` (nested dict of tensors) need, in the background. Must be called on all
+        ranks."""
+        flat, _ = flatten_state_dict(state)
+        ranks = first_replica(flat)
+        self.savers = dist.new_group(ranks, backend="gloo", timeout=timedelta(hours=1))
+        self.saves = dist.get_rank() in ranks
+        if self.saves:
+            self.staging = Staging(flat, self.writing)
+        if self.leads and sum(x.numel() * x.element_size() for x in flat.values()) >= APART:
+            self.exporter = Exporter()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether a save is due by the clock, or one that failed is to be tried again. Rank 0's answer counts."""
+        now = time.monotonic()
+        if self.failed_at is not None:
+            return now >= self.failed_at + RETRY
+        return self.every > 0 and now >= self.saved_at + self.every
 
     def save(self, step: int, state: dict, metadata: dict, reasons: set[str]) -> None:
-        """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. A collective.
+        """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. Must be called on all
+        ranks.
 
         reasons: which of "step", "epoch" and "best" it is kept for, and "upload". A failure is reported, not raised.
         """
         self.wait()
-        if self.staging is None:
+        if self.savers is None:
             self.prepare(state)
-        copied = self.staging.copy(flatten_state_dict(state)[0])
-        metadata = {**metadata, "step": step, "reasons": sorted(reasons)}
-        self.pending = self.executor.submit(self._write, *copied, self.root / f"step_{step}", metadata)
+        self.saved_at, self.failed_at = time.monotonic(), None
+        folder = self.root / f"step_{step}"
+        if self.saves:
+            copied = self.staging.copy(flatten_state_dict(state)[0])
+            metadata = {**metadata, "step": step, "reasons": sorted(reasons | self.owed)}
+            self.pending = self.writing.submit(self._write, *copied, folder, metadata)
+        else:
+            self.pending = Future()
+            self.pending.set_result(None)
 
     def _write(self, state: dict[str, Tensor], wait: Callable[[], None], folder: Path, metadata: dict) -> None:
         try:
             wait()
-            dcp.save(state, checkpoint_id=folder, process_group=self.group)
+            dcp.save(state, checkpoint_id=folder, planner=Planner(self.plan_key), process_group=self.savers)
+            files = self._checksums(folder)
             if not self.leads:
                 return
-            files = [path for path in sorted(folder.iterdir()) if path.name != METADATA]
-            metadata["files"] = {path.name: [path.stat().st_size, crc32(path)] for path in files}
-            atomic_write(folder / METADATA, json.dumps(metadata, indent=2).encode())
-            weights = export(folder, self.config, folder.with_name(f"{folder.name}_ema.safetensors"))
-            export(folder, self.config, folder.with_name(f"{folder.name}.safetensors"), ema=False)
-            if self.save_pt:
-                export(folder, self.config, folder.with_name(f"{folder.name}.pt"))
-            if "best" in metadata["reasons"]:
-                shutil.copyfile(weights, self.root / ".best.tmp")
-                os.replace(self.root / ".best.tmp", self.root / "best_ema.safetensors")
-            if self.upload and "upload" in metadata["reasons"]:
+            write_metadata(folder, {**metadata, "config": self.training_config, "files": files})
+            folders.mark_saved(self.root, metadata["step"])
+            self.owed = set()
+            self.published = self.publishing.submit(self._publish, folder)
+        except FAILURES as error:
+            self.failed_at, self.owed = time.monotonic(), self.owed | set(metadata["reasons"])
+            say(
+                f"WARNING: saving {folder} failed: {error}\n  training continues and saves again in {RETRY:g} s at the"
+                " latest; the checkpoints before it are intact"
+            )
+            if self.leads and not (folder / METADATA).is_file():
+                shutil.rmtree(folder, ignore_errors=True)  # it takes the room that the next one needs
+
+    def _checksums(self, folder: Path) -> dict[str, tuple[int, int]]:
+        """Size and CRC of each file of a checkpoint, on rank 0; each rank reads its own."""
+        found: dict[str, tuple[int, int]] | str
+        try:
+            names = [*folder.glob(f"__{dist.get_rank(self.savers)}_*"), *([folder / ".metadata"] if self.leads else [])]
+            found = {path.name: (path.stat().st_size, crc32(path)) for path in names}
+        except OSError as error:
+            found = str(error)
+        everyone = [None] * dist.get_world_size(self.savers) if self.leads else None
+        dist.gather_object(found, everyone, dst=0, group=self.savers)
+        if faults := [files for files in everyone or () if isinstance(files, str)]:
+            raise RuntimeError(faults[0])
+        return {name: sizes for files in everyone or () for name, sizes in sorted(files.items())}
+
+    def _publish(self, folder: Path) -> None:
+        """Export, upload, prune: all that may come after a checkpoint counts. On rank 0, in a thread."""
+        try:
+            reasons = read_metadata(folder)["reasons"]
+            (self.exporter or export_missing)(folder, save_pt=self.save_pt)
+            if self.exporter and self.exporter.stopped:
+                return
+            if "best" in reasons:
+                with replaced(self.root / "best_ema.safetensors") as temporary:
+                    shutil.copyfile(beside(folder, KINDS[0]), temporary)
+            if self.upload and "upload" in reasons:
                 self.upload(folder)
+        except FAILURES as error:
+            say(f"WARNING: exporting {folder} failed: {error}\n  the checkpoint itself is complete")
+        try:
             self._prune()
         except FAILURES as error:
-            say(f"WARNING: saving {folder} failed: {error}\n  training goes on; the checkpoints before it are intact")
-            if self.leads and not (folder / METADATA).is_file():
-                shutil.rmtree(folder, ignore_errors=True)
+            say(f"WARNING: old checkpoints could not be deleted: {error}")
 
     def _prune(self) -> None:
         """Delete what no reason keeps: of each reason the newest few stay, and the newest of all."""
-        folders = list_checkpoints(self.root)
-        reasons = {folder: read_metadata(folder)["reasons"] for folder in folders}
-        kept = set(folders[:1])
+        found = list_checkpoints(self.root)
+        reasons = {folder: read_metadata(folder)["reasons"] for folder in found}
+        kept = set(found[:1])
         for reason, count in self.keep.items():
-            having = [folder for folder in folders if reason in reasons[folder]]
+            having = [folder for folder in found if reason in reasons[folder]]
             kept.update(having[:count] if count else having)
-        for folder in set(folders) - kept:
+        for folder in set(found) - kept:
             (folder / METADATA).unlink()  # invisible first, then gone
             shutil.rmtree(folder)
-            for suffix in (".safetensors", "_ema.safetensors", ".pt"):
-                folder.with_name(folder.name + suffix).unlink(missing_ok=True)
+            for kind in (*KINDS, ".pt"):
+                beside(folder, kind).unlink(missing_ok=True)
+        for path in folders.cut_before(self.root, step_of(found[0])):
+            shutil.rmtree(path)
 
     def wait(self) -> None:
-        """Wait for the save in flight; afterwards every rank knows what is saved. A collective."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-            found = [_step(list_checkpoints(self.root)[0]) if self.leads and list_checkpoints(self.root) else -1]
-            dist.broadcast_object_list(found, src=0, group=self.group)
+        """Wait until the save in flight counts; afterwards every rank knows what is saved. Must be called on all
+        ranks."""
+        if self.pending is None:
+            return
+        self.pending.result()
+        self.pending = None
+        found = [None]
+        if self.leads:
+            found = [step_of(list_checkpoints(self.root)[0]) if self.failed_at is None else None]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        if found[0] is None:  # plans that not all ranks have are no use
+            Planner.forget(self.plan_key)
+            self.plan_key += "+"
+        else:
             self.newest = found[0]
 
-    def load_newest(self, state: dict) -> dict | None:
-        """Load the newest sound checkpoint into the tensors of `state`; a damaged one is set aside, loudly.
+    def load_newest(self, state: dict, *, start_over: bool = False) -> dict | None:
+        """Load the newest sound checkpoint into the tensors of `state`; a damaged one is set aside, loudly. Must be
+        called on all ranks.
 
-        Returns its metadata, or None where there is no checkpoint. Raises RuntimeError where none can be read.
+        Returns its metadata, or None where there is none and a run may begin. Raises RuntimeError where all are
+        damaged, OSError where the folder or a file cannot be read (nothing is set aside then), ValueError where there
+        is no checkpoint but what remains of a run, unless `start_over`.
         """
-        found = [list_checkpoints(self.root)]
+        found: list = [None, None]
+        if self.leads:
+            try:
+                found = [self._newest_sound(start_over), None]
+            except (OSError, RuntimeError, ValueError) as error:
+                found = [None, error]
         dist.broadcast_object_list(found, src=0, group=self.group)
-        for folder in found[0]:
-            fault = [None]
-            if self.leads:
-                try:
-                    check_files(folder)
-                except FAILURES as error:
-                    fault = [str(error)]
-            dist.broadcast_object_list(fault, src=0, group=self.group)
-            if fault[0] is None:
-                metadata = read_metadata(folder)
-                _check_names(folder, state)
-                dcp.load(state, checkpoint_id=folder, process_group=self.group)
-                return metadata
-            say(f"WARNING: {folder} cannot be used: {fault[0]}\n  falling back to the checkpoint before it")
-            if self.leads:
-                folder.rename(folder.with_name(f"{folder.name}.damaged"))
-        if found[0]:
-            raise RuntimeError(f"none of the checkpoints in {self.root} can be read: move it away to start anew")
+        if found[1] is not None:
+            raise found[1]
+        if found[0] is None:
+            return None
+        folder, metadata = found[0]
+        _check_names(folder, state)
+        dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        for change in identity.changes(metadata.get("config") or {}, self.training_config):
+            say(f"WARNING: since this checkpoint {change}")
+        if self.leads and not all(beside(folder, kind).exists() for kind in KINDS):
+            self.published = self.publishing.submit(self._publish, folder)
+        return metadata
+
+    def _newest_sound(self, start_over: bool) -> tuple[Path, dict] | None:
+        found = patiently(lambda: list_checkpoints(self.root))
+        for folder in found:
+            try:
+                return folder, patiently(lambda folder=folder: check_files(folder))
+            except Damaged as error:
+                aside = folders.set_aside(folder, folders.DAMAGED)
+                say(f"WARNING: {error}\n  it is now {aside.name}; falling back to the checkpoint before it")
+        if found:
+            raise RuntimeError(f"none of the checkpoints in {self.root} is whole: each is damaged, as said above")
+        left = folders.leftovers(self.root)
+        if left and not start_over:
+            raise ValueError(
+                f"{self.root.parent} has no checkpoint, but what remains of a run: {', '.join(left[:5])}"
+                f"{', ...' if len(left) > 5 else ''}. Bring a checkpoint back (a .damaged folder may be repaired),"
+                " choose another --run-dir, or begin at step 0 here with --start-over"
+            )
         return None
 
-    def close(self) -> None:
-        """Wait for the save in flight and stop the thread."""
+    def close(self, patience: float | None = None) -> None:
+        """Wait for the save in flight and, for at most `patience` seconds, for exports; stop the threads. What was not
+        exported is exported at the next start. Must be called on all ranks."""
         self.wait()
-        self.executor.shutdown()
-
-
-def main(argv: list[str]) -> int:
-    """The command of this module."""
-
-    def command(folder: tyro.conf.Positional[Path], out: Path | None = None, ema: bool = True) -> None:
-        """Write a checkpoint folder's weights in the published layout.
-
-        Args:
-            folder: RUN_DIR/checkpoints/step_N, or RUN_DIR for its newest checkpoint.
-            out: a .safetensors or .pt file; by default step_N_ema.safetensors or step_N.safetensors, beside the folder.
-            ema: the averaged weights, or those that were trained. A .pt file has both.
-        """
-        if not (folder / METADATA).is_file():
-            found = list_checkpoints(folder) or list_checkpoints(folder / "checkpoints")
-            if not found:
-                raise FileNotFoundError(f"{folder}: no complete checkpoint here")
-            folder = found[0]
-        check_files(folder)
-        config = TinyFluxConfig.from_json(folder.parent / "config.json")
-        out = out or folder.with_name(f"{folder.name}{'_ema' if ema else ''}.safetensors")
-        print(export(folder, config, out, ema=ema))
-
-    try:
-        tyro.extras.subcommand_cli_from_dict({"export": command}, args=argv, description=__doc__)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        if self.published is not None:
+            try:
+                self.published.result(patience)
+            except NotDone:
+                say("the newest checkpoint is saved; its .safetensors files are written at the next start")
+                if self.exporter:
+                    self.exporter.stop()
+        self.writing.shutdown()
+        self.publishing.shutdown()
+        Planner.forget(self.plan_key)

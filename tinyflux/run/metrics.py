@@ -1,8 +1,8 @@
 """What a run says about itself: metrics.jsonl (one line a step), TensorBoard, the progress line."""
 
+import errno
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -13,69 +13,144 @@ from tinyflux.shards.stream import Stream
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import loss_warmup
 from tinyflux.util import devices
+from tinyflux.util.files import atomic_write
+from tinyflux.util.log import say
+
+RETRY = 60.0
+"""Seconds until TensorBoard's files are tried again after an error."""
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The records of RUN_DIR/metrics.jsonl, oldest first."""
-    with open(Path(run_dir) / "metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+    """The records of RUN_DIR/metrics.jsonl, oldest first. Raises ValueError naming a line that is none."""
+    path = Path(run_dir) / "metrics.jsonl"
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        records.append(_parse(line))
+        if records[-1] is None:
+            raise ValueError(f"{path}: line {number} is damaged ({line[:20]!r}): delete it, the others are used then")
+    return records
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # a crash of the machine may leave zeros
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a line that a kill cut short goes too."""
+    """Keep the records up to `step`, without lines that a kill or a crash left in parts. Nothing is lost: a run that
+    begins at step 0 gets a file of its own."""
+    if not step:
+        if path.stat().st_size:
+            aside = next(p for i in range(1, 10_000) if not (p := path.with_name(f"metrics.{i}.jsonl")).exists())
+            say(f"what was recorded before this start is in {path.rename(aside)}")
+        return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        record = _parse(line)
+        if record is None:
+            say(f"WARNING: {path}: line {number} is damaged, so it is left out")
+        elif record["step"] <= step:
+            kept.append(line + b"\n")
+    atomic_write(path, b"".join(kept))
+
+
+class Board:
+    """A TensorBoard writer that outlives a full disk: what cannot be written is left out, and said once."""
+
+    def __init__(self, folder: Path, start_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # half a second: only the rank that writes pays it
+
+        self.folder, self.failed_at = folder, 0.0
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, kind: str, name: str, value, step: int) -> None:
+        """`add_scalar`, `add_text`, `add_image` or `flush` of a SummaryWriter."""
+        try:
+            if self.writer is None:
+                if time.monotonic() < self.failed_at + RETRY:
+                    return
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.folder))
+            getattr(self.writer, f"add_{kind}")(name, value, step)
+        except OSError as error:
+            if not self.failed_at:
+                say(f"WARNING: TensorBoard's files in {self.folder}: {error}; training continues without them")
+            self.writer, self.failed_at = None, time.monotonic()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        except OSError as error:
+            say(f"WARNING: TensorBoard's files in {self.folder}: {error}")
 
 
 class Metrics:
     """The run's records. Only rank 0 writes; elsewhere every method is a no-op.
 
-    `start_step`: what was recorded after this step belongs to a future that was lost, and is cut off.
+    `start_step`: what was recorded after this step belongs to a future that was lost, and is cut off. The first record
+    after a resume says so: `resumed`.
     """
 
     def __init__(self, run_dir: Path, tensorboard_dir: Path | None, start_step: int, total_steps: int):
         self.writes = dist.get_rank() == 0
         self.total_steps, self.started_at, self.start_step = total_steps, time.perf_counter(), start_step
-        self.board = None
+        self.board: Board | None = None
+        self.path = run_dir / "metrics.jsonl"
+        self.marks = {"resumed": True} if start_step else {}
+        self.unwritten: list[bytes] = []
+        self.failed = False
         if not self.writes:
             return
-        path = run_dir / "metrics.jsonl"
-        if path.exists():
-            _truncate(path, start_step)
-        self.file = open(path, "a")
+        if self.path.exists():
+            _truncate(self.path, start_step)
+        self.file = open(self.path, "ab", buffering=0)
+        self.size = self.file.tell()
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter  # half a second: only the rank that writes pays it
-
-            self.board = SummaryWriter(str(tensorboard_dir), purge_step=start_step + 1)
+            self.board = Board(tensorboard_dir, start_step)
 
     def record(self, record: dict) -> None:
-        """Append one line. NaN and infinity become null: they are no JSON."""
+        """Append one line. NaN and infinity become null: they are no JSON. Where the disk is full, lines wait."""
         if self.writes:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self.file.write(json.dumps(clean) + "\n")
-            self.file.flush()
+            self.unwritten.append(json.dumps(clean | self.marks).encode() + b"\n")
+            self.marks = {}
+            self._write()
+
+    def _write(self) -> None:
+        data = b"".join(self.unwritten)
+        try:
+            if (written := self.file.write(data)) != len(data):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
+        except OSError as error:
+            self.file.truncate(self.size)  # no half lines
+            if not self.failed:
+                say(f"WARNING: {self.path}: {error}; training continues, and its lines are written once there is room")
+            self.failed = True
+            return
+        self.size += len(data)
+        self.unwritten, self.failed = [], False
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """TensorBoard scalars, `group/name` -> value."""
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                self.board.write("scalar", name, value, step)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
         """A TensorBoard text page."""
         if self.board is not None:
-            self.board.add_text(name, text, step)
+            self.board.write("text", name, text, step)
 
     def image(self, name: str, image, step: int) -> None:
         """A TensorBoard picture, uint8 [3, H, W]."""
         if self.board is not None:
-            self.board.add_image(name, image, step)
+            self.board.write("image", name, image, step)
 
     def progress(self, record: dict) -> None:
         """Print one line: step, losses, speed, time left."""
@@ -94,6 +169,8 @@ class Metrics:
     def close(self) -> None:
         """Flush and close the files."""
         if self.writes:
+            if self.unwritten:
+                self._write()
             self.file.close()
         if self.board is not None:
             self.board.close()

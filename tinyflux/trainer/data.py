@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tinyflux.run.checkpoint import newest_identity
+from tinyflux.run.folders import newest_identity
 from tinyflux.shards.config import DataConfig, open_sources, resolve_revisions
 from tinyflux.shards.plan import PLAN_VERSION
 from tinyflux.shards.store import Source

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tinyflux.model.model import flops_per_sample
-from tinyflux.run import checkpoint
 from tinyflux.run.checkpoint import Checkpointer
+from tinyflux.run.folders import lock
 from tinyflux.run.metrics import Metrics, data_lines, data_report, scalars
 from tinyflux.run.report import write_report
 from tinyflux.run.upload import Uploader
@@ -140,7 +140,7 @@ class Trainer:
         (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
         self.sample_tokens = height * width + text_tokens
         self.sample_flops = flops_per_sample(self.model_config, height * width, text_tokens)
-        self.lock = checkpoint.lock(self.run_dir) if self.rank == 0 else None
+        self.lock = lock(self.run_dir) if self.rank == 0 else None
         options = {"keep_steps": c.keep_last_n_steps, "keep_epochs": c.keep_last_n_epochs, "save_pt": c.save_pt}
         root, self.uploader = self.run_dir / c.checkpoint_dir, None
         if c.hf_repo_id and self.rank == 0:

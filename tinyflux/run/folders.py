@@ -1,0 +1,111 @@
+"""What is in a run's folder: its lock, its checkpoints by name, what is set aside there.
+
+    .saved                      step of the newest checkpoint that was ever complete here
+    checkpoints/step_N/         a checkpoint, complete once it has a metadata.json
+    checkpoints/step_N.cut      a save that was cut off; deleted once a later checkpoint is complete
+    checkpoints/step_N.damaged  files of another size or checksum than what was written
+"""
+
+import os
+import re
+import stat
+from contextlib import ExitStack
+from pathlib import Path
+
+from tinyflux.model.dcp import METADATA, Damaged, read_metadata
+from tinyflux.util.files import NoLocks, atomic_write, locked
+from tinyflux.util.log import say
+
+CUT, DAMAGED = "cut", "damaged"
+MARK = ".saved"
+
+
+def lock(run_dir: Path, patience: float = 120) -> ExitStack:
+    """Hold a run folder until what is returned is closed. Waits for a training that is just stopping in it.
+
+    Raises RuntimeError where the other one continues. A file system without locks is warned of.
+    """
+    held, path = ExitStack(), run_dir / ".lock"
+    try:
+        try:
+            held.enter_context(locked(path, timeout=0))
+        except TimeoutError:
+            say(f"waiting for another training to leave {run_dir}")
+            held.enter_context(locked(path, timeout=patience))
+    except TimeoutError:
+        raise RuntimeError(f"another training runs in {run_dir}: stop it, or choose another folder") from None
+    except NoLocks as error:
+        say(f"WARNING: {run_dir} cannot be locked ({error}): start one training there at a time")
+    return held
+
+
+def step_of(folder: Path) -> int:
+    """N of step_N, -1 of any other name."""
+    match = re.fullmatch(r"step_(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def _names(root: Path) -> list[str]:
+    try:
+        return os.listdir(root)  # pathlib's glob would take a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(folder / METADATA).st_mode) or os.path.islink(folder / METADATA)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """The complete checkpoints of a folder, newest first. Raises OSError where the folder cannot be read."""
+    folders = [Path(root, name) for name in _names(Path(root))]
+    found = [folder for folder in folders if step_of(folder) >= 0 and _is_complete(folder)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def list_cut(root: Path) -> list[Path]:
+    """Folders of saves that were cut off, of any process before."""
+    folders = [root / name for name in _names(root)]
+    return [folder for folder in folders if step_of(folder) >= 0 and folder.is_dir() and not _is_complete(folder)]
+
+
+def set_aside(folder: Path, word: str) -> Path:
+    """Rename a checkpoint's folder so that it does not count any more. Returns its new path."""
+    count = 1
+    while (target := folder.with_name(f"{folder.name}.{word}{count if count > 1 else ''}")).exists():
+        count += 1
+    return folder.rename(target)
+
+
+def cut_before(root: Path, step: int) -> list[Path]:
+    """What was cut off at or before a step."""
+    pattern = re.compile(rf"step_(\d+)\.{CUT}\d*")
+    found = [(match, root / name) for name in _names(root) if (match := pattern.fullmatch(name))]
+    return [path for match, path in found if int(match[1]) <= step]
+
+
+def mark_saved(root: Path, step: int) -> None:
+    """Note that this run has had a complete checkpoint: from now on it is never begun at step 0 again by itself."""
+    atomic_write(root.parent / MARK, f"{step}\n")
+
+
+def leftovers(root: Path) -> list[str]:
+    """What says that a run folder without a checkpoint had one: weights, damaged folders, metrics of saved steps."""
+    pattern = re.compile(rf"step_\d+(\.{DAMAGED}\d*|(_ema)?\.safetensors|\.pt)|best_ema\.safetensors")
+    found = [f"{root.name}/{name}" for name in sorted(_names(root)) if pattern.fullmatch(name)]
+    if (root.parent / MARK).exists() and (root.parent / "metrics.jsonl").exists():
+        found.append("metrics.jsonl")
+    return found
+
+
+def newest_identity(root: str | Path) -> dict:
+    """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
+    for folder in list_checkpoints(root):
+        try:
+            return read_metadata(folder).get("identity", {})
+        except Damaged:  # resuming says what is wrong with it, and takes the one before it too
+            continue
+    return {}
