@@ -215,9 +215,14 @@ def check_revisions(job: Job, config: BuildConfig, begun: dict) -> None:
 def zoo_of(config: BuildConfig, device: str, begun: dict | None) -> ModelZoo:
     """The zoo, none of its models loaded yet. Raises ValueError for one that it doesn't have."""
     dtypes = {name: getattr(torch, dtype) for name, dtype in config.model_dtype.items()}
-    zoo = ModelZoo(device=device, dtype=dtypes, zoo=config.zoo, revision=revisions(config, begun))
-    zoo.one_at_a_time = config.low_memory
-    return zoo
+    return ModelZoo(
+        device=device,
+        dtype=dtypes,
+        zoo=config.zoo,
+        revision=revisions(config, begun),
+        one_at_a_time=config.low_memory,
+        extraction_only=True,
+    )
 
 
 def device_of(config: BuildConfig, settings: dict, local_rank: int) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = repos
         self.gated: set[str] = set()
-        self.fetched: list[str] = []
+        self.fetched: list[str] = []  # USER/REPO/FILE
+        self.faults: dict[str, tuple[int, bytes, dict[str, str]]] = {}  # by file: what is answered in its place
 
     def find(self, repo: str, revision: str) -> tuple[str, Path] | None:
         for branch, folder in self.repos.get(repo, {}).items():
@@ -51,19 +53,27 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, json.dumps({"id": repo, "sha": commit, "siblings": names}).encode(), {})
         if not (folder / file).is_file():
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        data = (folder / file).read_bytes()
-        if self.command == "GET":
-            self.server.fetched.append(file)
-        self.answer(200, data, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+        if fault := self.server.faults.get(file):
+            return self.answer(*fault)
+        path = folder / file
+        size = path.stat().st_size
+        tag = hashlib.sha1(path.read_bytes() if size < 1 << 24 else f"{path} {size}".encode()).hexdigest()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"', "Content-Length": str(size)}
+        if self.command == "HEAD":
+            return self.answer(200, b"", headers)
+        self.server.fetched.append(f"{repo}/{file}")
+        self.answer(200, b"", headers, body_follows=True)
+        with path.open("rb") as content:
+            shutil.copyfileobj(content, self.wfile, 1 << 20)
 
     do_HEAD = do_GET
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def answer(self, status: int, body: bytes, headers: dict[str, str], body_follows: bool = False) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and not body_follows:
             self.wfile.write(body)
 
     def log_message(self, *args):

@@ -345,7 +345,7 @@ def test_hub(folder, tmp_path_factory, monkeypatch, caplog):
     cache = tmp_path_factory.mktemp("cache")
     with serve({"user/tiny": {"main": folder, "v1": old}}, cache, monkeypatch) as hub:
         assert weight(from_pretrained("user/tiny")).equal(ema)
-        assert hub.fetched == ["ema.safetensors", "config.json"]  # no more than it needs
+        assert hub.fetched == ["user/tiny/ema.safetensors", "user/tiny/config.json"]  # no more than it needs
         assert weight(load_model("user/tiny")).equal(raw)
         step = published(seed=2)["img_in.weight"]
         assert weight(from_pretrained("user/tiny:runs/a")).equal(step)  # config.json from the folder above

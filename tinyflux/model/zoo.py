@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,11 +50,10 @@ class ModelZoo:
     with `vae`, `sd_vae`, `clip`, `t5`, `lune` and `sol` in it and an optional `zoo.json` {"image_size", "t5_length"}.
     dtype: one for all or {name: dtype}; unless given bfloat16 on CUDA, float32 elsewhere. revision: one for all Hub
     repos or {name: revision}; that of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
+    one_at_a_time: `using` keeps a model on the device, or on the CPU in memory, for no longer than it is used.
+    extraction_only: leave out what extraction never runs, Lune's up blocks and the VAEs' decoders: 2.5 GB in float32.
     Every model is None until its `load_*`, then in eval mode without gradients.
     """
-
-    one_at_a_time = False
-    """Whether `using` keeps a model on the device, or on the CPU in memory, for no longer than it is used."""
 
     def __init__(
         self,
@@ -61,7 +61,11 @@ class ModelZoo:
         dtype: torch.dtype | dict[str, torch.dtype] | None = None,
         zoo: str | Path = "flux",
         revision: str | dict[str, str] | None = None,
+        *,
+        one_at_a_time: bool = False,
+        extraction_only: bool = False,
     ):
+        self.one_at_a_time, self.extraction_only = one_at_a_time, extraction_only
         self._dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys((*FLUX, "tinyflux"), dtype)
         for given in {None, *self._dtypes.values()}:
             check_place(device, given)
@@ -98,6 +102,8 @@ class ModelZoo:
         self._known: dict[Pretrained, dict] = {}
         self.truncated: Counter[str] = Counter()
         """By model, how many of the prompts encoded so far were longer than it takes."""
+        self.seconds: Counter[str] = Counter()
+        """By model, how long `using` had it; on CUDA its kernels may still run then, and count for the next one."""
         self._warned: set[str] = set()
 
     @classmethod
@@ -142,6 +148,8 @@ class ModelZoo:
     def _load_vae(self, name: str, source: str | Path | None) -> AutoencoderKL:
         place = self._find(name, source)
         vae = load_pretrained(AutoencoderKL, place, torch_dtype=self._dtype(name))
+        if self.extraction_only:
+            vae.decoder = None
         self._keep(name, place, vae)
         self._identities[name]["scaling_factor"] = vae.config.scaling_factor
         return vae
@@ -163,6 +171,8 @@ class ModelZoo:
             unet = load_pretrained(UNet2DConditionModel, place, torch_dtype=self._dtype(name))
         if extra := [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key) is not None]:
             raise ValueError(f"{name}: {place} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
+        if self.extraction_only and name == "lune":
+            unet.up_blocks = unet.conv_norm_out = unet.conv_out = None
         self._keep(name, place, unet)
         if place.file:
             self._identities[name]["config"] = self._unet_config.identity()
@@ -223,19 +233,18 @@ class ModelZoo:
         With `one_at_a_time` it is brought for that alone: onto the device from the CPU's memory, or, where the CPU is
         the device, loaded and unloaded.
         """
-        if not self.one_at_a_time:
-            yield self.required(name)
-            return
-        if getattr(self, name) is None:
+        start = time.perf_counter()
+        if self.one_at_a_time and getattr(self, name) is None:
             getattr(self, f"load_{name}")()
-        else:
+        elif self.one_at_a_time:
             self.onload(name)
         try:
             yield self.required(name)
         finally:
-            if self.device.type == "cpu":
+            self.seconds[name] += time.perf_counter() - start
+            if self.one_at_a_time and self.device.type == "cpu":
                 self.unload(name)
-            else:
+            elif self.one_at_a_time:
                 self.offload(name)
 
     def compile(self, **options) -> None:
