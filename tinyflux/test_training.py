@@ -19,7 +19,8 @@ import tyro
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run.metrics import read_metrics
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache

@@ -42,8 +42,8 @@ from tinyflux.shards.plan import Plan, PlanSource
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.shards.writer import write_shard
+from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.data import StreamCollate
 
 SHAPES = {"latents": (16, 64, 64), "t5_embeds": (128, 768), "clip_pooled": (768,)}
 SHAPES |= {"lune": (10, 1280), "sol_stats": (10, 3), "sol_spatial": (10, 8, 8)}

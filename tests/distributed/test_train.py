@@ -10,8 +10,8 @@ from tests.training import curve, make_source, train
 from tinyflux.model.loader import load_checkpoint, load_model
 from tinyflux.run import export
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.data import StreamCollate
 from tinyflux.util import rng
 
 STEPS = 20

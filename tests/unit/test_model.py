@@ -300,14 +300,14 @@ def test_flops():
 BAD = {
     "hidden_size 96 is not num_attention_heads x attention_head_dim = 2 x 32": {"hidden_size": 96},
     r"axes_dims_rope \(8, 12, 16\) must sum to attention_head_dim 32": {"axes_dims_rope": (8, 12, 16)},
-    "axes_dims_rope must be three even numbers": {"axes_dims_rope": (7, 13, 12)},
-    "sol_geometric_weight must be in": {"sol_geometric_weight": 1.5},
-    "lune_dropout must be in": {"lune_dropout": 1.0},
-    "patch_size must be 1": {"patch_size": 2},
-    "num_single_layers must be a positive integer": {"num_single_layers": -1},
-    "in_channels must be a positive integer, not '16'": {"in_channels": "16"},
-    "use_sol_prior must be true or false": {"use_sol_prior": "no"},
-    "mlp_ratio must be positive": {"mlp_ratio": 0.0},
+    "model.axes_dims_rope is .* three even numbers": {"axes_dims_rope": (7, 13, 12)},
+    "model.sol_geometric_weight is 1.5: it must be in": {"sol_geometric_weight": 1.5},
+    "model.lune_dropout is 1.0: it must be in": {"lune_dropout": 1.0},
+    "model.patch_size is 2: it must be": {"patch_size": 2},
+    "model.num_single_layers is -1: it must be at least 0": {"num_single_layers": -1},
+    "model.in_channels is '16': it must be a whole number": {"in_channels": "16"},
+    "model.use_sol_prior is 'no': it must be true or false": {"use_sol_prior": "no"},
+    "model.mlp_ratio is 0.0: it must be more than 0": {"mlp_ratio": 0.0},
 }
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.trainer.parallel import ParallelConfig, freeze, prepare_block
+from tinyflux.trainer.config import ParallelConfig
+from tinyflux.trainer.parallel import freeze, prepare_block
 
 CONFIG = TinyFluxConfig(
     hidden_size=32,

@@ -11,7 +11,8 @@ CONFIG = {"trainer": {"total_steps": 40, "sample_prompts": ["a <red> circle"]}}
 def record(step: int) -> dict:
     by_t = [None if (step + i) % 3 == 0 else 1 / (i + 1) for i in range(10)]
     timing = {"samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
-    values = {"loss": 2 / step, "main": 1 / step, "lr": 1e-3, "grad_norm": 0.5, "skipped": step == 3}
+    values = {"loss": 2 / step, "main": 1 / step, "weights": {"main": 1.0}, "lr": 1e-3, "grad_norm": 0.5}
+    values["skipped"] = step == 3
     return {"step": step, **values, "main_by_t": by_t, **timing} | ({"val_loss": 1.5 / step} if step % 10 == 0 else {})
 
 

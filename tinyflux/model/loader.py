@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, check_files, read_checkpoint, read_metadata
 from tinyflux.model.layers import rope_frequencies
-from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.model import TinyFluxDeep
 
 log = logging.getLogger(__name__)
 

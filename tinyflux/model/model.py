@@ -5,117 +5,18 @@ which stay in float32. Under FSDP2 with low-precision parameters use `MixedPreci
 its default would round those, and the forward casts by itself what has to be cast.
 """
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.experts import LunePredictor, SolPrior
 from tinyflux.model.layers import DoubleBlock, Linear, RMSNorm, SingleBlock, resize_map, rope_table
 
 TIME_FREQUENCIES = 128
-
-
-@dataclass
-class TinyFluxConfig:
-    """The network's shape. The defaults are the published 245M-parameter model."""
-
-    hidden_size: int = 512
-    """Channels: num_attention_heads x attention_head_dim."""
-    num_attention_heads: int = 4
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    """Latent channels."""
-    patch_size: int = 1
-    """One token per latent pixel; no other value is supported."""
-    joint_attention_dim: int = 768
-    """Width of the T5 states."""
-    pooled_projection_dim: int = 768
-    """Width of the pooled CLIP vector."""
-    num_double_layers: int = 15
-    num_single_layers: int = 25
-    mlp_ratio: float = 4.0
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-    """Rotary channels of (frame, row, column); they sum to attention_head_dim."""
-    use_lune_expert: bool = True
-    lune_expert_dim: int = 1280
-    """Width of the Lune teacher's features."""
-    lune_hidden_dim: int = 512
-    lune_dropout: float = 0.1
-    freeze_lune: bool = False
-    use_sol_prior: bool = True
-    sol_spatial_size: int = 8
-    """Points along each side of the Sol map."""
-    sol_hidden_dim: int = 256
-    sol_geometric_weight: float = 0.7
-    """Initial share of the geometric prior against the learned one, in [0, 1]."""
-    freeze_sol: bool = False
-    use_t5_vec: bool = True
-    """Condition on a vector pooled from the T5 states besides the CLIP one."""
-
-    def __post_init__(self):
-        self.axes_dims_rope = tuple(self.axes_dims_rope)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < (0 if "layers" in field.name else 1)):
-                raise ValueError(f"{field.name} must be a positive integer, not {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
-        heads, head_dim = self.num_attention_heads, self.attention_head_dim
-        if self.hidden_size != heads * head_dim:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not num_attention_heads x attention_head_dim = {heads} x {head_dim}"
-            )
-        if len(self.axes_dims_rope) != 3 or any(type(d) is not int or d < 0 or d % 2 for d in self.axes_dims_rope):
-            raise ValueError(f"axes_dims_rope must be three even numbers, not {self.axes_dims_rope}")
-        if sum(self.axes_dims_rope) != head_dim:
-            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must sum to attention_head_dim {head_dim}")
-        if self.patch_size != 1:
-            raise ValueError(f"patch_size must be 1, not {self.patch_size}")
-        if self.mlp_dim < 1:
-            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
-        if self.sol_hidden_dim < 2:
-            raise ValueError(f"sol_hidden_dim must be at least 2, not {self.sol_hidden_dim}")
-        if not 0 <= self.sol_geometric_weight <= 1:
-            raise ValueError(f"sol_geometric_weight must be in [0, 1], not {self.sol_geometric_weight}")
-        if not 0 <= self.lune_dropout < 1:
-            raise ValueError(f"lune_dropout must be in [0, 1), not {self.lune_dropout}")
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "TinyFluxConfig":
-        """Keys that start with `_` are metadata and left out; ValueError names any other unknown key."""
-        values = {key: value for key, value in values.items() if not key.startswith("_")}
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"unknown model config keys: {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**values)
-
-    def save_json(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "TinyFluxConfig":
-        """ValueError, with the path, where the file holds no object of known keys."""
-        try:
-            values = json.loads(Path(path).read_text())
-            if not isinstance(values, dict):
-                raise ValueError("not a JSON object")
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 class TimestepEmbedder(nn.Module):

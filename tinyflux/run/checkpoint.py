@@ -29,9 +29,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, write_metadata
 from tinyflux.model.loader import load_model
-from tinyflux.model.model import TinyFluxConfig
 from tinyflux.run import folders, identity
 from tinyflux.run.export import KINDS, Exporter, beside, export_missing
 from tinyflux.run.folders import list_checkpoints, step_of

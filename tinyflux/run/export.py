@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import tyro
 
+from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, check_files, of_kind, read_checkpoint, read_tensors
 from tinyflux.model.loader import save_published, to_published
-from tinyflux.model.model import TinyFluxConfig
 from tinyflux.run.folders import list_checkpoints
 from tinyflux.util import cli
 from tinyflux.util.files import replaced

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 from tinyflux.shards.stream import Stream
-from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.schedules import loss_warmup
 from tinyflux.util import devices
 from tinyflux.util.files import atomic_write
 from tinyflux.util.log import say
 
 RETRY = 60.0
 """Seconds until TensorBoard's files are tried again after an error."""
+
+LATE = 0.1  # part of a step that a rank may be late without being named
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -161,9 +161,13 @@ class Metrics:
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         parts = [f"step {record['step']}/{self.total_steps}", f"loss {record['loss']:.4f}"]
-        parts += [f"{name} {record[name]:.4f}" for name in ("main", "lune", "sol") if record.get(name) is not None]
+        parts += [f"{name} {record[name]:.4f}" for name in record["weights"] if record[name] is not None]
         parts += [f"lr {record['lr']:.2e}", f"grad {record['grad_norm']:.3f}"]
         parts += [f"{record['samples_per_s']:.1f} samples/s"]
+        slowest = record["slowest"]
+        if slowest["late_s"] > LATE * record["step_s"]:
+            late, wait = slowest["late_s"], slowest["data_wait_s"]
+            parts += [f"rank {slowest['rank']} begins {late:.2f} s late ({wait:.2f} s waiting for data)"]
         print(*parts, f"left {hours}:{minutes:02}:{seconds:02}", sep="  ", flush=True)
 
     def close(self) -> None:
@@ -210,19 +214,18 @@ def data_lines(report: dict) -> list[str]:
 
 
 def scalars(
-    record: dict, config: TrainerConfig, world: int, device: torch.device, *, flops: float, tokens: int
+    record: dict, world: int, device: torch.device, *, flops: float, tokens: int
 ) -> dict[str, float]:
     """What TensorBoard shows of a step's record with its `data_report`.
 
     flops: of the forward pass of one sample; tokens: of one sample.
     """
-    c, data = config, record["data"]
-    values = {f"loss/{k}": record[k] for k in ("loss", "main", "lune", "sol") if k in record}
+    data, weights = record["data"], record["weights"]
+    values = {f"loss/{name}": record[name] for name in ("loss", *weights)}
+    values |= {f"weight/{name}": weight for name, weight in weights.items()}
     values |= {f"validation/{k[4:]}": v for k, v in record.items() if k.startswith("val_")}
     by_t = record["main_by_t"]
     values |= {f"main_by_t/{(i + 0.5) / len(by_t):.2f}": v for i, v in enumerate(by_t) if v is not None}
-    values |= {"weight/lune": c.lune_weight * loss_warmup(record["step"], c.lune_warmup_steps)}
-    values |= {"weight/sol": c.sol_weight * loss_warmup(record["step"], c.sol_warmup_steps)}
     values |= {"optimizer/lr": record["lr"], "optimizer/grad_norm": record["grad_norm"]}
     rate = record["samples_per_s"] / world  # of one device
     work = 3 * flops * rate  # the backward takes twice the forward

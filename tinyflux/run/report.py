@@ -116,10 +116,11 @@ def write_report(run_dir: str | Path, config: dict, sample_dir: str = "samples")
     def series(*names: str) -> dict[str, Points]:
         return {n: smooth([(r["step"], r[n]) for r in records if r.get(n) is not None]) for n in names}
 
+    others = [name for name in records[-1]["weights"] if name != "main"]
     plots = [
         plot("loss", series("loss", "main")),
         plot("validation", series("val_loss")),
-        plot("distillation", series("lune", "sol", "val_lune", "val_sol")),
+        plot("distillation", series(*others, *(f"val_{name}" for name in others))),
         plot("main loss over t (0 is noise, 1 is data)", by_timestep(records)),
         plot("learning rate", series("lr")),
         plot("gradient norm", series("grad_norm")),

@@ -257,6 +257,10 @@ class Stream:
         """The share of each source in a batch that the weights ask for."""
         return dict(zip(self.labels, self.plan.weights, strict=True))
 
+    def epoch(self, step: int) -> int:
+        """How often all samples were gone through before a step."""
+        return self.plan.epoch(step)
+
     def passes(self, step: int) -> list[float]:
         """How often each source was gone through before a step, on all ranks together."""
         taken = zip(self.plan.start(step), self.plan.sources, strict=True)

@@ -1,7 +1,6 @@
-"""A DataLoader in the place of the shard stream, for notebooks: the same draws, one device."""
+"""Training batches out of a DataLoader, for notebooks: the draws of the shard stream, one device."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,9 +8,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tinyflux.shards.format import Field, fields_of, sample_key
+from tinyflux.trainer.batches import Batch
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
+from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.data import StreamCollate
 from tinyflux.util import rng
 
 FORMAT = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids")
@@ -52,16 +52,13 @@ class CacheCollate(StreamCollate):
             found["sol_stats"], found["sol_spatial"] = self.cache.get_sol(*rows, t)
         return found
 
-    def __call__(self, raw: dict) -> dict:
-        return super().__call__(raw) | {"masks": raw.get("masks")}
-
 
 class CacheLoader:
-    """A DataLoader of `CachedDataset` or `MultiCachedDataset` with the face that `Trainer` knows from `Stream`.
+    """The `Batches` of a DataLoader of `CachedDataset` or `MultiCachedDataset`.
 
     A step is `gradient_accumulation` batches; epochs follow each other without end. Timesteps, text dropout and every
-    seed are keyed by (seed, step, slot), as the stream's. The loader's random sampler is seeded anew in each epoch,
-    from (seed, epoch), so that a resumed run goes on with the samples that the unbroken one would have had; the batches
+    seed are keyed by (seed, step, slot), as the stream's. The loader's random sampler is seeded again in each epoch,
+    from (seed, epoch), so that a resumed run has the samples that the unbroken one would have had; the batches
     of the epoch that were trained on are read once more and dropped. With a sampler of your own that holds only if its
     order depends on nothing but its `generator` or `set_epoch`. A last batch that is smaller weighs as much as another.
     Raises ValueError where the loader or the cache is not fit for that.
@@ -87,13 +84,12 @@ class CacheLoader:
         if not self.batches:
             raise ValueError("the DataLoader is empty: its dataset has no samples, or fewer than a batch (drop_last)")
         self.loader, self.cache, self.seed = loader, cache, seed
-        self.accumulation, self.config = config.gradient_accumulation, config
+        self.accumulation = config.gradient_accumulation
         batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         if batch_size is None and config.stratified_sampling:
             raise ValueError("trainer.stratified_sampling needs a DataLoader with a batch_size")
         self.global_batch_size = (batch_size or 1) * self.accumulation
         self.collate = CacheCollate(config, cache, global_batch_size=self.global_batch_size, seed=seed)
-        self.plan = SimpleNamespace(epoch=self.epoch)
         self.position = 0  # batches handed out since step 0
         self.taken: dict[str, int] = dict.fromkeys(self.requested, 0)
 
@@ -156,7 +152,7 @@ class CacheLoader:
             sampler.set_epoch(epoch)
         yield from self.loader
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[Batch]:
         names = list(self.requested)
         while True:
             epoch, done = divmod(self.position, self.batches)

@@ -1,22 +1,19 @@
-"""Configuration: dataclasses from a TOML file, overridden on the command line, refused when they make no sense."""
+"""The settings of a run: dataclasses read from TOML and the command line, refused where they make no sense.
 
-import argparse
+Nothing here needs torch, so that commands show their options at once.
+"""
+
 import dataclasses
 import json
-import re
-import tomllib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch
-import tyro
-
-from tinyflux.model.model import TinyFluxConfig
-from tinyflux.shards.stream import DataConfig
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.shards.config import DataConfig
 from tinyflux.trainer.optim.registry import OPTIMIZERS
-from tinyflux.trainer.parallel import ParallelConfig
+from tinyflux.util import settings
+from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
 
 @dataclass
@@ -25,34 +22,34 @@ class TrainerConfig:
     """State of each trained weight: 8 bytes (adamw), 4 (muon: for training from scratch, in fewer steps), 2 (adamw8bit,
     from torchao: pip install 'tinyflux-deep[8bit]') or almost none (adafactor; its learning rate is relative to the
     weights' size: try 1e-2)."""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Above(0)] = 1e-4
     """Peak learning rate."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, AtLeast(0)] = 0.01
     """Decoupled weight decay, on matrices only: norms, biases and gates have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Within(0, 1, open_high=True)] = (0.9, 0.95)
     """Adam's momentum factors; adafactor has none."""
-    muon_scale: float = 0.2
+    muon_scale: Annotated[float, Above(0)] = 0.2
     """Root mean square of Muon's updates before the learning rate: 0.2 is that of AdamW's; small networks take more."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, AtLeast(0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
-    warmup_steps: int = 1000
+    warmup_steps: Annotated[int, AtLeast(0)] = 1000
     """Steps over which the learning rate rises."""
     warmup_type: Literal["linear", "cosine"] = "linear"
     """How the learning rate rises."""
-    total_steps: int = 100_000
+    total_steps: Annotated[int, AtLeast(1)] = 100_000
     """Optimizer steps of the whole run."""
     init_from: str | None = None
     """Weights to start from at step 0, published or our own: a file, a folder or user/repo[:sub/folder]. EMA where
     there is one. The network's shape comes with them."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: names of modules or parameters, with * for any, such as double_blocks.* or txt_in."""
-    max_epochs: int | None = None
+    max_epochs: Annotated[int | None, AtLeast(1)] = None
     """End earlier, when the sources' samples were seen this often."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, AtLeast(0)] = 0.0
     """Learning rate at the last step."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Annotated[int, AtLeast(1)] = 1
     """Micro-batches of one optimizer step. With shards it follows from data.global_batch_size, data.micro_batch_size
     and the ranks: 1 is then any number, another one must agree."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -61,151 +58,132 @@ class TrainerConfig:
     """torch.compile each block with this mode."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the network computes in; master weights, gradient reduction and EMA are float32 either way."""
-    ema_decay: float = 0.9999
+    ema_decay: Annotated[float, Within(0, 1, open_high=True)] = 0.9999
     """Decay of the averaged weights, reached by min(decay, (1 + n) / (10 + n))."""
 
-    shift: float = 3.0
+    shift: Annotated[float, Above(0)] = 3.0
     """Flux shift of the timesteps towards data, in training and in sampling."""
     logit_normal_sampling: bool = True
     """Logit-normal timesteps; uniform otherwise."""
     logit_mean: float = 0.0
     """Mean of the logit-normal."""
-    logit_std: float = 1.0
+    logit_std: Annotated[float, Above(0)] = 1.0
     """Standard deviation of the logit-normal."""
     stratified_sampling: bool = False
     """Spread the timesteps of a global batch evenly: one in each of as many equal parts."""
     use_snr_weighting: bool = True
     """Weight the main loss by min-SNR."""
-    snr_gamma: float = 5.0
+    snr_gamma: Annotated[float, Above(0)] = 5.0
     """Gamma of the min-SNR weights."""
+    snr_form: Literal["noise", "velocity"] = "noise"
+    """Min-SNR weights of noise prediction, min(snr, gamma) / snr, as published, or of velocity prediction,
+    min(snr, gamma) / (snr + 1), which weighs what is mostly noise less."""
     use_huber_loss: bool = False
     """Huber instead of squared error in the main loss."""
-    huber_delta: float = 0.1
+    huber_delta: Annotated[float, Above(0)] = 0.1
     """Where the Huber losses turn linear."""
     use_spatial_weighting: bool = False
     """Weight the main loss by the Sol teacher's spatial map."""
-    text_dropout: float = 0.1
+    text_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Probability that a sample is trained on the empty prompt, for classifier-free guidance."""
 
     enable_lune: bool = True
     """Distil the Lune teacher's features."""
-    lune_weight: float = 0.1
+    lune_weight: Annotated[float, AtLeast(0)] = 0.1
     """Weight of the Lune loss."""
-    lune_warmup_steps: int = 1000
+    lune_warmup_steps: Annotated[int, AtLeast(0)] = 1000
     """Steps over which that weight rises."""
-    lune_dropout: float = 0.1
+    lune_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Probability that the network sees its own Lune prediction instead of the teacher's features."""
     lune_mode: Literal["cosine", "huber", "soft", "hard"] = "cosine"
     """Distance of the Lune loss."""
     enable_sol: bool = True
     """Distil the Sol teacher's attention statistics."""
-    sol_weight: float = 0.05
+    sol_weight: Annotated[float, AtLeast(0)] = 0.05
     """Weight of the Sol loss."""
-    sol_warmup_steps: int = 2000
+    sol_warmup_steps: Annotated[int, AtLeast(0)] = 2000
     """Steps over which that weight rises."""
-    sol_dropout: float = 0.1
+    sol_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Probability that the network sees its own Sol prediction instead of the teacher's."""
 
     checkpoint_dir: str = "checkpoints"
     """Where checkpoints go, relative to the run folder."""
-    save_every_steps: int = 5000
+    save_every_steps: Annotated[int, AtLeast(0)] = 5000
     """Steps between checkpoints; 0 saves none by step."""
-    keep_last_n_steps: int = 3
+    keep_last_n_steps: Annotated[int, AtLeast(0)] = 3
     """Step checkpoints kept; 0 keeps all."""
-    save_every_epochs: int = 1
+    save_every_epochs: Annotated[int, AtLeast(0)] = 1
     """Epochs between checkpoints; 0 saves none by epoch."""
-    keep_last_n_epochs: int = 3
+    keep_last_n_epochs: Annotated[int, AtLeast(0)] = 3
     """Epoch checkpoints kept; 0 keeps all."""
     save_pt: bool = False
     """Also write step_N.pt: weights, EMA, optimizer and configs in one file."""
-    hf_repo_id: str | None = None
+    hf_repo_id: Annotated[str | None, Match(r"[\w.-]+/[\w.-]+", "like USER/NAME")] = None
     """Model repo of the Hugging Face Hub, USER/NAME, that weights are uploaded to while training goes on."""
-    hf_run_name: str | None = None
+    hf_run_name: Annotated[str | None, Match(r"\w[\w.-]*", "a plain name, of letters, digits, _, . and -")] = None
     """Folder in its checkpoint_runs/. Default: the run folder's name."""
-    upload_every_steps: int = 0
+    upload_every_steps: Annotated[int, AtLeast(0)] = 0
     """Steps between uploads; 0 uploads none by step."""
-    upload_every_epochs: int = 1
+    upload_every_epochs: Annotated[int, AtLeast(0)] = 1
     """Epochs between uploads; 0 uploads none by epoch. The end of the run is always uploaded."""
-    upload_wait: int = 600
+    upload_wait: Annotated[int, AtLeast(0)] = 600
     """Seconds that the end of a run waits for the last upload."""
-    validate_every: int = 1000
+    validate_every: Annotated[int, AtLeast(0)] = 1000
     """Steps between validations on held-out samples (data.val_fraction); the best weights are kept. 0: none."""
-    validation_samples: int = 1024
+    validation_samples: Annotated[int, AtLeast(1)] = 1024
     """Held-out samples of a validation, each at 8 timesteps; all of them where there are fewer."""
-    max_nonfinite_steps: int = 20
+    max_nonfinite_steps: Annotated[int, AtLeast(1)] = 20
     """Steps in a row with a NaN or infinite loss or gradient, or a spike, each skipped, before the run stops."""
-    max_loss_spike: float = 0.0
+    max_loss_spike: Annotated[float, AtLeast(0)] = 0.0
     """Skip a step whose loss is more than this many times the median of the last 100 steps; 0: none."""
 
-    log_every: int = 100
+    log_every: Annotated[int, AtLeast(1)] = 100
     """Steps between progress lines and TensorBoard scalars; metrics.jsonl has every step."""
     tensorboard_dir: str = "logs"
     """Where TensorBoard's files go, relative to the run folder."""
-    profile_at: int = 0
+    profile_at: Annotated[int, AtLeast(0)] = 0
     """Step from which rank 0 is profiled; 0: never."""
-    profile_steps: int = 5
+    profile_steps: Annotated[int, AtLeast(1)] = 5
     """Steps that are profiled."""
-    sample_every: int = 2000
+    sample_every: Annotated[int, AtLeast(0)] = 2000
     """Steps between sample grids; 0 draws none."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids, encoded once at the start."""
     sample_dir: str = "samples"
     """Where sample grids go, relative to the run folder."""
-    sample_steps: int = 28
+    sample_steps: Annotated[int, AtLeast(1)] = 28
     """Euler steps of a sample."""
-    guidance_scale: float = 5.0
+    guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance of a sample."""
     zoo: str = "flux"
     """Models that encode sample prompts and decode samples: flux, tiny, or a directory."""
 
     def __post_init__(self):
         self.betas, self.sample_prompts = tuple(self.betas), list(self.sample_prompts or [])
-        if isinstance(self.dtype, torch.dtype):
+        if not isinstance(self.dtype, str):  # a torch.dtype
             self.dtype = str(self.dtype).removeprefix("torch.")
         if isinstance(self.gradient_checkpointing, bool):
             self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
-        for name, hint in typing.get_type_hints(type(self)).items():
-            hint = next((part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal), None)
-            accepted = typing.get_args(hint) if hint else ()
-            value = getattr(self, name)
-            choice = f"must be one of {', '.join(accepted)}"
-            _require(not accepted or value in (*accepted, getattr(type(self), name)), name, value, choice)
-        positive = ("learning_rate", "muon_scale", "total_steps", "shift", "snr_gamma", "huber_delta")
-        positive += (
-            "logit_std",
-            "gradient_accumulation",
-            "log_every",
-            "sample_steps",
-            "max_nonfinite_steps",
-            "validation_samples",
-            "profile_steps",
-        )
-        for name in positive:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        _require(not 0 < self.max_loss_spike <= 1, "max_loss_spike", self.max_loss_spike, "must be 0 or more than 1")
-        for name in ("text_dropout", "lune_dropout", "sol_dropout"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
-        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must be two numbers in [0, 1)")
-        not_negative = ("weight_decay", "grad_clip", "warmup_steps", "min_lr", "lune_weight", "lune_warmup_steps")
-        not_negative += ("sol_weight", "sol_warmup_steps", "save_every_steps", "keep_last_n_steps", "sample_every")
-        not_negative += ("save_every_epochs", "keep_last_n_epochs", "guidance_scale", "validate_every", "profile_at")
-        not_negative += ("max_loss_spike", "upload_every_steps", "upload_every_epochs", "upload_wait")
-        for name in not_negative:
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        _require(self.max_epochs is None or self.max_epochs > 0, "max_epochs", self.max_epochs, "must be positive")
-        for name, pattern in (("hf_repo_id", r"[\w.-]+/[\w.-]+"), ("hf_run_name", r"\w[\w.-]*")):
-            value = getattr(self, name)
-            _require(value is None or re.fullmatch(pattern, value), name, value, f"must be like {pattern}")
-        within = f"must be at most trainer.learning_rate = {self.learning_rate}"
-        _require(self.min_lr <= self.learning_rate, "min_lr", self.min_lr, within)
+        check(self, "trainer.")
+        require(not 0 < self.max_loss_spike <= 1, "trainer.max_loss_spike", self.max_loss_spike, "0 or more than 1")
+        at_most = f"at most trainer.learning_rate = {self.learning_rate}"
+        require(self.min_lr <= self.learning_rate, "trainer.min_lr", self.min_lr, at_most)
         if self.use_spatial_weighting and not self.enable_sol:
             raise ValueError("trainer.use_spatial_weighting needs trainer.enable_sol = true: its map is the weight")
 
 
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"trainer.{name} is {value}: it {rule}")
+@dataclass
+class ParallelConfig:
+    shard_size: Annotated[int, AtLeast(0)] = 0
+    """Ranks that one copy of the model is sharded over; 0 is all of them. Fewer: HSDP, replicas of shard groups
+    (set it to the GPUs of a node to keep the gathering of weights inside the node)."""
+    reshard_after_forward: bool = True
+    """Free gathered weights after the forward and gather them again for the backward: less memory, more traffic."""
+    timeout: Annotated[int, AtLeast(1)] = 600
+    """Seconds after which a collective that a dead rank never joins ends the job."""
+
+    def __post_init__(self):
+        check(self, "parallel.")
 
 
 @dataclass
@@ -228,50 +206,30 @@ class RunConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def _arguments(table: dict, cls: type, prefix: str = "") -> list[str]:
-    """A TOML table as command-line arguments of a dataclass. Raises ValueError on keys that it has not."""
-    hints = typing.get_type_hints(cls)
-    arguments = []
-    for key, value in table.items():
-        if key not in hints:
-            raise ValueError(f"unknown key {prefix}{key}. Accepted here: {', '.join(sorted(hints))}")
-        name = f"{prefix}{key}".replace("_", "-")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{key} = {value!r}: it must be a table, [{prefix}{key}]")
-            arguments += _arguments(value, hints[key], f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            head, _, last = name.rpartition(".")
-            arguments.append("--" + name if value else f"--{head}.no-{last}".replace("--.", "--"))
-        else:
-            arguments += ["--" + name, *map(str, value if isinstance(value, list) else [value])]
-    return arguments
-
-
 def load_config(argv: list[str], presets: Path, description: str = "") -> tuple[RunConfig, set[str]]:
-    """The run's config from `[--config FILE.toml|PRESET] [--group.key value ...]`, and the names of the keys given.
+    """The run's config and the names of the keys that were given; see `settings.load`."""
+    return settings.load(RunConfig, argv, presets=presets, description=description, prog="launch/train.py")
 
-    The file's values are arguments that come before the command line's; a preset is a file of the folder `presets`.
-    Exits with a message on a wrong type or value; raises ValueError on an unknown key of the file and
-    FileNotFoundError where there is none.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    known, rest = parser.parse_known_args(argv)
-    arguments = []
-    if known.config:
-        path, preset = Path(known.config), presets / f"{known.config}.toml"
-        if not path.is_file() and not preset.is_file():
-            names = ", ".join(sorted(p.stem for p in presets.glob("*.toml")))
-            raise FileNotFoundError(f"--config {known.config}: no such file, and no preset; these are {names}")
-        path = path if path.is_file() else preset
-        try:
-            arguments = _arguments(tomllib.loads(path.read_text()), RunConfig)
-        except ValueError as error:  # tomllib's own errors are ValueErrors too
-            raise ValueError(f"{path}: {error}") from error
-    arguments += rest
-    given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
-    return tyro.cli(RunConfig, args=arguments, description=description), given
+
+def check_accumulation(config: RunConfig, ranks: int) -> None:
+    """Raises ValueError where trainer.gradient_accumulation is given and contradicts the batch sizes."""
+    data, given, follows = config.data, config.trainer.gradient_accumulation, config.data.accumulation(ranks)
+    if given not in (1, follows):
+        raise ValueError(
+            f"trainer.gradient_accumulation is {given}, but it follows from data.global_batch_size / (ranks x"
+            f" data.micro_batch_size) = {data.global_batch_size} / ({ranks} x {data.micro_batch_size}) = {follows}:"
+            " leave it out, or change those"
+        )
+
+
+# sizes of the network that the shards fix: the field, and its axis
+SIZES = {
+    "in_channels": ("latents", 0),
+    "joint_attention_dim": ("t5_embeds", 1),
+    "pooled_projection_dim": ("clip_pooled", 0),
+    "lune_expert_dim": ("lune", 1),
+    "sol_spatial_size": ("sol_spatial", 1),
+}
 
 
 def fit_model(config: TinyFluxConfig, given: set[str], fields: dict[str, tuple[int, ...]]) -> TinyFluxConfig:
@@ -280,11 +238,8 @@ def fit_model(config: TinyFluxConfig, given: set[str], fields: dict[str, tuple[i
     given: keys that the user set, as `model.in_channels`; fields: shape of each tensor of the shards. Raises
     ValueError where a key that was set contradicts the shards.
     """
-    sizes = {"in_channels": ("latents", 0), "joint_attention_dim": ("t5_embeds", 1)}
-    sizes |= {"pooled_projection_dim": ("clip_pooled", 0), "lune_expert_dim": ("lune", 1)}
-    sizes |= {"sol_spatial_size": ("sol_spatial", 1)}
     changes = {}
-    for key, (name, axis) in sizes.items():
+    for key, (name, axis) in SIZES.items():
         if name not in fields:
             continue
         size, value = fields[name][axis], getattr(config, key)

@@ -14,12 +14,15 @@ from torch.distributed.tensor import DTensor
 
 def _local(x: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x._local_tensor if isinstance(x, DTensor) else x  # to_local() of all takes as long as the arithmetic
 
 
 def _full(x: Tensor) -> Tensor:
-    """The whole of a tensor; a collective where it is sharded."""
+    """The whole of a tensor. Must be called on all ranks where it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+CHUNK = 64  # tensors that are updated at a time: the difference of all of them would be another copy of the model
 
 
 class EMA:
@@ -32,23 +35,39 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float = 0.9999):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay is {decay}: it must be in [0, 1)")
-        self.model, self.decay, self.updates = model, decay, 0
-        self.swapped = False
+        self.model, self.decay, self.swapped = model, decay, False
+        self.device = next(model.parameters()).device
+        self.count = torch.zeros((), dtype=torch.float64, device=self.device)  # of updates
         self.shadow = {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         shadow = [_local(x) for x in self.shadow.values()]
-        return shadow, [_local(p.detach()) for p in self.model.parameters()]
+        return shadow, [_local(p) for p in self.model.parameters()]
+
+    @property
+    def updates(self) -> int:
+        """How many there were. Waits for the device."""
+        return int(self.count)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.count.fill_(count)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One update, after an optimizer step."""
+    def update(self, skip: Tensor | None = None) -> None:
+        """One update, after an optimizer step. skip: 0-d, 1 where the step was not taken; the host need not know."""
         if self.swapped:
             raise RuntimeError("the shadow weights are in the model: call restore() before update()")
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
+        taken = 1.0 if skip is None else 1 - skip.double()
+        decay = ((1 + self.count) / (10 + self.count)).clamp(max=self.decay)
+        self.count += taken
+        share = ((1 - decay) * taken).float()
         shadow, weights = self._pairs()
-        torch._foreach_lerp_(shadow, [w.float() for w in weights], 1 - decay)
+        for at in range(0, len(shadow), CHUNK):
+            some = shadow[at : at + CHUNK]
+            step = torch._foreach_sub(weights[at : at + CHUNK], some)
+            torch._foreach_mul_(step, share)
+            torch._foreach_add_(some, step)
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -82,7 +101,8 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the averaged weights into another model of the same names. A collective where they are sharded."""
+        """Copy the averaged weights into another model of the same names. Must be called on all ranks where they are
+        sharded."""
         parameters = dict(model.named_parameters())
         if missing := sorted(self.shadow.keys() ^ parameters.keys()):
             raise ValueError(f"the models differ in {', '.join(missing)}")

@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections import deque
 from pathlib import Path
-from statistics import median
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.log import say
@@ -15,29 +15,53 @@ WINDOW, FEWEST = 100, 20  # steps whose median loss a spike is measured against,
 
 
 class Guard:
-    """Judges each step by numbers that are the same on all ranks, so all skip it or none.
+    """Judges each step on the device, by numbers that are the same on all ranks, so that all skip it or none.
 
-    losses: those of the last steps that were taken; a checkpoint keeps them.
+    median: of the losses that the last step was compared with, 0-d, NaN where there were too few.
     """
 
-    def __init__(self, config: TrainerConfig, run_dir: Path):
-        self.spike, self.limit, self.run_dir = config.max_loss_spike, config.max_nonfinite_steps, run_dir
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, config: TrainerConfig, run_dir: Path, device: torch.device):
+        self.spike, self.limit = config.max_loss_spike, config.max_nonfinite_steps
+        self.run_dir, self.device = run_dir, device
+        self.window = torch.full((WINDOW,), float("nan"), device=device)  # losses of steps that were taken, newest last
+        self.median = torch.full((), float("nan"), device=device)
         self.in_a_row = 0
 
-    def fault(self, loss: float, grad_norm: float) -> str | None:
-        """Why a step must be skipped, or None."""
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 where a step of this loss and gradient norm (0-d) must be skipped, else 0.0."""
+        fault = ~(loss.isfinite() & grad_norm.isfinite())
+        if self.spike:
+            count = self.window.isfinite().sum()
+            ordered = self.window.sort().values  # NaN last
+            middle = torch.stack(((count - 1) // 2, count // 2)).clamp(min=0)
+            median = ordered.index_select(0, middle).mean()
+            self.median = torch.where(count >= FEWEST, median, torch.nan)
+            fault = fault | (loss > self.spike * self.median)
+        self.window = torch.where(fault, self.window, torch.cat((self.window[1:], loss.view(1))))
+        return fault.float()
+
+    @property
+    def losses(self) -> list[float]:
+        """Those of the last steps that were taken, for a checkpoint."""
+        return [loss for loss in self.window.tolist() if not math.isnan(loss)]
+
+    @losses.setter
+    def losses(self, losses: list[float]) -> None:
+        last = losses[-WINDOW:]
+        self.window = torch.tensor([float("nan")] * (WINDOW - len(last)) + last, device=self.device)
+
+    def fault(self, loss: float, grad_norm: float, median: float) -> str:
+        """Why a step was skipped."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return "loss or gradient not finite"
-        if self.spike and len(self.losses) >= FEWEST and loss > self.spike * median(self.losses):
-            return f"loss {loss:.4g} is more than {self.spike:g} times the median {median(self.losses):.4g}"
-        self.losses.append(loss)
-        self.in_a_row = 0
-        return None
+        return f"loss {loss:.4g} is more than {self.spike:g} times the median {median:.4g}"
 
-    def skip(self, step: int, fault: str, keys: list[str]) -> str | None:
-        """Count a skipped step. After too many in a row the samples' keys are written down and the reason to stop is
-        returned. keys: of this rank. A collective then."""
+    def count(self, step: int, fault: str | None, keys: list[str]) -> str | None:
+        """Count skipped steps. After too many in a row the samples' keys are written down and the reason to stop is
+        returned. keys: of this rank. Must be called on all ranks."""
+        if fault is None:
+            self.in_a_row = 0
+            return None
         self.in_a_row += 1
         say(f"WARNING: step {step} skipped: {fault} ({self.in_a_row} in a row)")
         if self.in_a_row < self.limit:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LUNE_MODES = ("cosine", "huber", "soft", "hard")
+SNR_FORMS = ("noise", "velocity")
 
 
 def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
@@ -20,13 +21,19 @@ def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
     return 0.5 * quadratic**2 + delta * (error - quadratic)
 
 
-def min_snr_weight(t: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR weights min(snr, gamma) / snr, snr = (t / (1 - t))^2 (Hang et al., 2023, arXiv:2303.09556).
+def min_snr_weight(t: Tensor, gamma: float = 5.0, form: str = "noise") -> Tensor:
+    """Min-SNR weights with snr = (t / (1 - t))^2 (Hang et al., 2023, arXiv:2303.09556).
 
-    t [B] in [0, 1], 1 is data. Returns [B].
+    form: "noise", min(snr, gamma) / snr, that of noise prediction, as published, or "velocity",
+    min(snr, gamma) / (snr + 1), its section 3.4 for v prediction. t [B] in [0, 1], 1 is data. Returns [B].
     """
     snr = (t / (1 - t).clamp(min=1e-5)) ** 2
-    return snr.clamp(max=gamma) / snr.clamp(min=1e-5)
+    match form:
+        case "noise":
+            return snr.clamp(max=gamma) / snr.clamp(min=1e-5)
+        case "velocity":
+            return snr.clamp(max=gamma) / (snr + 1)
+    raise ValueError(f"min-SNR form {form!r} is none of {', '.join(SNR_FORMS)}")
 
 
 def compute_main_loss(
@@ -45,8 +52,9 @@ def compute_main_loss(
 ) -> Tensor:
     """Velocity loss: mean squared error, or Huber, times the weights given.
 
-    pred, target [B, N, C]; mask [B, H, W] in {0, 1}; spatial_weights [B, h, w], resized to the token grid and
-    divided by their mean; snr_weights [B]. The grid is square unless `grid` (height, width) says otherwise.
+    pred, target [B, N, C]; mask [B, H, W]: weight fg_weight where it is over 0.5, bg_weight elsewhere, 1 where it is
+    NaN (the sample has none); spatial_weights [B, h, w], resized to the token grid and divided by their mean;
+    snr_weights [B]. The grid is square unless `grid` (height, width) says otherwise.
     """
     B, N, _ = pred.shape
     pred, target = pred.float(), target.float()
@@ -58,7 +66,7 @@ def compute_main_loss(
         loss = loss * weights / (weights.mean(1, keepdim=True) + 1e-6)
     if mask is not None:
         mask = F.interpolate(mask.float()[:, None], size=_grid(N, grid), mode="nearest").reshape(B, N)
-        loss = loss * torch.where(mask > 0.5, fg_weight, bg_weight)
+        loss = loss * torch.where(mask > 0.5, fg_weight, bg_weight).masked_fill(mask.isnan(), 1.0)
     loss = loss.mean(1)  # [B]
     if snr_weights is not None:
         loss = loss * snr_weights.float()

@@ -5,10 +5,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tinyflux.model.loader import check_place
+from tinyflux.trainer.config import ParallelConfig
 
 # the caller never changes the network's output in place, which is what this warns of at every start
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -34,23 +35,6 @@ SAVED = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-
-
-@dataclass
-class ParallelConfig:
-    shard_size: int = 0
-    """Ranks that one copy of the model is sharded over; 0 is all of them. Fewer: HSDP, replicas of shard groups
-    (set it to the GPUs of a node to keep the gathering of weights inside the node)."""
-    reshard_after_forward: bool = True
-    """Free gathered weights after the forward and gather them again for the backward: less memory, more traffic."""
-    timeout: int = 600
-    """Seconds after which a collective that a dead rank never joins ends the job."""
-
-    def __post_init__(self):
-        if self.shard_size < 0:
-            raise ValueError(f"parallel.shard_size is {self.shard_size}: 0 (all ranks) or a divisor of the rank count")
-        if self.timeout <= 0:
-            raise ValueError(f"parallel.timeout is {self.timeout}: it must be positive, in seconds")
 
 
 def local_device() -> torch.device:
@@ -175,14 +159,17 @@ def distribute(
     mesh = make_mesh(device, config.shard_size)
     # inputs are cast by the caller: FSDP would round timesteps and rotary tables to bfloat16 too
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": config.reshard_after_forward}
     meta = any(p.is_meta for p in model.parameters())
     if not meta:
         model.to(device=device, dtype=torch.float32)
-    for block in (*model.double_blocks, *model.single_blocks):
+    blocks = [*model.double_blocks, *model.single_blocks]
+    for block in blocks:
         prepare_block(block, gradient_checkpointing, compile_mode)
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # the root's weights are used last in the forward and first in the backward: freed between, they are gathered twice
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for block, following in pairwise([model, *blocks]):
+        block.set_modules_to_forward_prefetch([following])
     if meta:
         model.to_empty(device=device)
 
@@ -193,18 +180,30 @@ def load_full(model: nn.Module, state: dict[str, Tensor]) -> None:
     set_model_state_dict(model, state, options=options)
 
 
-@torch.no_grad()
-def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """The global norm of a sharded model's gradients, which are scaled down to `max_norm` (0: left as they are).
+def local_gradients(model: nn.Module) -> list[Tensor]:
+    """This rank's shards of the gradients. Plain tensors: DTensor's dispatch of long lists takes longer than the
+    arithmetic."""
+    return [p.grad._local_tensor for p in model.parameters() if p.grad is not None]
 
-    Works on the local shards: DTensor's dispatch of long lists takes longer than the arithmetic. A collective.
-    """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    mesh = parameters[0].device_mesh
-    gradients = [p.grad.to_local() for p in parameters]
-    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
-    dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))  # replicas hold the same shards
-    norm = total.sqrt()
+
+@torch.no_grad()
+def squared_norm(model: nn.Module, gradients: list[Tensor]) -> Tensor:
+    """This rank's part of the squared norm of the whole gradient, 0-d: those of all ranks add up to it."""
+    mesh = next(model.parameters()).device_mesh
+    replicas = dist.get_world_size() // mesh.size(mesh.ndim - 1)  # they hold the same shards
+    return torch.stack(torch._foreach_norm(gradients)).square().sum() / replicas
+
+
+@torch.no_grad()
+def scale(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients of this norm down to `max_norm`; 0 leaves them as they are."""
     if max_norm:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
-    return norm
+        torch._foreach_mul_(gradients, (max_norm / (norm.squeeze() + 1e-6)).clamp(max=1))
+
+
+def set_last_micro_batch(model: nn.Module, last: bool, *, keep_gathered: bool) -> None:
+    """Whether the next backward is a step's last: gradients are reduced then, and gathered weights are freed that are
+    kept until then (`keep_gathered`)."""
+    model.set_requires_gradient_sync(last)
+    if keep_gathered:
+        model.set_reshard_after_backward(last)

@@ -38,10 +38,13 @@ def local(x: Tensor) -> Tensor:
 
 class AdamW(torch.optim.Optimizer):
     """params: sharded by rows or whole, and groups of them. The state is there from the start: `step`, `exp_avg` and
-    `exp_avg_sq` of each parameter."""
+    `exp_avg_sq` of each parameter. found_inf: 0-d, where it is 1 the step is not taken."""
+
+    skips_on_device = True
 
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = self._first_state(p)
@@ -74,4 +77,5 @@ class AdamW(torch.optim.Optimizer):
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=EPS,
+            found_inf=self.found_inf,
         )

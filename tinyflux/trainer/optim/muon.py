@@ -69,6 +69,8 @@ class Muon(AdamW):
     eq. 4).
     """
 
+    skips_on_device = False  # a NaN gradient must not reach the momenta
+
     def __init__(
         self,
         stacks: dict[nn.Parameter, int],

@@ -4,11 +4,11 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the settings read the names here, and need no torch
+    import torch
+    from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tinyflux.trainer.config import TrainerConfig  # it reads the names here
+    from tinyflux.trainer.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(model: nn.Module, config: "TrainerConfig") -> torch.optim.Optimizer:
+def make_optimizer(model: "nn.Module", config: "TrainerConfig") -> "torch.optim.Optimizer":
     """The optimizer `config.optimizer` of the parameters that are trained, sharded or whole.
 
     Raises ValueError where it needs a package that is not installed.
@@ -46,16 +46,25 @@ def make_optimizer(model: nn.Module, config: "TrainerConfig") -> torch.optim.Opt
     return module.build(model, config)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: "torch.optim.Optimizer", lr: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # torchao's: compiled, so a number would be compiled in
+        if not isinstance(group["lr"], float):  # torchao's: compiled, so a number would be compiled in
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def take_step(optimizer: "torch.optim.Optimizer", skip: "Tensor") -> None:
+    """The optimizer's update, unless `skip` (0-d) is 1. Where its kernel reads that, the host does not wait for it."""
+    if getattr(optimizer, "skips_on_device", False):
+        optimizer.found_inf = skip
+        optimizer.step()
+    elif not skip.item():
+        optimizer.step()
+
+
+def optimizer_state(model: "nn.Module", optimizer: "torch.optim.Optimizer") -> "dict[str, dict[str, Tensor]]":
     """Parameter name -> entry -> tensor, sharded as the parameter is. Tensors are live: loading into them updates the
     optimizer."""
     state_of = getattr(optimizer, "plain_state", optimizer.state.__getitem__)

@@ -1,0 +1,89 @@
+"""From stored samples to a training batch: timestep, teacher features at that timestep, text dropout."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer import terms
+from tinyflux.trainer.batches import Batch
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
+from tinyflux.util import rng
+from tinyflux.util.buckets import BUCKETS, interpolate
+
+VALIDATION_TIMESTEPS = 8
+COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids", "sample_seeds", "keys")
+
+
+class StreamCollate:
+    """Collate of the shard stream: its raw batches become a `Batch` each; every draw is keyed by the sample's seed.
+
+    nulls: for each source, `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        nulls: list[dict[str, Tensor]],
+        *,
+        global_batch_size: int,
+        seed: int,
+        buckets: tuple[float, ...] = BUCKETS,
+    ):
+        self.config, self.buckets = config, buckets
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.terms = terms.enabled(config)
+        self.null_t5 = torch.stack([null["t5_embeds"] for null in nulls])
+        self.null_clip = torch.stack([null["clip_pooled"] for null in nulls])
+        self.distribution = {
+            "shift": config.shift,
+            "logit_normal": config.logit_normal_sampling,
+            "mean": config.logit_mean,
+            "std": config.logit_std,
+        }
+
+    def timesteps(self, seeds: Tensor, step: int, slots: Tensor) -> Tensor:
+        """Training timesteps [B] of the samples in these slots of a step's global batch."""
+        strata = None
+        if self.config.stratified_sampling:
+            strata = torch.from_numpy(rng.permutation(self.global_batch_size, self.seed, "strata", step))[slots]
+        return keyed_timesteps(seeds, strata, self.global_batch_size, **self.distribution)
+
+    def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
+        """What the terms read of the teachers, at t."""
+        pairs = [pair for term in self.terms for pair in term.fields.items()]
+        return {name: interpolate(raw[stored], t, self.buckets) for name, stored in pairs}
+
+    def at(self, raw: dict, t: Tensor) -> Batch:
+        """The batch at given timesteps [B], with all prompts."""
+        masks = [f"{term.name}_mask" for term in self.terms if term.group]
+        batch = {name: raw[name] for name in (*COPIED, *masks, "valid") if name in raw}
+        return {**batch, "masks": raw.get("masks"), "t": t, **self.features(raw, t)}
+
+    def __call__(self, raw: dict) -> Batch:
+        seeds, source = raw["sample_seeds"], raw["source_index"]
+        batch = self.at(raw, self.timesteps(seeds, raw["step"], raw["slots"]))
+        drop = rng.uniform(seeds, "text_dropout") < self.config.text_dropout
+        for name, null in (("t5_embeds", self.null_t5), ("clip_pooled", self.null_clip)):
+            batch[name][drop] = null[source[drop]].to(batch[name].dtype)  # in place: the text is most of the batch
+        return batch
+
+
+class HeldOut:
+    """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
+    distribution evenly; the same batches every time. `valid` bool [B] says which rows count."""
+
+    def __init__(self, stream: Stream, collate: StreamCollate, samples: int):
+        self.stream, self.collate = stream, collate
+        self.batch_size = stream.config.micro_batch_size
+        self.batches = -(-samples // (self.batch_size * stream.world))
+        u = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
+        self.timesteps = shape_timesteps(u, **collate.distribution)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for raw in islice(self.stream.validation(self.batch_size), self.batches):
+            for t in self.timesteps:
+                yield self.collate.at(raw, t.expand(self.batch_size))

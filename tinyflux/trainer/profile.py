@@ -1,0 +1,27 @@
+"""A profile of some steps, for chrome://tracing or Perfetto."""
+
+from pathlib import Path
+
+import torch
+
+from tinyflux.util.log import say
+
+
+class Profiler:
+    """Records the steps from `first` on, `count` of them; first 0: none."""
+
+    def __init__(self, first: int, count: int, run_dir: Path):
+        self.first, self.end, self.run_dir = first, first + count, run_dir
+        self.profile: torch.profiler.profile | None = None
+
+    def before(self, step: int) -> None:
+        """Start or end the recording; called before each step."""
+        if self.first and step == self.first:
+            self.profile = torch.profiler.profile()  # whatever this device has: CPU, and CUDA where there is one
+            self.profile.start()
+        if self.profile and step == self.end:
+            self.profile.stop()
+            path = self.run_dir / f"profile_step_{self.first}.json.gz"
+            self.profile.export_chrome_trace(str(path))
+            self.profile = None
+            say(f"profile of {self.end - self.first} steps: {path}")

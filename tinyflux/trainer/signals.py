@@ -1,0 +1,41 @@
+"""Signals that ask a training to stop: it saves itself at the end of a step."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Whether this rank was told to stop: by a signal, or by the end of the torchrun that started it."""
+
+    def __init__(self):
+        self.number = 0  # of the signal that came last
+        # a torchrun that is killed leaves its workers behind: they notice by their parent, save and stop
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def told(self) -> bool:
+        return self.number > 0 or self.parent not in (None, os.getppid())
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note a stop signal instead of dying from it, for the length of a `with` block. The second Ctrl-C ends the
+        process at once."""
+
+        def note(number: int, _frame) -> None:
+            if number == self.number == signal.SIGINT:
+                os.write(2, b"\nstopped at once: resuming repeats the steps since the last checkpoint\n")
+                os._exit(130)  # threads that save or fetch would keep the process
+            self.number = number
+
+        main = threading.current_thread() is threading.main_thread()  # no other may take signals
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS if main}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

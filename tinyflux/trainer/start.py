@@ -1,0 +1,115 @@
+"""From the settings of a run to a trainer at work."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tinyflux.model.model import TinyFluxDeep
+from tinyflux.run.checkpoint import starting_weights
+from tinyflux.run.sources import data_identity, open_run_sources
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer import terms
+from tinyflux.trainer.collate import HeldOut, StreamCollate
+from tinyflux.trainer.config import RunConfig, check_accumulation, fit_model
+from tinyflux.trainer.dryrun import describe
+from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.trainer import Trainer
+from tinyflux.util import cli
+from tinyflux.util.log import say
+
+
+def start(config: RunConfig, given: set[str]) -> int:
+    """Join the other ranks and train. Returns the exit status. given: the keys that the user set.
+
+    Ends the process where another rank is lost: threads may wait for that rank too.
+    """
+    device = local_device()
+    with process_group(device, config.parallel.timeout):
+        try:
+            return run(config, given, device)
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            print(
+                f"error: rank {dist.get_rank()} lost another rank, which died, hangs or did not answer for"
+                f" parallel.timeout = {config.parallel.timeout} s: {str(error).splitlines()[0]}\n"
+                "  its own error, if it told one, is above; run the same command to resume from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(cli.FAILED)
+
+
+def run(config: RunConfig, given: set[str], device: torch.device) -> int:
+    """Build the stream, the model and the trainer, and train. Returns the exit status."""
+    c, seed = config.trainer, config.data.seed
+    check_accumulation(config, dist.get_world_size())
+    checkpoints = Path(config.run_dir, c.checkpoint_dir)
+    groups = tuple(term.group for term in terms.enabled(c) if term.group)
+    sources = open_run_sources(config.data, groups, checkpoints)
+    shapes = {name: field.shape for source in sources for name, field in source.manifest.fields.items()}
+    weights = None
+    if c.init_from:
+        config.model, weights = starting_weights(c.init_from, checkpoints)
+        given = given | {f"model.{key}" for key in config.model.to_dict()}
+    config.model = fit_model(config.model, given, shapes)
+    collate = StreamCollate(
+        c,
+        [source.null for source in sources],
+        buckets=sources[0].manifest.buckets,
+        global_batch_size=config.data.global_batch_size,
+        seed=seed,
+    )
+    stream = Stream(
+        sources,
+        config.data,
+        dist.get_rank(),
+        dist.get_world_size(),
+        collate,
+        device=device,
+        ranks_on_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        end_step=None if config.dry_run else c.total_steps,
+    )
+    if config.dry_run:
+        say(describe(config, stream, device))
+        return cli.DONE
+    sampler = None
+    if c.sample_every and c.sample_prompts:
+        from tinyflux.model.zoo import ModelZoo  # its libraries take seconds to import
+
+        sampler = Sampler(
+            ModelZoo(zoo=c.zoo),
+            latent_shape=shapes["latents"],
+            steps=c.sample_steps,
+            guidance=c.guidance_scale,
+            shift=c.shift,
+        )
+    with torch.device("meta"):
+        model = TinyFluxDeep(config.model)
+    trainer = Trainer(
+        model,
+        c,
+        device=device,
+        parallel_config=config.parallel,
+        run_dir=config.run_dir,
+        seed=seed,
+        weights=weights,
+    )
+    say(
+        f"{model.num_parameters():,} parameters on {trainer.world} x {device.type}, {stream.plan.total:,} samples in"
+        f" {len(sources)} sources; the run is in {config.run_dir}: metrics.jsonl, {c.tensorboard_dir}/ (tensorboard"
+        f" --logdir {config.run_dir}), {c.checkpoint_dir}/, {c.sample_dir}/"
+    )
+    with stream:
+        trainer.setup(
+            stream,
+            val_loader=HeldOut(stream, collate, c.validation_samples) if config.data.val_fraction else None,
+            sampler=sampler,
+            identity=data_identity(stream),
+            training_config=config.to_dict(),
+        )
+        return trainer.train()

@@ -1,0 +1,114 @@
+"""The losses of a run, a `Term` each. To add one: a term here and its settings in `TrainerConfig`.
+
+The settings of a term NAME that is not always on: enable_NAME, NAME_weight, NAME_warmup_steps and, where the network
+has a head for it, NAME_dropout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tinyflux.model.config import TinyFluxConfig
+from tinyflux.trainer import losses
+from tinyflux.trainer.batches import Batch
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.schedules import loss_warmup
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a loss is computed from: the network's velocity and its target [B, N, C], what else the network gave, the
+    batch, and the token grid (height, width)."""
+
+    velocity: Tensor
+    target: Tensor
+    info: dict
+    batch: Batch
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss of each sample, float32 [B].
+
+    name: in metrics. fields: of the batch, and the shards' field that each is read from. head: the network's setting
+    that gives it the head which learns this; the teacher's values then steer the network too, except for the samples
+    that `NAME_dropout` draws.
+    """
+
+    name: str
+    loss: Callable[[Prediction, TrainerConfig], Tensor]
+    group: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    head: str | None = None
+
+    def enabled(self, config: TrainerConfig) -> bool:
+        """Is it part of a run with these settings?"""
+        return self.group is None or getattr(config, f"enable_{self.name}")
+
+    def learnt(self, config: TrainerConfig, model: TinyFluxConfig) -> bool:
+        """Is it, with this network?"""
+        return self.enabled(config) and (self.head is None or getattr(model, self.head))
+
+    def weight(self, config: TrainerConfig, step: int) -> float:
+        """Its factor in the sum at a step, counted from 0."""
+        if self.group is None:
+            return 1.0
+        return getattr(config, f"{self.name}_weight") * loss_warmup(step, getattr(config, f"{self.name}_warmup_steps"))
+
+    def dropout(self, config: TrainerConfig) -> float:
+        """Probability that a sample hides the teacher's values from the network."""
+        return getattr(config, f"{self.name}_dropout")
+
+
+def main(p: Prediction, config: TrainerConfig) -> Tensor:
+    """The velocity's squared error, with the weights that are configured."""
+    t = p.batch["t"]
+    return losses.compute_main_loss(
+        p.velocity,
+        p.target,
+        p.batch["masks"],
+        p.batch["sol_spatial"] if config.use_spatial_weighting else None,
+        snr_weights=losses.min_snr_weight(t, config.snr_gamma, config.snr_form) if config.use_snr_weighting else None,
+        use_huber=config.use_huber_loss,
+        huber_delta=config.huber_delta,
+        grid=p.grid,
+        reduction="none",
+    )
+
+
+def lune(p: Prediction, config: TrainerConfig) -> Tensor:
+    """Distance of the Lune head's features from the teacher's."""
+    return losses.compute_lune_loss(
+        p.info["lune_pred"], p.batch["lune_features"], config.lune_mode, config.huber_delta, reduction="none"
+    )
+
+
+def sol(p: Prediction, config: TrainerConfig) -> Tensor:
+    """Squared error of the Sol head's statistics and map."""
+    return losses.compute_sol_loss(
+        p.info["sol_stats_pred"],
+        p.info["sol_spatial_pred"],
+        p.batch["sol_stats"],
+        p.batch["sol_spatial"],
+        reduction="none",
+    )
+
+
+TERMS = (
+    Term("main", main),
+    Term("lune", lune, group="lune", fields={"lune_features": "lune"}, head="use_lune_expert"),
+    Term(
+        "sol",
+        sol,
+        group="sol",
+        fields={"sol_stats": "sol_stats", "sol_spatial": "sol_spatial"},
+        head="use_sol_prior",
+    ),
+)
+
+
+def enabled(config: TrainerConfig) -> list[Term]:
+    """The terms of a run, in order."""
+    return [term for term in TERMS if term.enabled(config)]
