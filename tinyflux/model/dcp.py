@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from tinyflux.model.lora import Lora, detach, merged
 from tinyflux.util.files import atomic_write
 
 METADATA = "metadata.json"
@@ -149,12 +150,28 @@ def of_kind(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{kind}."): x for name, x in state.items() if name.startswith(f"{kind}.")}
 
 
+def lora_alpha(metadata: dict) -> float | None:
+    """Alpha of the adapters that a checkpoint's run trained, None where it trained none."""
+    trainer = (metadata.get("config") or {}).get("trainer") or {}
+    return trainer["lora_alpha"] if trainer.get("lora_rank") else None
+
+
+def read_adapters(folder: Path, kind: str) -> Lora | None:
+    """The adapters of a checkpoint folder, trained ("model") or averaged ("ema"); None where its run trained none."""
+    alpha = lora_alpha(read_metadata(folder))
+    return None if alpha is None else detach(of_kind(read_tensors(folder, kind), kind), alpha)[1]
+
+
 def read_checkpoint(folder: Path, *kinds: str) -> dict:
     """What a `step_N.pt` of this folder holds, but its weights as they are in memory: `model`, `ema`, `optimizer` (by
     parameter name), as far as they are asked for, `scheduler`, `step`, `epoch`, `best_loss`, `trainer_config`.
+
+    The weights are those of the network alone: adapters are merged into them.
     """
     state, metadata = read_tensors(folder, *kinds), read_metadata(folder)
     content: dict = {kind: of_kind(state, kind) for kind in kinds if kind != "optimizer"}
+    if (alpha := lora_alpha(metadata)) is not None:
+        content = {kind: merged(weights, alpha) for kind, weights in content.items()}
     if "optimizer" in kinds:
         optimizer: dict[str, dict[str, Tensor]] = {}
         for name, tensor in of_kind(state, "optimizer").items():

@@ -33,7 +33,7 @@ from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, write_metadata
 from tinyflux.model.loader import load_model
 from tinyflux.run import folders, identity
-from tinyflux.run.export import KINDS, Exporter, beside, export_missing
+from tinyflux.run.export import KINDS, LORA, Exporter, beside, export_missing
 from tinyflux.run.folders import list_checkpoints, step_of
 from tinyflux.run.staging import Staging
 from tinyflux.util.files import atomic_write, replaced
@@ -95,8 +95,8 @@ def _check_names(folder: Path, state: dict) -> None:
     if missing := [name for name in names if name not in stored]:
         raise ValueError(
             f"{folder} has no {missing[0]} (and lacks {len(missing)} tensors in all): it is of a run with another"
-            " trainer.optimizer or trainer.freeze; keep those of the training_config.json beside it, or start a new"
-            f" run from its weights with --run-dir OTHER --trainer.init-from {folder.parent.parent}"
+            " trainer.optimizer, trainer.freeze or trainer.lora_*; keep those of the training_config.json beside it, or"
+            f" start a new run from its weights with --run-dir OTHER --trainer.init-from {folder.parent.parent}"
         )
 
 
@@ -282,6 +282,7 @@ class Checkpointer:
             shutil.rmtree(folder)
             for kind in (*KINDS, ".pt"):
                 beside(folder, kind).unlink(missing_ok=True)
+            shutil.rmtree(beside(folder, LORA), ignore_errors=True)
         for path in folders.cut_before(self.root, step_of(found[0])):
             shutil.rmtree(path)
 

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import METADATA, check_files, of_kind, read_checkpoint, read_tensors
+from tinyflux.model.dcp import METADATA, check_files, read_adapters, read_checkpoint
 from tinyflux.model.loader import save_published, to_published
 from tinyflux.run.folders import list_checkpoints
 from tinyflux.util import cli
@@ -21,6 +21,8 @@ from tinyflux.util.files import replaced
 
 KINDS = ("_ema.safetensors", ".safetensors")
 """What is written beside each checkpoint."""
+LORA, LORA_FILE = "_lora", "tinyflux_lora.safetensors"
+"""The averaged adapters, where a run trains some: a folder in PEFT's layout, and in it a file in the original's."""
 
 
 def beside(folder: Path, kind: str) -> Path:
@@ -36,7 +38,7 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
     """
     if out.suffix == ".safetensors":
         kind = "ema" if ema else "model"
-        save_published(of_kind(read_tensors(folder, kind), kind), out, config)
+        save_published(read_checkpoint(folder, kind)[kind], out, config)
         return out
     if out.suffix != ".pt":
         raise ValueError(f"{out}: a checkpoint is exported to .safetensors or .pt")
@@ -53,6 +55,9 @@ def export_missing(folder: Path, *, save_pt: bool = False) -> None:
     for kind in (*KINDS, *([".pt"] if save_pt else [])):
         if not beside(folder, kind).exists():
             export(folder, config, beside(folder, kind), ema=kind == KINDS[0])
+    if not beside(folder, LORA).exists() and (lora := read_adapters(folder, "ema")):
+        lora.save_peft(beside(folder, LORA))
+        lora.save_original(beside(folder, LORA) / LORA_FILE)
 
 
 class Exporter:

@@ -133,6 +133,10 @@ class SampleOptions:
     """Likewise."""
     batch_size: int = 8
     """Pictures that are drawn at once."""
+    lora: Path | None = None
+    """An adapter to draw with: a folder of PEFT's, or a file in the original's layout (lora_A and lora_B)."""
+    lora_scale: float = 1.0
+    """How strongly: 0 is not at all, 1 as it was trained."""
     zoo: str | None = None
     """Encoders and decoder: flux, tiny, or a directory. Default: that of the run's training_config.json, else flux."""
     ema: bool = True
@@ -168,6 +172,10 @@ def sample(options: SampleOptions) -> list[Path]:
         guidance_interval=options.guidance_interval,
         guidance_rescale=options.guidance_rescale,
     )
+    if options.lora is not None:
+        from tinyflux.model.lora import read_lora
+
+        read_lora(options.lora, artist.model).add_to(artist.model, options.lora_scale)
     for line in _told(options, artist, sampler):
         log.info(line)
     for doubt in artist.doubts(options.prompt, height, width):
@@ -177,6 +185,7 @@ def sample(options: SampleOptions) -> list[Path]:
     parameters = {
         "checkpoint": artist.checkpoint,
         "weights": artist.weights,
+        **({"lora": options.lora.resolve().name, "lora_scale": options.lora_scale} if options.lora else {}),
         "zoo": Path(options.zoo or artist.recipe.zoo).name,
         "negative_prompt": options.negative_prompt,
         "seed": options.seed,
@@ -200,6 +209,7 @@ def _told(options: SampleOptions, artist: Artist, sampler: "Sampler") -> list[st
     usual = origin if artist.sizes else "the zoo's own"
     rows = [
         ("weights", artist.weights, "averaged" if artist.weights.endswith("_ema.safetensors") else ""),
+        *([("lora", options.lora, f"scale {options.lora_scale:g}")] if options.lora else []),
         ("zoo", options.zoo or artist.recipe.zoo, "as given" if options.zoo else origin),
         ("shift", f"{sampler.settings.shift:g}", origin if options.shift is None else "as given"),
         ("guidance", f"{sampler.settings.guidance:g}", origin if options.guidance is None else "as given"),
