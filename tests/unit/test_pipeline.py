@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +17,8 @@ from tests.dataset_hub import TOKEN, dataset_hub
 from tinyflux.model.loader import CheckpointError, load_model, save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.trainer.pipeline import WEIGHTS, TinyFluxPipeline
+from tinyflux.trainer.pipeline import TinyFluxPipeline
+from tinyflux.trainer.pipeline_files import WEIGHTS
 from tinyflux.trainer.sampling import Sampler, to_uint8
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +88,7 @@ def test_the_same_pixels_three_ways(model, pipe, tmp_path):
 
 def test_a_saved_pipeline_is_plain_files(saved, model):
     files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
-    assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".md"}
     assert {"model_index.json", "vae/config.json", f"transformer/{WEIGHTS}", "tokenizer_2/tokenizer.json"} <= files
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == "TinyFluxPipeline" and index["shift"] == 2.0
@@ -101,7 +103,7 @@ def test_outputs(pipe):
     array = draw(pipe, "a red ring", output_type="np")
     assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
     latents = draw(pipe, "a red ring", output_type="latent")
-    assert torch.equal(pipe.zoo.decode_latents(latents) / 2 + 0.5, pt)
+    assert torch.allclose(pipe.zoo.decode_latents(latents) / 2 + 0.5, pt, atol=1e-6)
     assert torch.equal(pipe("a red ring", num_inference_steps=2, generator=seeded(3), output_type="pt",
                             return_dict=False)[0], pt)  # fmt: skip
 
@@ -187,6 +189,12 @@ def test_dtypes_and_other_parts(saved, pipe, model, tmp_path):
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be \[1, 16, 8, 8\]"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise is none of latents"),
         ({"solver": "rk4"}, "solver must be one of"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(1, 32, 128)}, "prompt_embeds and pooled_prompt_embeds are given together"),
+        ({"timesteps": [0.5, 1.0], "sigmas": [1.0]}, "either timesteps or sigmas"),
+        ({"timesteps": [0.5, 0.2]}, "timesteps must be two or more ascending"),
+        ({"image": Image.new("RGB", (64, 64)), "strength": 0.0}, "strength must be in"),
+        ({"image": [Image.new("RGB", (64, 64))] * 2}, "2 images for 1 prompts"),
     ],
 )
 def test_bad_input(pipe, given, message):
@@ -218,7 +226,7 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
         TinyFluxPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         TinyFluxPipeline.from_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="unet: no part of this pipeline"):
+    with pytest.raises(TypeError, match="unknown argument unet; the parts"):
         TinyFluxPipeline.from_pretrained(saved, unet=None)
     folder = copied(saved, tmp_path / "cut")
     replace(folder / "transformer" / WEIGHTS, (saved / "transformer" / WEIGHTS).read_bytes()[:-9])
@@ -261,15 +269,174 @@ def test_no_code_of_a_folder_runs(saved, tmp_path):
     assert type(pipe.vae).__name__ == "AutoencoderKL" and not marker.exists()
 
 
-def test_only_plain_files_are_written(pipe, tmp_path):
-    for given in ({"safe_serialization": False}, {"variant": "fp16"}):
-        with pytest.raises(ValueError, match="plain safetensors"):
-            pipe.save_pretrained(tmp_path / "out", **given)
+def test_only_plain_files_are_written_and_read(pipe, saved, tmp_path):
+    with pytest.raises(ValueError, match="plain safetensors"):
+        pipe.save_pretrained(tmp_path / "out", safe_serialization=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        TinyFluxPipeline.from_pretrained(saved, use_safetensors=False)
+    assert TinyFluxPipeline.from_pretrained(saved, use_safetensors=True).config.shift == 2.0
+
+
+def test_unknown_arguments_are_refused_by_name(pipe, saved):
+    with pytest.raises(TypeError, match="num_inference_stepps"):
+        pipe("a", num_inference_stepps=3)
+    with pytest.raises(TypeError, match="unknown argument safety_checker; the parts that can be given are vae"):
+        TinyFluxPipeline.from_pretrained(saved, safety_checker=None)
+
+
+def test_embeds_instead_of_prompts(pipe):
+    plain = draw(pipe, PROMPTS, negative_prompt="blue", num_images_per_prompt=2)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = dict(zip(names, pipe.encode_prompt(PROMPTS, "blue"), strict=True))
+    assert [list(x.shape) for x in encoded.values()] == [[2, 32, 128]] * 2 + [[2, 128]] * 2
+    assert torch.allclose(draw(pipe, **encoded, num_images_per_prompt=2), plain, atol=1e-5)
+    del encoded["negative_prompt_embeds"], encoded["negative_pooled_prompt_embeds"]
+    assert torch.allclose(draw(pipe, **encoded, negative_prompt="blue", num_images_per_prompt=2), plain, atol=1e-5)
+    assert torch.allclose(draw(pipe, **encoded), draw(pipe, PROMPTS), atol=1e-5)
+
+
+def test_an_image_to_draw_over(pipe):
+    picture = Image.new("RGB", (48, 64), "red")
+    given = {"image": picture, "num_inference_steps": 4, "guidance_scale": 1.0}
+    near, far, whole = (draw(pipe, "a red ring", strength=s, **given) for s in (0.25, 0.75, 1.0))
+    assert near.shape == (1, 3, 64, 48)
+    original = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+    assert (near - original).abs().mean() < (far - original).abs().mean()
+    assert torch.allclose(whole, draw(pipe, "a red ring", height=64, width=48, **given | {"image": None}), atol=1e-5)
+    steps = []
+    draw(pipe, "a", strength=0.5, callback_on_step_end=lambda p, i, t, given: steps.append(i) or {}, **given)
+    assert steps == [0, 1]
+    two = draw(pipe, PROMPTS, num_images_per_prompt=2, strength=0.5, **given | {"image": [picture, picture]})
+    assert len(two) == 4
+
+
+def test_given_timesteps_and_sigmas(pipe):
+    plain = draw(pipe, "a red ring", shift=1.0, num_inference_steps=4)
+    assert torch.allclose(draw(pipe, "a red ring", timesteps=[0, 0.25, 0.5, 0.75, 1]), plain, atol=1e-5)
+    assert torch.allclose(draw(pipe, "a red ring", sigmas=[1.0, 0.75, 0.5, 0.25]), plain, atol=1e-5)
+
+
+def test_interrupted_by_a_callback(pipe):
+    seen = []
+
+    def stop(which, step, t, given):
+        seen.append(given["latents"])
+        which._interrupt = step == 1
+        return {}
+
+    drawn = draw(pipe, PROMPTS, num_inference_steps=6, output_type="latent", callback_on_step_end=stop)
+    assert len(seen) == 2 and torch.equal(drawn, seen[1]) and pipe.interrupt
+    draw(pipe, "a", callback_on_step_end=lambda *a: seen.append(None) or {})
+    assert len(seen) == 4 and not pipe.interrupt
+
+
+def test_less_memory_for_the_decoder(pipe):
+    plain = draw(pipe, PROMPTS)
+    pipe.enable_vae_slicing()
+    assert pipe.vae.use_slicing and torch.allclose(draw(pipe, PROMPTS), plain, atol=1e-5)
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and draw(pipe, PROMPTS, height=128, width=128).shape == (2, 3, 128, 128)
+    pipe.disable_vae_tiling()
+    assert torch.equal(draw(pipe, PROMPTS), plain)
+
+
+def test_parts_wait_on_the_cpu_until_they_are_called(saved, pipe):
+    """The CPU stands for the accelerator: the hooks and their order are the real ones."""
+    pytest.importorskip("accelerate")
+    offloaded = TinyFluxPipeline.from_pretrained(saved)
+    offloaded.set_progress_bar_config(disable=True)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    assert len(offloaded._all_hooks) == 4
+    assert torch.equal(draw(offloaded, PROMPTS), draw(pipe, PROMPTS))
+    assert draw(offloaded, "a", image=Image.new("RGB", (64, 64))).shape == (1, 3, 64, 64)
+
+
+def test_variants_and_devices(saved, pipe, tmp_path):
+    half = TinyFluxPipeline.from_pretrained(saved, dtype=torch.bfloat16, device_map="cpu")
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert (tmp_path / "half" / "text_encoder" / "model.fp16.safetensors").is_file()
+    again = TinyFluxPipeline.from_pretrained(tmp_path / "half", variant="fp16", device_map={"vae": "cpu"})
+    again.set_progress_bar_config(disable=True)
+    assert again.vae.dtype == again.transformer.dtype == torch.bfloat16
+    assert torch.allclose(draw(again, "a red ring"), draw(pipe, "a red ring"), atol=0.2)
+    assert TinyFluxPipeline.from_pretrained(saved, device_map="balanced").device.type in ("cpu", "cuda")
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        TinyFluxPipeline.from_pretrained(tmp_path / "half")
+    for device_map, message in (({"unet": "cpu"}, "unet is none of vae"), ("cuda:77", "cannot be on cuda:77")):
+        with pytest.raises(ValueError, match=message):
+            TinyFluxPipeline.from_pretrained(saved, device_map=device_map)
+
+
+def test_a_card_that_the_hub_takes(model, tmp_path):
+    facts = {"base_model": "user/base", "datasets": "user/portraits, user/more", "license": "apache-2.0"}
+    made = TinyFluxPipeline.of(model, ModelZoo(zoo="tiny"), guidance=2.0, **facts)
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(tmp_path / "pipe", prompts=["a red ring"])
+    card = ModelCard.load(tmp_path / "pipe" / "README.md", ignore_metadata_errors=False)
+    data = card.data.to_dict()
+    widget = [{"text": "a red ring", "output": {"url": "images/0.png"}}]
+    expected = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "widget": widget, "license": "apache-2.0"}
+    expected |= {"base_model": ["user/base"], "datasets": ["user/portraits", "user/more"]}
+    assert {key: data[key] for key in expected} == expected
+    picture = Image.open(tmp_path / "pipe" / "images" / "0.png")
+    loaded = TinyFluxPipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    drawn = loaded("a red ring", generator=seeded(0)).images[0]
+    assert loaded.config.guidance == 2.0 and loaded.config.base_model == "user/base"
+    assert np.array_equal(np.asarray(picture), np.asarray(drawn))
+    (tmp_path / "pipe" / "README.md").write_text(card.content.replace("# A TinyFlux pipeline", "# Mine"))
+    loaded.save_pretrained(tmp_path / "pipe")  # the text of a card that is there stays, and so do its pictures
+    again = ModelCard.load(tmp_path / "pipe" / "README.md")
+    assert "# Mine" in again.text and again.data.widget == widget
+
+
+def test_of_a_run(model, tmp_path):
+    save_published(model, tmp_path / "mine" / "checkpoints" / "step_5_ema.safetensors")
+    trainer = {"shift": 2.0, "guidance_scale": 3.0, "zoo": "tiny", "init_from": "user/base:runs/a"}
+    data = {"sources": ["data/portraits", "hf://datasets/user/repo/portraits@v1"]}
+    config = json.dumps({"trainer": trainer, "data": data})
+    (tmp_path / "mine" / "checkpoints" / "training_config.json").write_text(config)
+    config = TinyFluxPipeline.from_checkpoint(tmp_path / "mine").config
+    assert (config.shift, config.guidance, config.image_size) == (2.0, 3.0, 64)
+    assert (config.base_model, config.datasets) == ("user/base", "user/repo")
+
+
+LOAD_BY_ITS_OWN_CODE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+
+sys.modules["tinyflux"] = None  # an import of it fails, as where it is not installed
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
+image = pipe("a red ring", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+image.save(sys.argv[2])
+"""
+
+
+def test_with_its_code_it_loads_without_this_package(pipe, tmp_path):
+    """By diffusers alone, where the folder's own code is trusted; and by this package, which runs none of it."""
+    pipe.save_pretrained(tmp_path / "pipe", code=True)
+    code = (tmp_path / "pipe" / "pipeline.py").read_text()
+    assert "from tinyflux" not in code.replace('"from tinyflux.trainer.pipeline import TinyFluxPipeline"', "")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD_BY_ITS_OWN_CODE, tmp_path / "pipe", tmp_path / "ring.png"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "pip install tinyflux" not in process.stderr
+    drawn = pipe("a red ring", num_inference_steps=2, generator=seeded(3)).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "ring.png")), np.asarray(drawn))
+    loaded = TinyFluxPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(loaded.transformer).__module__ == "tinyflux.trainer.pipeline"
 
 
 PUSH_AND_LOAD = """
 import sys, torch
+from diffusers import DiffusionPipeline
 from tinyflux.trainer.pipeline import TinyFluxPipeline
 
 def draw(pipe):
@@ -278,10 +445,12 @@ def draw(pipe):
 
 pipe = TinyFluxPipeline.from_pretrained(sys.argv[1])
 pipe.push_to_hub("user/pipe")
-pipe.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/other")
+pipe.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/other", code=True)
 loaded = TinyFluxPipeline.from_pretrained("user/pipe")
 assert draw(loaded) == draw(pipe)
 assert draw(TinyFluxPipeline.from_pretrained("user/other", vae=pipe.vae)) == draw(pipe)
+foreign = DiffusionPipeline.from_pretrained("user/other", trust_remote_code=True)
+assert type(foreign).__module__.startswith("diffusers_modules") and draw(foreign) == draw(pipe)
 """
 
 
@@ -301,4 +470,5 @@ def test_hub(saved, tmp_path):
         assert files[f"transformer/{WEIGHTS}"] == (saved / "transformer" / WEIGHTS).read_bytes()
         assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".md", ""}
         assert {path for _, path in hub.served} >= {"model_index.json", "tokenizer/tokenizer.json"}
-        assert hub.files("user/other").keys() == files.keys()
+        code = {"pipeline.py", "transformer/pipeline.py"}
+        assert hub.files("user/other").keys() == files.keys() | code

@@ -1,32 +1,42 @@
 """The Sampler as a diffusers pipeline: the same pictures, in the calls and the folder layout that diffusers users know.
 
-    TinyFluxPipeline.of(from_pretrained("runs/mine"), ModelZoo(), shift=3.0).save_pretrained("mine-pipeline")
+    TinyFluxPipeline.from_checkpoint("runs/mine").save_pretrained("mine-pipeline")
     TinyFluxPipeline.from_pretrained("mine-pipeline")("a red ring").images[0].save("ring.png")
 
 A saved pipeline is safetensors and JSON, a folder each for the VAE, the encoders, the tokenizers and the transformer,
-whose folder is a checkpoint in the published layout. Nothing in it chooses which code runs when it is loaded.
+whose folder is a checkpoint in the published layout. `TinyFluxPipeline.from_pretrained` runs no code out of a folder;
+one that was saved with `code=True` also has this code beside it, for `DiffusionPipeline` and `trust_remote_code`.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from huggingface_hub import snapshot_download
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from huggingface_hub import HfApi
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from tinyflux.model.loader import REPO, check_place, load_model, save_published
+from tinyflux.model.loader import check_place, load_model, save_published
 from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.pretrained import Pretrained, load_pretrained
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.trainer.sampling import Prompts, Sampler, initial_noise, to_uint8
+from tinyflux.trainer.pipeline_card import write_card
+from tinyflux.trainer.pipeline_files import (
+    COMPONENTS,
+    INDEX,
+    find_pipeline,
+    load_part,
+    place,
+    read_index,
+    weights_name,
+)
+from tinyflux.trainer.sampling import Prompts, Sampler, Settings, initial_noise, to_uint8
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-COMPONENTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -42,46 +52,35 @@ class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
         return transformer.eval()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "TinyFluxTransformer":
-        """Of a pipeline's folder `transformer`, strictly; errors as of `load_model`."""
-        return cls.of(load_model(Path(folder, WEIGHTS), dtype=dtype))
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        **_of_diffusers,
+    ) -> "TinyFluxTransformer":
+        """Of a pipeline's folder `transformer`, strictly; errors as of `load_model`.
 
-    def save_pretrained(self, folder: str | Path) -> None:
+        torch_dtype: the same as dtype. What else DiffusionPipeline passes to each part has no meaning here.
+        """
+        return cls.of(load_model(Path(folder, weights_name(variant)), dtype=dtype or torch_dtype))
+
+    def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
         """The weights in the published layout, and config.json."""
-        save_published(self, Path(folder, WEIGHTS))
-
-
-def _vae(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    if dtype is None and (folder / WEIGHTS).is_file():  # diffusers would take float32, whatever the file has
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    return load_pretrained(AutoencoderKL, Pretrained(str(folder), local=True), torch_dtype=dtype, use_safetensors=True)
-
-
-def _encoder(kind: type, folder: Path, dtype: torch.dtype | None):
-    return load_pretrained(kind, Pretrained(str(folder), local=True), dtype=dtype or "auto", use_safetensors=True)
-
-
-def _load(folder: Path, name: str, dtype: torch.dtype | None):
-    match name:
-        case "vae":
-            return _vae(folder / name, dtype)
-        case "text_encoder":
-            return _encoder(CLIPTextModel, folder / name, dtype)
-        case "text_encoder_2":
-            return _encoder(T5EncoderModel, folder / name, dtype)
-        case "transformer":
-            return TinyFluxTransformer.from_pretrained(folder / name, dtype)
-        case _:
-            return AutoTokenizer.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+        save_published(self, Path(folder, weights_name(variant)))
 
 
 class TinyFluxPipeline(DiffusionPipeline):
     """Draws pictures for prompts: CLIP is `text_encoder`, T5 `text_encoder_2`, TinyFlux `transformer`.
 
-    shift: the flux shift of the training; image_size: pixels a side unless asked otherwise; t5_length: tokens.
+    shift: the flux shift of the training; guidance: where a call gives none; image_size: pixels a side unless asked
+    otherwise; t5_length: tokens. license, base_model and datasets (repos of the Hub, with commas between them) are
+    said in the model card.
     """
 
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -91,10 +90,14 @@ class TinyFluxPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         text_encoder_2: T5EncoderModel,
         tokenizer_2: PreTrainedTokenizerBase,
-        transformer: TinyFluxTransformer,
+        transformer: ModelMixin,  # a TinyFluxTransformer; of shipped code each part has a class of its own
         shift: float = 3.0,
+        guidance: float = 5.0,
         image_size: int = 512,
         t5_length: int = 128,
+        license: str = "mit",
+        base_model: str = "",
+        datasets: str = "",
     ):
         super().__init__()
         self.register_modules(
@@ -105,18 +108,52 @@ class TinyFluxPipeline(DiffusionPipeline):
             tokenizer_2=tokenizer_2,
             transformer=transformer,
         )
-        self.register_to_config(shift=shift, image_size=image_size, t5_length=t5_length)
+        self.register_to_config(
+            shift=shift,
+            guidance=guidance,
+            image_size=image_size,
+            t5_length=t5_length,
+            license=license,
+            base_model=base_model,  # no lists: diffusers takes each list of a config for a part
+            datasets=datasets,
+        )
+        self._interrupt = False
 
     @classmethod
-    def of(cls, model: TinyFluxDeep, zoo: ModelZoo, shift: float = 3.0) -> "TinyFluxPipeline":
-        """A pipeline of a model and a zoo, which loads what it lacks; they keep their memory and their devices."""
+    def of(cls, model: TinyFluxDeep, zoo: ModelZoo, shift: float = 3.0, **config) -> "TinyFluxPipeline":
+        """A pipeline of a model and a zoo, which loads what it lacks; they keep their memory and their devices.
+
+        config: guidance, license, base_model and datasets.
+        """
         for name in ("vae", "clip", "t5"):
             if getattr(zoo, name) is None:
                 getattr(zoo, f"load_{name}")()
         tokenizer, tokenizer_2 = zoo.tokenizers["clip"], zoo.tokenizers["t5"]
-        transformer = TinyFluxTransformer.of(model)
         sizes = {"image_size": zoo.image_size, "t5_length": zoo.t5_length}
-        return cls(zoo.vae, zoo.clip, tokenizer, zoo.t5, tokenizer_2, transformer, shift, **sizes)
+        transformer = TinyFluxTransformer.of(model)
+        return cls(zoo.vae, zoo.clip, tokenizer, zoo.t5, tokenizer_2, transformer, shift, **sizes, **config)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: str | Path, *, zoo: str | None = None, ema: bool = True, license: str = "mit"
+    ) -> "TinyFluxPipeline":
+        """A pipeline of a run, a checkpoint or a Hub repo, with the zoo, shift and guidance that its run says.
+
+        Errors as of `load_model` and `ModelZoo`.
+        """
+        from tinyflux.trainer.drawing import Artist
+
+        artist = Artist.load(str(checkpoint), zoo=zoo, ema=ema)
+        recipe = artist.recipe
+        return cls.of(
+            artist.model,
+            artist.zoo,
+            recipe.shift,
+            guidance=recipe.guidance,
+            license=license,
+            base_model=", ".join(recipe.base_model),
+            datasets=", ".join(recipe.datasets),
+        )
 
     @classmethod
     def from_pretrained(
@@ -125,6 +162,9 @@ class TinyFluxPipeline(DiffusionPipeline):
         *,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        device_map: str | dict[str, str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -133,51 +173,85 @@ class TinyFluxPipeline(DiffusionPipeline):
     ) -> "TinyFluxPipeline":
         """A pipeline out of a folder or `user/repo`. dtype None: each part as it was saved; torch_dtype is the same.
 
-        components: parts to take instead of the saved ones, by name. Errors: FileNotFoundError; ValueError for another
-        pipeline's folder; those of `load_model`. A part that lacks weights is refused, not filled in.
+        variant: of the weights' files, e.g. "fp16". device_map: a device for all parts, {part: device}, or "balanced"
+        over the GPUs. components: parts to take instead of the saved ones, by name.
+        Errors: FileNotFoundError; ValueError for another pipeline's folder, a device that is not there, or
+        use_safetensors=False; TypeError for an unknown argument; those of `load_model`. A part that lacks weights is
+        refused, not filled in.
         """
         if unknown := sorted(components.keys() - set(COMPONENTS)):
-            raise TypeError(f"{', '.join(unknown)}: no part of this pipeline; it has {', '.join(COMPONENTS)}")
-        check_place("cpu", dtype or torch_dtype)
+            raise TypeError(
+                f"from_pretrained: unknown argument {', '.join(unknown)}; the parts that can be given are"
+                f" {', '.join(COMPONENTS)}"
+            )
+        if use_safetensors is False:
+            raise ValueError("use_safetensors=False: a pipeline is plain safetensors, nothing else of it is read")
+        dtype = dtype or torch_dtype
+        check_place("cpu", dtype)
         names = [name for name in COMPONENTS if name not in components]
-        folder = Path(source)
-        if not folder.is_dir():
-            if not (match := REPO.fullmatch(str(source))) or match["folder"]:
-                raise FileNotFoundError(f"{source}: no such folder, and not of the form user/repo")
-            parts = [f"{name}/*.{end}" for name in names for end in ("json", "safetensors", "txt", "model")]
-            where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-            folder = Path(snapshot_download(str(source), allow_patterns=[cls.config_name, *parts], **where))
-        index = cls._read_index(folder)
-        for name in names:
-            if not (folder / name).is_dir():
-                raise FileNotFoundError(f"{folder} has no folder {name}")
-        loaded = {name: _load(folder, name, dtype or torch_dtype) for name in names}
-        return cls(**components, **loaded, **index)
-
-    @classmethod
-    def _read_index(cls, folder: Path) -> dict:
-        """The settings in a pipeline's model_index.json."""
-        path = folder / cls.config_name
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no pipeline: it has no {cls.config_name}")
-        index = json.loads(path.read_text())
-        if not isinstance(index, dict) or index.get("_class_name") != cls.__name__:
-            found = index.get("_class_name") if isinstance(index, dict) else index
-            raise ValueError(f"{path} is of a {found!r:.80}, not of a {cls.__name__}")
-        kinds = {"shift": (int, float), "image_size": int, "t5_length": int}
-        for key, kind in kinds.items():
-            if not isinstance(index.get(key), kind) or index[key] <= 0:
-                raise ValueError(f"{path}: {key} is {index.get(key)!r:.80}, must be a positive number")
-        return {key: index[key] for key in kinds}
+        folder = find_pipeline(
+            source, names, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        index = read_index(folder, cls.__name__)
+        loaded = {name: load_part(folder, name, dtype, variant) for name in names if name != "transformer"}
+        if "transformer" in names:
+            loaded["transformer"] = TinyFluxTransformer.from_pretrained(folder / "transformer", dtype, variant=variant)
+        pipe = cls(**components, **loaded, **index)
+        if device_map is not None:
+            place({n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}, device_map)
+        return pipe
 
     def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None, **kwargs
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        code: bool = False,
+        prompts: list[str] | tuple[str, ...] = (),
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
     ) -> None:
-        """Write the pipeline's folder; with push_to_hub=True and repo_id push it, too. ValueError for pickles and
-        variants."""
-        if not safe_serialization or variant is not None:
-            raise ValueError("a pipeline is saved as plain safetensors: without safe_serialization=False or a variant")
-        super().save_pretrained(str(save_directory), **kwargs)
+        """Write the pipeline's folder and its model card; with push_to_hub=True push it to `repo_id`, too.
+
+        variant: a word in the names of the weights' files, such as fp16. prompts: the card shows a picture of each.
+        code: also write pipeline.py, by which `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads
+        the folder where this package is not installed. ValueError for pickles.
+        """
+        if not safe_serialization:
+            raise ValueError("a pipeline is saved as plain safetensors: without safe_serialization=False")
+        folder = Path(save_directory)
+        super().save_pretrained(str(folder), variant=variant)
+        if code:
+            self._write_code(folder)
+        pictures = {prompt: self(prompt, generator=torch.Generator().manual_seed(0)).images[0] for prompt in prompts}
+        write_card(folder, dict(self.config), pictures, code)
+        if push_to_hub:
+            repo_id = repo_id or folder.name
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.upload_folder(
+                folder_path=folder, repo_id=repo_id, commit_message=commit_message or "Upload TinyFluxPipeline"
+            )
+
+    def push_to_hub(self, repo_id: str, **options) -> None:
+        """Save the pipeline and push it to `user/repo`; options as of `save_pretrained`."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **options)
+
+    @staticmethod
+    def _write_code(folder: Path) -> None:
+        from tinyflux.trainer.pipeline_code import single_file
+
+        path = folder / INDEX
+        index = json.loads(path.read_text())
+        index |= {"_class_name": ["pipeline", "TinyFluxPipeline"], "transformer": ["pipeline", "TinyFluxTransformer"]}
+        path.write_text(json.dumps(index, indent=2) + "\n")
+        for place_of_code in (folder, folder / "transformer"):  # diffusers loads a part's code out of its own folder
+            (place_of_code / "pipeline.py").write_text(single_file(), encoding="utf-8")
 
     @property
     def zoo(self) -> ModelZoo:
@@ -186,15 +260,60 @@ class TinyFluxPipeline(DiffusionPipeline):
         models = {"vae": self.vae, "clip": self.text_encoder, "t5": self.text_encoder_2}
         return ModelZoo.of(self.config.image_size, self.config.t5_length, tokenizers, **models)
 
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after that step."""
+        return self._interrupt
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one picture at a time, for less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode all pictures of a batch at once."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode a picture in overlapping tiles, for less memory; edges of tiles may be seen."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode a picture as a whole."""
+        self.vae.disable_tiling()
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        *,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """T5 states [B, L, D] of the prompts and of the negative prompts, CLIP vectors [B, D] of both, as a call takes
+        them: prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds. Those that are
+        given are used as they are. ValueError."""
+        prompts = self._encode(
+            prompt,
+            negative_prompt,
+            num_images_per_prompt,
+            (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds),
+        )
+        tensors = (prompts.t5, prompts.null_t5, prompts.clip, prompts.null_clip)
+        return tuple(x.expand(len(prompts), *x.shape[1:]).to(_device(self.transformer)) for x in tensors)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -203,65 +322,162 @@ class TinyFluxPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         *,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.6,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         batch_size: int = 8,
-        **settings,
+        solver: str = "euler",
+        shift: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Pictures, `num_images_per_prompt` in a row of each prompt: "pil" images, "np" [B, H, W, 3] or "pt"
         [B, 3, H, W] in [0, 1], or "latent" [B, C, h, w].
 
-        generator: its initial seed s alone counts, and picture k is `Sampler`'s picture k of seed s; of a list of
-        generators, one a picture, each gives its picture 0; None draws a seed from torch's own. latents: noise
-        [B, C, h, w] to start from instead. callback_on_step_end(pipe, step, t, {"latents"}) is called after each step
-        of each batch of `batch_size` with the t in [0, 1] that was reached; latents that it returns go on.
-        settings: others of `Settings` (solver, shift, guidance_interval, guidance_rescale). ValueError for bad input.
+        guidance_scale, shift: the pipeline's own unless given. generator: only its initial seed s is used, so calling
+        twice gives the same pictures: picture k is `Sampler`'s picture k of seed s; of a list of generators, one a
+        picture, each gives its picture 0; None draws a seed from torch's own. latents: noise [B, C, h, w] instead.
+        image: one, or one a prompt, to draw over; of the steps the last `strength` in (0, 1] are taken.
+        timesteps: ascending t in [0, 1] (1 is data) to use as they are; sigmas: the same as descending 1 - t, at whose
+        end a missing 0 is added. prompt_embeds and its like: of `encode_prompt`, instead of texts.
+        callback_on_step_end(pipe, step, t, {"latents"}) is called after each step of each batch of `batch_size` with
+        the t in [0, 1] that was reached. Latents that it returns are used from there on; where it sets
+        `pipe._interrupt = True`, drawing stops.
+        solver, guidance_interval, guidance_rescale: see `Settings`. ValueError for bad input.
         """
-        prompts, B = self._encode(prompt, negative_prompt, num_images_per_prompt)
+        given = (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        prompts = self._encode(prompt, negative_prompt, num_images_per_prompt, given)
+        B = len(prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, not {output_type!r}")
         if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))} is none of latents")
-        size = self.config.image_size
-        shape = self.zoo.latent_shape_of(height or size, width or size)
-        settings = {"shift": self.config.shift, "steps": num_inference_steps, "guidance": guidance_scale} | settings
-        sampler = Sampler(self.zoo, batch_size=batch_size, latent_shape=shape, **settings)
-        device = self._execution_device
-        seed, noise = 0, latents
-        if noise is not None:
-            if noise.shape != (B, *shape):
-                raise ValueError(f"latents must be {[B, *shape]} for these prompts and sizes, not {list(noise.shape)}")
-            noise = noise.to(device)
-        elif isinstance(generator, list | tuple):
-            if len(generator) != B:
-                raise ValueError(f"{len(generator)} generators for {B} pictures: give one, or one a picture")
-            first = torch.zeros(1, dtype=torch.int64)
-            noise = torch.cat([initial_noise(g.initial_seed(), first, shape, device) for g in generator])
+        settings = Settings(
+            steps=num_inference_steps,
+            guidance=self.config.guidance if guidance_scale is None else guidance_scale,
+            shift=self.config.shift if shift is None else shift,
+            solver=solver,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            timesteps=_times(timesteps, sigmas),
+        )
+        device, size = _device(self.transformer), self.config.image_size
+        if image is None:
+            shape = self.zoo.latent_shape_of(height or size, width or size)
+            start = self._noise(B, shape, generator, latents, device)
         else:
-            seed = int(torch.randint(1 << 62, ())) if generator is None else generator.initial_seed()
+            data = self._encode_image(image, height, width, B, num_images_per_prompt, device)
+            settings = _last_part(settings, strength)
+            t = settings.timesteps[0]
+            start = (1 - t) * self._noise(B, tuple(data.shape[1:]), generator, latents, device) + t * data
+        steps = len(settings.schedule()) - 1
+        sampler = Sampler(self.zoo, batch_size=batch_size, latent_shape=tuple(start.shape[1:]), **vars(settings))
+        self._interrupt = False
 
-        with self.progress_bar(total=num_inference_steps * -(-B // batch_size)) as bar:
+        with self.progress_bar(total=steps * -(-B // batch_size)) as bar:
 
-            def on_step(step: int, t: float, x: Tensor) -> Tensor:
+            def on_step(step: int, t: float, x: Tensor) -> Tensor | None:
                 bar.update()
-                if callback_on_step_end is None:
-                    return x
-                return (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
+                if callback_on_step_end is not None and not self._interrupt:
+                    x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
+                return None if self._interrupt else x
 
-            x = sampler.latents(self.transformer, prompts, seed=seed, device=device, noise=noise, on_step=on_step)
-        images = x if output_type == "latent" else _as(sampler.decode(x), output_type)
+            x = sampler.latents(self.transformer, prompts, device=device, noise=start, on_step=on_step)
+        images = x if output_type == "latent" else _as(self._decode(x, batch_size), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _encode(self, prompt: str | list[str], negative: str | list[str] | None, times: int) -> tuple[Prompts, int]:
-        texts = [prompt] if isinstance(prompt, str) else prompt
+    def _encode(self, prompt, negative, times: int, given: tuple[Tensor | None, ...]) -> Prompts:
+        """Prompts of texts or of tensors (T5, CLIP, negative T5, negative CLIP), each `times` in a row."""
+        if times < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, not {times}")
+        t5, clip, null_t5, null_clip = given
+        for (a, b), name in (((t5, clip), ""), ((null_t5, null_clip), "negative_")):
+            if (a is None) != (b is None):
+                raise ValueError(f"{name}prompt_embeds and {name}pooled_prompt_embeds are given together or not at all")
+        if (prompt is None) == (t5 is None):
+            raise ValueError("give either prompt or prompt_embeds with pooled_prompt_embeds")
+        if negative is not None and null_t5 is not None:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds with negative_pooled_prompt_embeds")
+        texts = [""] * len(t5) if prompt is None else [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r:.80}")
         if not isinstance(negative, str | None) and len(negative) != len(texts):
             raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one a prompt")
-        if times < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, not {times}")
-        return Prompts.encode(self.zoo, list(texts), negative or "").repeat(times), times * len(texts)
+        encoded = None
+        if t5 is None or null_t5 is None:
+            encoded = Prompts.encode(self.zoo, list(texts) if t5 is None else [], negative or "")
+        if t5 is None:
+            t5, clip = encoded.t5, encoded.clip
+        if null_t5 is None:
+            null_t5, null_clip = encoded.null_t5, encoded.null_clip
+        for name, x in (("pooled_prompt_embeds", clip), ("negative_prompt_embeds", null_t5)):
+            if len(x) not in (1, len(t5)) or (x is clip and len(x) != len(t5)):
+                raise ValueError(f"{name} has {len(x)} rows for {len(t5)} prompts")
+        return Prompts(list(texts), *(x.cpu() for x in (t5, clip, null_t5, null_clip))).repeat(times)
+
+    def _noise(self, count: int, shape: tuple[int, int, int], generator, latents: Tensor | None, device) -> Tensor:
+        """The noise [B, C, h, w] that a call starts from."""
+        if latents is not None:
+            if latents.shape != (count, *shape):
+                raise ValueError(
+                    f"latents must be {[count, *shape]} for these prompts and sizes, not {list(latents.shape)}"
+                )
+            return latents.to(device)
+        if isinstance(generator, list | tuple):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one a picture")
+            first = torch.zeros(1, dtype=torch.int64)
+            return torch.cat([initial_noise(g.initial_seed(), first, shape, device) for g in generator])
+        seed = int(torch.randint(1 << 62, ())) if generator is None else generator.initial_seed()
+        return initial_noise(seed, torch.arange(count), shape, device)
+
+    def _encode_image(self, image, height, width, count: int, times: int, device) -> Tensor:
+        """Latents [B, C, h, w] of the pictures to draw over, as many as there are pictures to draw."""
+        processor = VaeImageProcessor(vae_scale_factor=2 ** (len(self.vae.config.block_out_channels) - 1))
+        pixels = processor.preprocess(image, height, width).to(_device(self.vae), self.vae.dtype)
+        latents = (self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor).to(device)
+        if len(latents) == 1:
+            return latents.expand(count, -1, -1, -1)
+        if len(latents) * times != count:
+            raise ValueError(f"{len(latents)} images for {count // times} prompts: give one, or one a prompt")
+        return latents.repeat_interleave(times, 0)
+
+    def _decode(self, latents: Tensor, batch_size: int) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU."""
+        latents = (latents / self.vae.config.scaling_factor).to(_device(self.vae), self.vae.dtype)
+        return torch.cat([self.vae.decode(x).sample.float().cpu() for x in latents.split(batch_size)]).clamp(-1, 1)
+
+
+def _device(part: torch.nn.Module) -> torch.device:
+    """Where a part computes; one that is offloaded is elsewhere until it is called."""
+    return getattr(getattr(part, "_hf_hook", None), "execution_device", None) or part.device
+
+
+def _times(timesteps: list[float] | None, sigmas: list[float] | None) -> tuple[float, ...] | None:
+    """Ascending timesteps out of what a call gives. ValueError."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("give either timesteps or sigmas")
+    if sigmas is not None:
+        timesteps = [1 - float(sigma) for sigma in sigmas]
+        timesteps += [1.0] if timesteps and timesteps[-1] < 1 else []
+    return None if timesteps is None else tuple(map(float, timesteps))
+
+
+def _last_part(settings: Settings, strength: float) -> Settings:
+    """The same settings with the last part of their timesteps alone. ValueError."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1], not {strength}")
+    times = settings.schedule()
+    steps = max(1, round((len(times) - 1) * strength))
+    return replace(settings, timesteps=tuple(times[-steps - 1 :]))
 
 
 def _as(images: Tensor, output_type: str):

@@ -19,6 +19,10 @@ class Recipe:
     """Height and width of the latents it was trained on, the most frequent first."""
     words: frozenset[str] = frozenset()
     """All words of its captions, where they are few enough to be known."""
+    base_model: tuple[str, ...] = ()
+    """The Hub repo that the training started from."""
+    datasets: tuple[str, ...] = ()
+    """The Hub repos of its sources."""
     origin: str = "by default: the checkpoint has no training_config.json"
     """Where these values are from."""
 
@@ -30,12 +34,17 @@ class Recipe:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             trainer, seen = config["trainer"], config.get("seen", {})
+            urls = config.get("data", {}).get("sources", ())
+            sources = [re.match(r"hf://datasets/([^/]+/[^/@]+)", url) for url in urls]
+            repo = re.match(r"[\w.-]+/[\w.-]+(?=:|$)", trainer.get("init_from") or "")
             return cls(
                 zoo=str(trainer.get("zoo", ZOO)),
                 shift=float(trainer.get("shift", SHIFT)),
                 guidance=float(trainer.get("guidance_scale", GUIDANCE)),
                 latent_shapes=tuple((int(h), int(w)) for h, w in seen.get("latent_shapes", ())),
                 words=frozenset(map(str, seen.get("words", ()))),
+                base_model=(repo[0],) if repo and not Path(repo[0]).exists() else (),
+                datasets=tuple(dict.fromkeys(match[1] for match in sources if match)),
                 origin=f"of {path}",
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
