@@ -11,24 +11,22 @@ Zoo, shift, guidance and size are those of the run unless given. The PNG has its
 import logging
 import sys
 
-import tyro
-
 from tinyflux.trainer.drawing import SampleOptions, sample
+from tinyflux.util import cli
 
 
-def main(argv: list[str]) -> int:
-    """Parse, sample, print the paths. Returns the exit status."""
-    try:
-        options = tyro.cli(SampleOptions, args=argv, description=__doc__)
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-        logging.getLogger("tinyflux").setLevel(logging.INFO)
-        for path in sample(options):
-            print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def command(options: SampleOptions) -> None:
+    """Sample and print the paths of the pictures."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("tinyflux").setLevel(logging.INFO)
+    for path in sample(options):
+        print(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    return cli.run(command, SampleOptions, argv, prog="sample", description=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.dataset_hub import TOKEN, dataset_hub
 from tinyflux.model.loader import CheckpointError, load_model, save_published
+from tinyflux.model.lora import Lora, linear_layers
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.pipeline import TinyFluxPipeline
 from tinyflux.trainer.pipeline_files import WEIGHTS
-from tinyflux.trainer.sampling import Sampler, to_uint8
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.util.pixels import to_uint8
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
@@ -351,6 +353,31 @@ def test_parts_wait_on_the_cpu_until_they_are_called(saved, pipe):
     assert len(offloaded._all_hooks) == 4
     assert torch.equal(draw(offloaded, PROMPTS), draw(pipe, PROMPTS))
     assert draw(offloaded, "a", image=Image.new("RGB", (64, 64))).shape == (1, 3, 64, 64)
+
+
+def test_adapters(saved, pipe, model, tmp_path):
+    torch.manual_seed(3)
+    layers = ("double_blocks.0.attn.img_qkv", "single_blocks.0.mlp.fc1")
+    widths = {path: linear_layers(model)[path].weight.shape for path in layers}
+    pairs = {path: (torch.randn(2, n), torch.randn(m, 2)) for path, (m, n) in widths.items()}
+    Lora(pairs, dict.fromkeys(pairs, 0.5)).save_original(tmp_path / "lora.safetensors")
+    adapted = TinyFluxPipeline.from_pretrained(saved)
+    adapted.set_progress_bar_config(disable=True)
+    plain = draw(adapted, "a red ring")
+    adapted.load_lora_weights(tmp_path / "lora.safetensors")
+    whole = draw(adapted, "a red ring")
+    assert not torch.allclose(whole, plain, atol=1e-3)
+    adapted.load_lora_weights(tmp_path / "lora.safetensors", "again", scale=0.5)
+    adapted.set_adapters("again", 1.0)  # the other one does not count
+    assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-5)
+    adapted.set_adapters(["default", "again"], [0.25, 0.75])
+    assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-4)
+    with pytest.raises(ValueError, match="no adapter other; loaded are default, again"):
+        adapted.set_adapters("other")
+    adapted.unload_lora_weights()
+    assert torch.equal(draw(adapted, "a red ring"), plain)  # bit for bit
+    with pytest.raises(FileNotFoundError, match="no LoRA here"):
+        adapted.load_lora_weights(tmp_path / "nothing")
 
 
 def test_variants_and_devices(saved, pipe, tmp_path):

@@ -16,7 +16,8 @@ from launch.sample import main
 from tinyflux.model.loader import load_model, save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import TINY_DIR, ModelZoo
-from tinyflux.trainer.sampling import Sampler, to_uint8
+from tinyflux.trainer.sampling import Sampler
+from tinyflux.util.pixels import to_uint8
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
@@ -85,8 +86,8 @@ def test_doubts_and_a_prompt_that_is_cut(run_dir, tmp_path, caplog):
     assert call(run_dir, "--prompt", *prompts, "--out", tmp_path / "a.png", "--guidance", "2") == 0
     told = caplog.text
     assert "guidance 2 (as given)" in told and "size 64x64 (of" in told and "no picture of" not in told
-    assert told.count("no caption of the training has blue, hexagon, in the prompt 'a Blue hexagon'") == 1
-    assert told.count("t5 keeps 32 of 242 tokens") == told.count("clip keeps 77 of 182 tokens") == 1
+    assert told.count("no caption of the training has blue, hexagon, in the prompt 'a Blue hexagon'") == 2
+    assert told.count("t5 keeps 32 of 242 tokens") == told.count("clip keeps 77 of 182 tokens") == 2
 
 
 def test_without_a_run_the_published_defaults_hold(run_dir, tmp_path, capsys, caplog):
@@ -98,7 +99,7 @@ def test_without_a_run_the_published_defaults_hold(run_dir, tmp_path, capsys, ca
     assert "zoo tiny (as given)" in told and "shift 3 (by default: the checkpoint has no training_config" in told
     assert "size 64x64 (the zoo's own)" in told and "no caption" not in told
     (tmp_path / "training_config.json").write_text("[]")
-    assert call(copied, "--prompt", "a hexagon") == 1
+    assert call(copied, "--prompt", "a hexagon") == 2
     assert "is not the training_config.json of a run" in capsys.readouterr().err
 
 
@@ -108,9 +109,9 @@ def test_another_zoo_and_a_missing_step(run_dir, tmp_path, capsys):
     T5EncoderModel(T5Config(vocab_size=1000, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
         zoo / "t5"
     )
-    assert call(run_dir, "--prompt", "a", "--zoo", zoo) == 1
+    assert call(run_dir, "--prompt", "a", "--zoo", zoo) == 2
     assert "T5 and CLIP give 16 and 128 features, this network takes 128 and 128" in capsys.readouterr().err
-    assert call(run_dir / "checkpoints" / "step_7", "--prompt", "a") == 1
+    assert call(run_dir / "checkpoints" / "step_7", "--prompt", "a") == 2
     assert "no such checkpoint; there are in" in (told := capsys.readouterr().err)
     assert "step_5.safetensors, step_5_ema.safetensors" in told
 
@@ -138,7 +139,7 @@ def test_a_compiled_network_draws_the_same(run_dir, tmp_path):
     ],
 )
 def test_what_cannot_be_drawn_is_refused(run_dir, options, message, capsys):
-    assert call(run_dir, *options) == 1
+    assert call(run_dir, *options) == 2
     assert message in capsys.readouterr().err
 
 

@@ -17,12 +17,13 @@ from tempfile import TemporaryDirectory
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from tinyflux.model.loader import check_place, load_model, save_published
+from tinyflux.model.loader import REPO, check_place, load_model, save_published
+from tinyflux.model.lora import Lora, linear_layers, read_lora
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.pipeline_card import write_card
@@ -35,7 +36,8 @@ from tinyflux.trainer.pipeline_files import (
     read_index,
     weights_name,
 )
-from tinyflux.trainer.sampling import Prompts, Sampler, Settings, initial_noise, to_uint8
+from tinyflux.trainer.sampling import Prompts, Sampler, Settings, initial_noise
+from tinyflux.util.pixels import to_uint8
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -118,6 +120,8 @@ class TinyFluxPipeline(DiffusionPipeline):
             datasets=datasets,
         )
         self._interrupt = False
+        self._loras: dict[str, tuple[Lora, float]] = {}  # by name, with their scales
+        self._plain: dict[str, Tensor] = {}  # weights as they were before the adapters
 
     @classmethod
     def of(cls, model: TinyFluxDeep, zoo: ModelZoo, shift: float = 3.0, **config) -> "TinyFluxPipeline":
@@ -264,6 +268,41 @@ class TinyFluxPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop after that step."""
         return self._interrupt
+
+    def load_lora_weights(self, source: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
+        """Draw with an adapter from now on, beside those that are loaded: PEFT's folder, a file, or `user/repo`.
+
+        Errors: FileNotFoundError; ValueError where it is not a plain LoRA of this network.
+        """
+        path = Path(source)
+        if not path.exists() and REPO.fullmatch(str(source)):
+            path = Path(snapshot_download(str(source), allow_patterns=["adapter_config.json", "*.safetensors"]))
+        lora = read_lora(path, self.transformer)
+        self._draw_with(self._loras | {adapter_name: (lora, scale)})
+
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
+        """The scales of these adapters, 1 unless given; 0 for those that are not named. ValueError for unknown ones."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        scales = {name: 1.0 if scale is None else scale for name, scale in zip(names, given, strict=True)}
+        if unknown := [name for name in names if name not in self._loras]:
+            raise ValueError(f"no adapter {', '.join(unknown)}; loaded are {', '.join(self._loras) or 'none'}")
+        self._draw_with({name: (lora, scales.get(name, 0.0)) for name, (lora, _) in self._loras.items()})
+
+    def unload_lora_weights(self) -> None:
+        """Draw without adapters again, with the very weights from before."""
+        self._draw_with({})
+
+    @torch.no_grad()
+    def _draw_with(self, loras: dict[str, tuple[Lora, float]]) -> None:
+        layers = linear_layers(self.transformer)
+        for path, weight in self._plain.items():
+            layers[path].weight.copy_(weight)
+        self._plain = {path: layers[path].weight.cpu().clone() for lora, _ in loras.values() for path in lora.pairs
+                       if path in layers}  # fmt: skip
+        for lora, scale in loras.values():
+            lora.add_to(self.transformer, scale)
+        self._loras = loras
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture at a time, for less memory."""

@@ -2,65 +2,85 @@
 
 import ast
 import re
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-HEADER = '"""TinyFlux for diffusers in one file, generated from the package tinyflux-deep (MIT)."""\n'
-MODULES = (  # each after those that it imports
-    "util.rng", "model.layers", "model.experts", "model.model", "model.dcp", "model.loader", "model.pretrained",
-    "model.teachers", "model.zoo", "trainer.schedules", "trainer.solvers", "trainer.sampling",
-    "trainer.pipeline_files", "trainer.pipeline_card", "trainer.pipeline",
-)  # fmt: skip
+HEADER = '"""TinyFlux for diffusers in one file, generated from the package tinyflux-deep (MIT)."""'
+ROOT = "tinyflux.trainer.pipeline"
+SHARED = ("log",)  # names that modules may define alike
 
 
 def single_file() -> str:
-    """The source of all `MODULES` without their imports of each other. ValueError where two define the same name."""
-    imports: dict[str, None] = {}
+    """The source of the pipeline's module and of all of this package that it imports, each after what it imports.
+
+    Their imports of each other are left out, and private names that two of them have are told apart. ValueError where
+    two define the same public name.
+    """
+    modules = _closure(ROOT, [])
+    imports: dict[str, None] = {"import sys": None}
     parts, owners = [], {}
-    for module in MODULES:
-        source = Path(import_module(f"tinyflux.{module}").__file__).read_text(encoding="utf-8")
+    for module in modules:
+        source = _source(module)
         lines, cut = source.splitlines(), set()
         for node in ast.parse(source).body:
-            span = range(node.lineno - 1, node.end_lineno)
+            docstring = isinstance(node, ast.Expr) and node.lineno == 1  # it names the file that it was in
             if isinstance(node, ast.Import | ast.ImportFrom):
-                cut.update(span)
-                if not _is_own(node, module):
+                if not _own(node):
                     imports[ast.unparse(node)] = None
-            elif _is_typing_only(node) or (isinstance(node, ast.Expr) and node.lineno == 1):
-                cut.update(span)  # the docstring names the file that it was in
-            for name in _defined(node):
-                if owners.setdefault(name, module) != module and name != "log":
-                    raise ValueError(f"{module} and {owners[name]} both define {name}: rename one of them")
+            elif not docstring and not _is_typing_only(node):
+                continue
+            cut.update(range(node.lineno - 1, node.end_lineno))
         body = "\n".join(line for i, line in enumerate(lines) if i not in cut).strip()
-        body = re.sub(r"^( +)from tinyflux\.(\S+) import .*$", _inner_import, body, flags=re.MULTILINE)
-        parts.append(f"# tinyflux.{module}\n\n{body}\n")
-        if module == "util.rng":
-            parts.append("rng = sys.modules[__name__]  # what follows calls it by its module's name\n")
-    head = "\n".join(["import sys", *(line for line in imports if line != "import sys")])
-    return HEADER + "\n" + head + "\n\n" + "\n\n".join(parts)
+        for name in _defined(source):
+            if owners.setdefault(name, module) != module and name not in SHARED:
+                if not name.startswith("_"):
+                    raise ValueError(f"{module} and {owners[name]} both define {name}: rename one of them")
+                body = re.sub(rf"\b{name}\b", f"{name}_{module.rpartition('.')[2]}", body)
+        inner = re.compile(r"^( +)from (tinyflux\S*) import (.*)$", re.MULTILINE)
+        body = inner.sub(lambda found: found[1] + _stand_in(found[2], found[3], modules), body)
+        parts.append(f"# {module}\n\n{body}\n")
+        if module.startswith("tinyflux.util."):  # such modules are called by their names: rng.normal
+            parts.append(f"{module.rpartition('.')[2]} = sys.modules[__name__]\n")
+    return "\n".join([HEADER, "", *imports, "", "\n\n".join(parts)])
 
 
-def _is_own(node: ast.Import | ast.ImportFrom, module: str) -> bool:
-    """Is this an import of one of `MODULES`? ValueError for another one of the package: it would be missing."""
+def _source(module: str) -> str:
+    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+
+
+def _closure(module: str, found: list[str]) -> list[str]:
+    """A module after all of this package that it imports at its top."""
+    for node in ast.parse(_source(module)).body:
+        for other in _own(node):
+            if other not in found:
+                _closure(other, found)
+    return [*found, module] if module == ROOT else found.append(module)
+
+
+def _own(node: ast.stmt) -> list[str]:
+    """The modules of this package that a statement imports."""
     if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("tinyflux"):
-        return False
-    names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    if not any(name == f"tinyflux.{known}" for name in names for known in MODULES):
-        raise ValueError(f"{module} imports {node.module}: add it to MODULES of {__name__}")
-    return True
+        return []
+    if Path(find_spec(node.module).origin).name == "__init__.py":
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [node.module]
 
 
-def _inner_import(found: re.Match) -> str:
-    """What stands for an import of this package inside a function: nothing, or an error for another module's."""
-    known = found[2] in MODULES
-    return found[1] + ("pass" if known else 'raise ImportError("this needs the package tinyflux-deep")')
+def _stand_in(module: str, names: str, modules: list[str]) -> str:
+    """What stands for an import inside a function: nothing, or an error where the module is not in the file."""
+    known = module in modules or f"{module}.{names}" in modules
+    return "pass" if known else 'raise ImportError("this needs the package tinyflux-deep")'
 
 
 def _is_typing_only(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def _defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    return [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+def _defined(source: str) -> list[str]:
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return names

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinyflux.trainer.schedules import flux_shift
 from tinyflux.trainer.solvers import SOLVERS
 from tinyflux.util import rng
+from tinyflux.util.pixels import to_uint8
 
 if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and a rank that trains never needs them
     from tinyflux.model.zoo import ModelZoo
@@ -270,11 +271,6 @@ def generate_samples(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] for prompts: a Sampler of those settings, used once."""
     return Sampler(zoo, **settings)(model, prompts, negative=negative_prompt, seed=seed)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
