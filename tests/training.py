@@ -24,6 +24,7 @@ SMALL = [  # a network and a run small enough for a test; the sizes that the sha
     *("--model.axes-dims-rope", "4", "6", "6", "--model.num-double-layers", "1", "--model.num-single-layers", "2"),
     *("--model.lune-hidden-dim", "16", "--model.sol-hidden-dim", "8"),
     *("--trainer.dtype", "float32", "--trainer.learning-rate", "3e-3", "--trainer.warmup-steps", "4"),
+    *("--trainer.lr-scheduler", "constant"),
     *("--trainer.lune-warmup-steps", "5", "--trainer.sol-warmup-steps", "5", "--trainer.ema-decay", "0.9"),
     *("--trainer.save-every-epochs", "0", "--trainer.log-every", "5"),
     *("--data.global-batch-size", "8", "--data.micro-batch-size", "2", "--data.seed", "7"),

@@ -31,6 +31,13 @@ def test_min_snr(t, weight):
     assert losses.min_snr_weight(torch.tensor([t])).item() == pytest.approx(weight, rel=1e-4)
 
 
+def test_min_snr_of_velocity():
+    t = torch.tensor([0.5, 0.9])
+    assert losses.min_snr_weight(t, 5.0, "velocity").tolist() == pytest.approx([1 / 2, 5 / 82])
+    with pytest.raises(ValueError, match="noise, velocity"):
+        losses.min_snr_weight(t, form="data")
+
+
 def test_weights_masks_and_maps(pair):
     each = losses.compute_main_loss(*pair, reduction="none")
     weights = torch.tensor([1.0, 0.5, 0.0])
@@ -38,6 +45,7 @@ def test_weights_masks_and_maps(pair):
     ones = torch.ones(B, 8, 8)
     assert torch.allclose(losses.compute_main_loss(*pair, ones, reduction="none"), 2 * each)
     assert torch.allclose(losses.compute_main_loss(*pair, 0 * ones, reduction="none"), each / 2)
+    assert torch.allclose(losses.compute_main_loss(*pair, torch.nan * ones, reduction="none"), each)
     assert torch.allclose(losses.compute_main_loss(*pair, spatial_weights=3 * ones, reduction="none"), each, rtol=1e-5)
     top = torch.zeros(B, 4, 4)
     top[:, :2] = 1  # the weights' mean is 1/2: the upper half counts double

@@ -76,6 +76,12 @@ def test_a_resumed_run_goes_on_with_the_same_samples(caches, tmp_path):
     assert curve(parts) == curve(whole)
 
 
+def test_the_schedule_ends_with_the_run(caches, tmp_path):
+    options = {"lr_scheduler": "cosine", "min_lr": 1e-4, "total_steps": 100, "max_epochs": 2}
+    trainer = run(tmp_path, caches[0], **options)
+    assert trainer.step == len(records(tmp_path)) == 8 and records(tmp_path)[-1]["lr"] == pytest.approx(1e-4)
+
+
 def test_several_caches(caches, tmp_path):
     dataset = MultiCachedDataset()
     for i, cache in enumerate(caches):

@@ -51,9 +51,9 @@ def test_loss_warmup():
     ("schedule", "middle", "end"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)]
 )
 def test_learning_rate(schedule, middle, end):
-    options = {"base": 1.0, "total_steps": 110, "warmup_steps": 10, "min_lr": 0.1, "schedule": schedule}
+    options = {"base": 1.0, "total_steps": 111, "warmup_steps": 10, "min_lr": 0.1, "schedule": schedule}
     assert schedules.learning_rate(0, **options) == pytest.approx(0.1)
     assert schedules.learning_rate(9, **options) == schedules.learning_rate(10, **options) == 1.0
     assert schedules.learning_rate(60, **options) == pytest.approx(middle)
-    assert schedules.learning_rate(110, **options) == pytest.approx(end)
+    assert schedules.learning_rate(110, **options) == pytest.approx(end)  # the last step
     assert schedules.learning_rate(4, **options, warmup="cosine") == pytest.approx(0.5)

@@ -44,7 +44,7 @@ class TrainerConfig:
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: names of modules or parameters, with * for any, such as double_blocks.* or txt_in."""
     max_epochs: Annotated[int | None, AtLeast(1)] = None
-    """End earlier, when the sources' samples were seen this often."""
+    """End earlier, when the sources' samples were seen this often; the learning rate's schedule ends there too."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     min_lr: Annotated[float, AtLeast(0)] = 0.0
@@ -54,8 +54,11 @@ class TrainerConfig:
     and the ranks: 1 is then any number, another one must agree."""
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """Compute each block's activations again in the backward: all of them, or all but products and attention."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
-    """torch.compile each block with this mode."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] | None = None
+    """torch.compile each block with this mode. Those with CUDA graphs fail with sharded weights, which move."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, so that a run can be repeated bitwise on the same number of the
+    same devices; attention's backward is slower."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the network computes in; master weights, gradient reduction and EMA are float32 either way."""
     ema_decay: Annotated[float, Within(0, 1, open_high=True)] = 0.9999

@@ -26,6 +26,10 @@ from tinyflux.trainer.config import ParallelConfig
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NCCL_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # the flight recorder
+# most graphs of one block kind, for latent shapes, batch sizes, training and sampling; after torch.compile's own 8,
+# blocks would run uncompiled
+GRAPHS = 64
 # what selective activation checkpointing keeps: matrix products and attention; the cheap rest is computed again
 SAVED = {
     torch.ops.aten.mm.default,
@@ -56,14 +60,17 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 def join_process_group(device: torch.device, timeout: int = 600) -> None:
     """Join torchrun's process group, or make one of a single rank where torchrun did not start this process.
 
-    CUDA tensors go through NCCL; gloo is there too, for checkpoints and other host-side exchanges.
+    CUDA tensors go through NCCL; gloo is there too, for checkpoints and other host-side exchanges. NCCL keeps a record
+    of its last collectives and writes it to a file when one is not joined in time.
     """
     if dist.is_initialized():
         return
-    backend = "gloo"
+    backend, device_id = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+        backend, device_id = "cpu:gloo,cuda:nccl", device  # connects at once, and to the right GPU
+        for variable, value in NCCL_SETTINGS.items():
+            os.environ.setdefault(variable, value)
     if "RANK" in os.environ:
         patience = timedelta(seconds=timeout)
         store, rank, world = next(rendezvous("env://", timeout=patience))
@@ -71,9 +78,11 @@ def join_process_group(device: torch.device, timeout: int = 600) -> None:
             # torch 2.13: torchrun that starts its ranks again keeps the store, with the dead ones' addresses in it.
             # On several nodes it may count its restarts differently on each: launch/torchrun.py has a new store then
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
+        )
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         atexit.register(_leave)  # one group serves all trainers of a notebook, and their models after training
 
 
@@ -84,12 +93,18 @@ def _leave() -> None:
 
 @contextmanager
 def process_group(device: torch.device, timeout: int = 600) -> Iterator[None]:
-    """`join_process_group` for the length of a `with` block."""
+    """`join_process_group` for the length of a `with` block. After an error NCCL's collectives are aborted: to destroy
+    the group would wait for ranks that wait for this one."""
     join_process_group(device, timeout)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cuda":
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
@@ -162,6 +177,9 @@ def distribute(
     meta = any(p.is_meta for p in model.parameters())
     if not meta:
         model.to(device=device, dtype=torch.float32)
+    if compile_mode is not None:
+        torch._dynamo.config.recompile_limit = GRAPHS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks:
         prepare_block(block, gradient_checkpointing, compile_mode)

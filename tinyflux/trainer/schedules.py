@@ -80,12 +80,12 @@ def learning_rate(
 ) -> float:
     """Learning rate of the step-th optimizer step, counted from 0.
 
-    The warm-up rises from base/N to base over N steps; then the schedule falls to `min_lr` at `total_steps`.
+    The warm-up rises from base/N to base over N steps; then the schedule falls to `min_lr`, at the last step.
     """
     if step < warmup_steps:
         x = (step + 1) / warmup_steps
         return base * (x if warmup == "linear" else 0.5 - 0.5 * math.cos(math.pi * x))
-    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    x = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     match schedule:
         case "cosine":
             return min_lr + (base - min_lr) * (0.5 + 0.5 * math.cos(math.pi * x))

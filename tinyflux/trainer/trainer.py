@@ -1,6 +1,7 @@
 """The training loop: one state, the step; everything random or ordered follows from it."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.cache_loader import CacheLoader
 from tinyflux.trainer.config import ParallelConfig, TrainerConfig
 from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.garbage import collected_by_steps
 from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.objective import Objective
 from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state
@@ -57,7 +59,7 @@ class Trainer:
     ):
         self.config, self.seed, self.run_dir = config, seed, Path(run_dir)
         self.device = parallel.usable_device(device)
-        devices.configure(self.device)
+        devices.configure(self.device, deterministic=config.deterministic)
         parallel_config = parallel_config or ParallelConfig()
         parallel.join_process_group(self.device, parallel_config.timeout)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -88,7 +90,7 @@ class Trainer:
             self.device,
             keep_gathered=not parallel_config.reshard_after_forward,
         )
-        self.step, self.best_loss = 0, float("inf")
+        self.step, self.last_step, self.best_loss = 0, config.total_steps, float("inf")
         self.pending: Pending | None = None  # the step that was launched and not read yet
         self.stopping = False  # what all ranks agreed on
         self.signals = StopSignals()
@@ -137,6 +139,8 @@ class Trainer:
         self.tensorboard_dir = self.run_dir / (tensorboard_dir or c.tensorboard_dir)
         self.val_loader = val_loader if c.validate_every else None
         self.training_config = training_config or self.training_config
+        if c.max_epochs is not None:  # the schedule ends there too
+            self.last_step = bisect_left(range(c.total_steps), c.max_epochs, key=train_loader.epoch)
         fields = train_loader.fields
         (_, height, width), (text_tokens, text_width) = fields["latents"].shape, fields["t5_embeds"].shape
         self.work_per_sample = {
@@ -206,31 +210,30 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether all steps or all epochs are done."""
-        c = self.config
-        epochs_done = c.max_epochs is not None and self.loader.epoch(self.step) >= c.max_epochs
-        return self.step >= c.total_steps or epochs_done
+        return self.step >= self.last_step
 
     def train(self) -> int:
         """Train to the end, or until a signal asks to stop. Returns the exit status: 0, or 75 for a requeue."""
         c = self.config
         if self.finished:
-            say(f"finished: step {self.step} of {c.total_steps} was saved in {self.checkpointer.root}")
+            say(f"finished: step {self.step} of {self.last_step} was saved in {self.checkpointer.root}")
             self.close()
             if self.uploader:
                 self.uploader.finish(c.upload_wait)
             return cli.DONE
-        self.metrics = Metrics(self.run_dir, self.tensorboard_dir, self.step, c.total_steps)
+        self.metrics = Metrics(self.run_dir, self.tensorboard_dir, self.step, self.last_step)
         self.metrics.text("config", f"```json\n{json.dumps(self.training_config, indent=2)}\n```", self.step)
         self.loader.load_state_dict({"step": self.step})
         batches = iter(self.loader)
         self.model.train()
-        with self.signals.noted():
-            say(f"training from step {self.step} to {c.total_steps}")
+        with self.signals.noted(), collected_by_steps() as collect_garbage:
+            say(f"training from step {self.step} to {self.last_step}")
             self.stepper.restart_clock()
             while not self.finished and not self.stopping:
                 self.profiler.before(self.step + 1)
                 self.train_step(batches)
                 self._after_step()
+                collect_garbage(self.step)
             self._read(last=True)
             self._save_the_end()
         return self._conclude()
@@ -249,7 +252,7 @@ class Trainer:
         return learning_rate(
             self.step,
             base=c.learning_rate,
-            total_steps=c.total_steps,
+            total_steps=self.last_step,
             warmup_steps=c.warmup_steps,
             min_lr=c.min_lr,
             schedule=c.lr_scheduler,
@@ -331,7 +334,7 @@ class Trainer:
             self.uploader.finish(c.upload_wait if self.finished else 0)
         if self.finished:
             return cli.DONE
-        say(f"stopped by a signal at step {self.step} of {c.total_steps}: saved; run the same command to resume")
+        say(f"stopped by a signal at step {self.step} of {self.last_step}: saved; run the same command to resume")
         return cli.SAVED
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """What this device can do: its peak rate, its memory, and settings made once."""
 
+import os
 import resource
 import time
 
@@ -9,8 +10,13 @@ import torch
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-def configure(device: torch.device) -> None:
-    """Settings of the whole process: float32 products on tensor cores (TF32) where there are any."""
+def configure(device: torch.device, *, deterministic: bool = False) -> None:
+    """Settings of the whole process: float32 products on tensor cores (TF32) where there are any; deterministic: only
+    kernels that give the same bits every time."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, which takes time
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

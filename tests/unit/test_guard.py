@@ -1,0 +1,64 @@
+"""Steps that are not taken: judged on the device, without a trace in weights, moments and averages."""
+
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.ema import EMA
+from tinyflux.trainer.guard import FEWEST, WINDOW, Guard
+from tinyflux.trainer.optim.registry import OPTIMIZERS, make_optimizer, take_step
+
+NAN = float("nan")
+
+
+def guard_of(tmp_path, **options) -> Guard:
+    return Guard(TrainerConfig(**options), tmp_path, torch.device("cpu"))
+
+
+def judged(guard: Guard, loss: float, norm: float = 1.0) -> bool:
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+def test_a_spike_is_measured_against_the_median_of_the_steps_taken(tmp_path):
+    guard, taken = guard_of(tmp_path, max_loss_spike=2.0), []
+    losses = torch.rand(3 * WINDOW, generator=torch.Generator().manual_seed(0)).add(0.5).tolist()
+    for i, loss in enumerate(losses):
+        loss = loss * 10 if i % 7 == 6 else loss
+        spike = len(taken) >= FEWEST and loss > 2 * median(taken[-WINDOW:])
+        assert judged(guard, loss) == spike, i
+        taken += [] if spike else [loss]
+    assert guard.losses == pytest.approx(taken[-WINDOW:])
+    resumed = guard_of(tmp_path, max_loss_spike=2.0)
+    resumed.losses = guard.losses
+    assert judged(resumed, 50.0) and not judged(resumed, 1.0)
+    assert "more than 2 times the median" in resumed.fault(50.0, 1.0, median(taken[-WINDOW:]))
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (float("inf"), 1.0), (1.0, NAN)])
+def test_what_is_not_finite_is_skipped(tmp_path, loss, norm):
+    guard = guard_of(tmp_path)
+    assert judged(guard, loss, norm) and not judged(guard, 1e9) and guard.losses == [1e9]
+    assert guard.fault(loss, norm, NAN) == "loss or gradient not finite"
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name == "adamw"])
+def test_a_skipped_step_leaves_no_trace(name):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer, ema = make_optimizer(model, TrainerConfig(optimizer=name, learning_rate=0.1)), EMA(model, 0.9)
+
+    def step(gradient: float, skip: float) -> list[torch.Tensor]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        take_step(optimizer, torch.tensor(skip))
+        ema.update(torch.tensor(skip))
+        state = [x for p in model.parameters() for x in optimizer.state[p].values()]
+        return [x.clone() for x in (*model.parameters(), *state, *ema.shadow.values(), ema.count)]
+
+    before = step(1.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, step(NAN, 1.0), strict=True)) and ema.updates == 1
+    after = step(1.0, 0.0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and ema.updates == 2

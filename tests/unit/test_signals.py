@@ -1,0 +1,29 @@
+"""Stop signals, in a process of their own."""
+
+import signal
+import subprocess
+import sys
+
+from tests.training import environment
+
+LOOP = """
+import time
+from tinyflux.trainer.signals import StopSignals
+signals = StopSignals()
+with signals.noted():
+    print("listening", flush=True)
+    while not signals.told:
+        time.sleep(0.01)
+    print("told", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_first_is_noted_and_a_second_interrupt_ends_at_once():
+    process = subprocess.Popen([sys.executable, "-c", LOOP], env=environment(), stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "told\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "stopped at once" in said
