@@ -163,12 +163,12 @@ def test_resumes_on_another_rank_count(sources, tmp_path, name):
 def test_another_optimizer_or_freeze_than_the_checkpoint_s(sources, tmp_path):
     assert train(tmp_path / "run", sources, "--trainer.total-steps", 2).returncode == 0
     done = train(tmp_path / "run", sources, "--trainer.total-steps", 3, "--trainer.optimizer", "adafactor")
-    assert done.returncode == 1 and "another trainer.optimizer, trainer.freeze or" in done.stdout, done.stdout
+    assert done.returncode == 2 and "another trainer.optimizer, trainer.freeze or" in done.stdout, done.stdout
 
 
 def test_gradient_accumulation_must_agree(sources, tmp_path):
     done = train(tmp_path / "run", sources, "--trainer.gradient-accumulation", 3)
-    assert done.returncode == 1 and "= 8 / (1 x 2) = 4" in done.stdout, done.stdout
+    assert done.returncode == 2 and "= 8 / (1 x 2) = 4" in done.stdout, done.stdout
     done = train(tmp_path / "run", sources, "--trainer.gradient-accumulation", 4, "--trainer.total-steps", 1)
     assert done.returncode == 0, done.stdout
 
