@@ -51,7 +51,7 @@ def samples(reader: Reader, step: int, ranks: int) -> Iterator[tuple]:
                 key = reader.shards.get(int(s), int(shard)).key(row)
             except ShardError as error:
                 key = f"bad: {error}"
-        yield slot * ranks // len(draws), slot, source.name, source.manifest.shards[shard].name, row, key
+        yield slot * ranks // len(draws), slot, source.name, source.manifest.shards.name(shard), row, key
 
 
 def shares(reader: Reader, step: int) -> Iterator[tuple]:

@@ -28,12 +28,14 @@ from tinyflux.model.zoo import FLUX, ModelZoo
 from tinyflux.precache.convert import Converter
 from tinyflux.precache.engine import Engine
 from tinyflux.precache.extract import (
+    by_group,
     extract_batches,
     groups_of,
     load_for,
     models_of,
     null_embeddings,
     producer,
+    whole,
 )
 from tinyflux.precache.ledger import Job, JobError
 from tinyflux.precache.legacy import FINGERPRINT
@@ -50,7 +52,7 @@ from tinyflux.precache.sources import (
     unlisted_source,
 )
 from tinyflux.shards.manifest import diff_fingerprints
-from tinyflux.shards.writer import atomic_write
+from tinyflux.util.files import atomic_write
 
 
 @dataclass
@@ -259,7 +261,8 @@ def convert(config: BuildConfig, spec: SourceSpec) -> int:
     converter = Converter(spec, config.lune, config.sol, workers)
     null = safetensors.torch.save(converter.null())
     inputs = converter.inputs()[: config.limit]
-    ordered = job.begin({"settings": settings, "fingerprint": FINGERPRINT}, inputs, config.shard_size, config.append)
+    begun = {"settings": settings, "fingerprint": FINGERPRINT, "producers": by_group(FINGERPRINT)}
+    ordered = job.begin(begun, inputs, config.shard_size, config.append)
     with job.lock():
         if not (job.out / "null.safetensors").exists():
             atomic_write(job.out / "null.safetensors", null)
@@ -268,7 +271,7 @@ def convert(config: BuildConfig, spec: SourceSpec) -> int:
     progress.close()
     if spec.null is None:
         print(f"{job.out / 'null.safetensors'} is zeros: the cache has no empty prompt (key null of a sources.toml)")
-    return finish(job, FINGERPRINT, config.max_rejected)
+    return finish(job, by_group(FINGERPRINT), config.max_rejected)
 
 
 def build(config: BuildConfig) -> int:
@@ -314,7 +317,8 @@ def build(config: BuildConfig) -> int:
         estimate(engine, inputs, world, config.shard_size)
         return 0
     fingerprint = producer(zoo, size, dtype, crop=spec.crop, seed=config.seed, **switches)
-    ordered = job.begin({"settings": settings, "fingerprint": fingerprint}, inputs, config.shard_size, config.append)
+    begun = {"settings": settings, "fingerprint": fingerprint, "producers": by_group(fingerprint)}
+    ordered = job.begin(begun, inputs, config.shard_size, config.append)
     with job.lock():
         if not (job.out / "null.safetensors").exists():
             atomic_write(job.out / "null.safetensors", safetensors.torch.save(null_embeddings(zoo, dtype)))
@@ -323,7 +327,7 @@ def build(config: BuildConfig) -> int:
     engine.run(job, job.claim(rank, world), ordered, progress)
     progress.close()
     say_speed(engine, time.perf_counter() - start)
-    return finish(job, fingerprint, config.max_rejected)
+    return finish(job, by_group(fingerprint), config.max_rejected)
 
 
 def redo(config: BuildConfig, spec: SourceSpec) -> int:
@@ -352,7 +356,7 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
             return say_complete(job)
     device = device_of(config, settings, local_rank)
     shared = set(models_of(parts)) & set(models_of(old.parts - parts))
-    known = {name: value for name, value in old.manifest.fingerprint.items() if name in shared}
+    known = {name: value for name, value in whole(old.manifest.groups).items() if name in shared}
     zoo = zoo_of(config, device, begun or {"fingerprint": known})
     size = spec.size or zoo.image_size
     old.compare(needed(spec, config.seed, config.dtype, size, old, parts, config.teacher_input))
@@ -369,7 +373,7 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
     if config.compile:
         zoo.compile()
     fingerprint = old.fingerprint(parts, zoo.fingerprint(), config.teacher_input)
-    job.begin_like(asked | {"fingerprint": fingerprint}, old.sizes, old.inputs)
+    job.begin_like(asked | {"fingerprint": fingerprint, "producers": by_group(fingerprint)}, old.sizes, old.inputs)
     with job.lock():
         if not (job.out / "null.safetensors").exists():
             made = safetensors.torch.save(null_embeddings(zoo, dtype)) if "text" in parts else None
@@ -379,7 +383,7 @@ def redo(config: BuildConfig, spec: SourceSpec) -> int:
     engine.run(job, with_entries(job, job.claim(rank, world)), [], progress)
     progress.close()
     say_speed(engine, time.perf_counter() - start)
-    return finish(job, fingerprint, config.max_rejected)
+    return finish(job, by_group(fingerprint), config.max_rejected)
 
 
 # what goes wrong before anything is built

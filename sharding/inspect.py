@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from tinyflux.precache.extract import whole
 from tinyflux.precache.page import render
 from tinyflux.precache.survey import Report, look
 from tinyflux.shards.format import SUFFIX
 from tinyflux.shards.manifest import diff_fingerprints
-from tinyflux.shards.store import open_source
-from tinyflux.shards.writer import atomic_write
+from tinyflux.shards.schema import fields_at
+from tinyflux.shards.source import open_source
+from tinyflux.util.files import atomic_write
 
 
 @dataclass
@@ -62,10 +64,12 @@ def columns(rows: list[tuple]) -> str:
 
 def members(report: Report) -> list[tuple]:
     """(member, fields, bytes a sample as tensors, as stored, ratio) of each kind of member."""
-    groups = {group + SUFFIX: fields for group, fields in report.source.manifest.groups.items()}
+    shape = report.source.shapes[0]
+    groups = {name: fields_at(group.fields, shape) for name, group in report.source.groups.items()}
     rows: list[tuple] = [("member", "fields", "raw bytes", "stored", "ratio")]
     for extension, size in sorted(report.stored.items(), key=lambda item: -item[1]):
-        fields, each = groups.get(extension, {}), size / max(1, report.scanned)
+        group = extension.partition(".")[0]
+        fields, each = groups.get(group, {}) if extension.endswith(SUFFIX) else {}, size / max(1, report.scanned)
         raw = sum(f.nbytes for f in fields.values())
         rows.append((extension, ", ".join(fields), raw or "", round(each), f"{raw / each:.2f}" if raw else ""))
     return rows
@@ -74,7 +78,7 @@ def members(report: Report) -> list[tuple]:
 def values(report: Report) -> list[tuple]:
     """What each field's values are like."""
     rows: list[tuple] = [("field", "dtype", "shape", "bytes", "mean", "std", "min", "max", "NaN/inf")]
-    for name, spec in report.source.manifest.fields.items():
+    for name, spec in fields_at(report.source.fields, report.source.shapes[0]).items():
         if stats := report.stats.get(name):
             numbers = (stats.mean, stats.std, stats.low, stats.high, stats.bad)
             rows.append((name, spec.dtype, "x".join(map(str, spec.shape)), spec.nbytes, *numbers))
@@ -95,13 +99,13 @@ def prompts(report: Report) -> list[tuple]:
 
 def fingerprint(report: Report) -> list[str]:
     """The producer's fingerprint, a line a value."""
-    return [line.rpartition(" against ")[0] for line in diff_fingerprints(report.source.manifest.fingerprint, {})]
+    return [line.rpartition(" against ")[0] for line in diff_fingerprints(whole(report.source.groups), {})]
 
 
 def summary(report: Report) -> list[str]:
     """What stands above the tables."""
     manifest = report.source.manifest
-    size = sum(shard.bytes for shard in manifest.shards)
+    size = manifest.bytes
     repeated = len(report.prompts) - len(set(report.prompts))
     return [
         f"{manifest.source}: {manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB, "
@@ -130,7 +134,7 @@ def decode(report: Report, zoo_name: str) -> None:
     zoo.load_vae()
     known = [
         {k: v for k, v in vae.items() if k != "dtype"}
-        for vae in (report.source.manifest.fingerprint.get("vae", {}), zoo.fingerprint()["vae"])
+        for vae in (whole(report.source.groups).get("vae", {}), zoo.fingerprint()["vae"])
     ]
     if differences := diff_fingerprints(*known):
         raise ValueError(f"--zoo {zoo_name} is not what the source was built with: vae.{'; vae.'.join(differences)}")

@@ -18,10 +18,12 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.index import FILE as INDEX
+from tinyflux.shards.manifest import Manifest, parse
 from tinyflux.shards.remote import DownloadError, NodeCache, RemoteStore
-from tinyflux.shards.store import open_source
-from tinyflux.shards.writer import Shard, atomic_write
+from tinyflux.shards.source import open_source
+from tinyflux.shards.writer import Shard
+from tinyflux.util.files import atomic_write
 
 
 @dataclass
@@ -47,11 +49,14 @@ def pull(url: str, out: Path) -> Manifest:
     out.mkdir(parents=True, exist_ok=True)
     incoming = out / ".pull"
     store = RemoteStore(url, NodeCache(incoming, limit=1 << 62))
-    manifest = Manifest.from_json(store.manifest, f"{url}/manifest.json")
+    where = f"{url}/manifest.json"
+    entry = parse(store.manifest, where)["index"]
+    index = store.fetch(INDEX, entry["bytes"], entry["sha256"])
+    manifest = Manifest.from_parts(store.manifest, index, where)
     old: set[str] = set()
     if (out / "manifest.json").is_file():
         there = Manifest.load(out)
-        old = {shard.name for shard in there.shards}
+        old = {shard.path for shard in there.shards}
         if (there.source, there.dataset_id) != (manifest.source, manifest.dataset_id):
             raise ValueError(
                 f"{out} holds {there.source!r} with dataset id {there.dataset_id}, {url} is {manifest.source!r} with "
@@ -59,17 +64,19 @@ def pull(url: str, out: Path) -> Manifest:
             )
     fetched = 0
     for shard in tqdm(manifest.shards, manifest.source, unit="shard"):
-        if not is_whole(out / shard.name, shard):
-            os.replace(store.fetch(shard.name, shard.bytes, shard.sha256), out / shard.name)
+        if not is_whole(out / shard.path, shard):
+            (out / shard.path).parent.mkdir(exist_ok=True)
+            os.replace(store.fetch(shard.path, shard.bytes, shard.sha256), out / shard.path)
             fetched += 1
-    os.replace(store.fetch("null.safetensors"), out / "null.safetensors")
+    os.replace(index, out / INDEX)
+    os.replace(store.fetch("null.safetensors", None, manifest.null_sha256), out / "null.safetensors")
     try:
         os.replace(store.fetch("rejected.jsonl"), out / "rejected.jsonl")
     except DownloadError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise  # a source may lack that file, but not for want of an answer
     atomic_write(out / "manifest.json", store.manifest)
-    for name in old - {shard.name for shard in manifest.shards}:
+    for name in old - {shard.path for shard in manifest.shards}:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(incoming)
     open_source(out)

@@ -20,8 +20,9 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
 from tinyflux.precache.card import PREVIEW, contact_sheet, render
+from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
+from tinyflux.shards.source import open_source
 
 COMMIT = 100  # new shards a commit
 
@@ -50,7 +51,7 @@ def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = N
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises FileNotFoundError or ValueError where a shard is missing or has another size than the manifest says."""
     for shard in manifest.shards:
-        path = folder / shard.name
+        path = folder / shard.path
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: missing, and the manifest lists it; see python -m sharding.verify {folder}"
@@ -82,7 +83,11 @@ class Repo:
         """A small file's text, "" where there is none."""
         if path not in self.files:
             return ""
-        return Path(self.api.hf_hub_download(self.name, path, repo_type="dataset")).read_text(encoding="utf-8")
+        return self.file(path).read_text(encoding="utf-8")
+
+    def file(self, path: str) -> Path:
+        """A file, downloaded."""
+        return Path(self.api.hf_hub_download(self.name, path, repo_type="dataset"))
 
     def manifests(self) -> dict[str, Manifest]:
         """The manifests of the repo's sources by folder."""
@@ -90,7 +95,9 @@ class Repo:
             path.partition("/")[0] for path in self.files if path.endswith("/manifest.json") and path.count("/") == 1
         ]
         return {
-            folder: Manifest.from_json(self.text(f"{folder}/manifest.json"), f"{self.name}/{folder}")
+            folder: Manifest.from_parts(
+                self.text(f"{folder}/manifest.json").encode(), self.file(f"{folder}/{INDEX}"), f"{self.name}/{folder}"
+            )
             for folder in folders
         }
 
@@ -110,19 +117,19 @@ def push(folder: Path, name: str, private: bool) -> str:
         raise ValueError(f"{name} is a public repo and --private was asked for: change it on the Hub, or name another")
     repo, place = Repo(api, name), manifest.source
 
-    changed = [s for s in manifest.shards if not same(repo.files.get(f"{place}/{s.name}"), s.bytes, s.sha256)]
-    replaced = {shard.name for shard in changed if f"{place}/{shard.name}" in repo.files}
+    changed = [s for s in manifest.shards if not same(repo.files.get(f"{place}/{s.path}"), s.bytes, s.sha256)]
+    replaced = {shard.name for shard in changed if f"{place}/{shard.path}" in repo.files}
     bar = tqdm(total=len(manifest.shards), initial=len(manifest.shards) - len(changed), desc=place, unit="shard")
     operations = []
     for shard in sorted(changed, key=lambda shard: shard.name in replaced):
-        check_hash(folder / shard.name, shard.sha256)
-        operations.append(CommitOperationAdd(f"{place}/{shard.name}", folder / shard.name))
+        check_hash(folder / shard.path, shard.sha256)
+        operations.append(CommitOperationAdd(f"{place}/{shard.path}", folder / shard.path))
         if len(operations) == COMMIT and shard.name not in replaced:
             repo.commit(f"Add shards of {place}", operations)
             bar.update(len(operations))
             operations = []
 
-    listed = {f"{place}/{shard.name}" for shard in manifest.shards}
+    listed = {f"{place}/{shard.path}" for shard in manifest.shards}
     gone = [
         path for path in repo.files if path.startswith(f"{place}/") and path.endswith(".tar") and path not in listed
     ]
@@ -132,6 +139,7 @@ def push(folder: Path, name: str, private: bool) -> str:
     small = {
         "README.md": render(repo.text("README.md"), name, manifests, pictured | ({place} if sheet else set())).encode(),
         f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
+        f"{place}/{INDEX}": (folder / INDEX).read_bytes(),
         f"{place}/null.safetensors": (folder / "null.safetensors").read_bytes(),
     }
     if sheet:

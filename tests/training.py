@@ -9,16 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
+import tests.make_source as sources
 from launch.train import main
-from tinyflux.shards.format import encode_sample, fields_of, sample_key
-from tinyflux.shards.manifest import Manifest, shard_name
-from tinyflux.shards.writer import write_shard
 
 ROOT = Path(__file__).parent.parent
-LENGTH, WIDTH, LATENTS = 6, 24, (4, 4, 4)
 SMALL = [  # a network and a run small enough for a test; the sizes that the shards fix are not given
     *("--model.hidden-size", "32", "--model.num-attention-heads", "2", "--model.attention-head-dim", "16"),
     *("--model.axes-dims-rope", "4", "6", "6", "--model.num-double-layers", "1", "--model.num-single-layers", "2"),
@@ -31,32 +27,10 @@ SMALL = [  # a network and a run small enough for a test; the sizes that the sha
 ]
 
 
-def make_source(
-    folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8, latents=LATENTS, width: int = WIDTH
-) -> Path:
-    """A source of random tensors. width: of all but the latents and Sol's."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(dataset_id)
-
-    def tensors() -> dict[str, torch.Tensor]:
-        shapes = {"latents": latents, "t5_embeds": (LENGTH, width), "clip_pooled": (width,), "lune": (10, width)}
-        made = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
-        made["sol_stats"] = torch.rand(10, 3, generator=generator).half()
-        made["sol_spatial"] = torch.rand(10, 8, 8, generator=generator).half()
-        return made
-
-    shards = []
-    for k in range(0, samples, shard_size):
-        entries = [
-            encode_sample(sample_key(dataset_id, i), tensors(), {"origin": f"{folder.name}/{i}"})
-            for i in range(k, min(k + shard_size, samples))
-        ]
-        shards.append(write_shard(folder / shard_name(folder.name, k // shard_size), entries))
-    fields = fields_of(tensors())
-    Manifest(folder.name, dataset_id, fields, shards).save(folder)
-    null = {name: torch.zeros(fields[name].shape).half() for name in ("t5_embeds", "clip_pooled")}
-    safetensors.torch.save_file(null, folder / "null.safetensors")
-    return folder
+def make_source(folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8, **options) -> Path:
+    """A source that SMALL can be trained on; options go to `tests.make_source.make_source`."""
+    counts = [min(shard_size, samples - first) for first in range(0, samples, shard_size)]
+    return sources.make_source(folder, counts, dataset_id=dataset_id, seed=dataset_id, **(sources.TRAINABLE | options))
 
 
 def command(run_dir: Path, sources: list[Path], *options: object, ranks: int = 1) -> list[str]:

@@ -36,11 +36,13 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.store_server import store_server
-from tinyflux.shards.format import GROUPS, SUFFIX, encode_sample, fields_of, read_member, sample_key
+from tinyflux.shards.format import GROUPS, SUFFIX, encode_sample, sample_key
 from tinyflux.shards.manifest import Manifest, shard_name
 from tinyflux.shards.plan import Plan, PlanSource
+from tinyflux.shards.schema import fields_of
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.shards.tar import read_member
 from tinyflux.shards.writer import write_shard
 from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig

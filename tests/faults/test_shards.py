@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.make_source import make_samples, make_source
-from tinyflux.shards.format import SUFFIX, ShardError, encode_sample, parse_key, sample_key, scan_tar
+from tinyflux.shards.format import SUFFIX, ShardError, encode_sample, parse_key, sample_key
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.stream import BadSamples, DataConfig, Stream, open_sources
+from tinyflux.shards.tar import scan_tar
 from tinyflux.shards.writer import write_shard
 
 COUNTS = (6, 6, 6)

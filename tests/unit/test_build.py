@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import skimage
 import torch
@@ -19,10 +20,12 @@ from PIL import Image
 from sharding import build
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.precache.engine import check_tensors
+from tinyflux.precache.extract import whole
 from tinyflux.precache.images import Rejected
-from tinyflux.shards.format import fields_of, parse_key
+from tinyflux.shards.format import parse_key
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
+from tinyflux.shards.schema import fields_at, fields_of, flat
+from tinyflux.shards.source import open_source
 
 PHOTOS = {
     "astronaut.png": "an astronaut in an orange suit",
@@ -72,7 +75,7 @@ def samples(out: Path) -> dict[int, dict]:
         file = source.open(k)
         for row in range(file.count):
             meta = json.loads(file.read(row, "json"))
-            found[parse_key(file.key(row))[1]] = file.decode(row, source.fields) | {"meta": meta}
+            found[parse_key(file.key(row))[1]] = file.decode(row) | {"meta": meta}
     return found
 
 
@@ -106,7 +109,7 @@ def test_photographs_come_back(photos):
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         assert sample["meta"] == {
-            "prompt": PHOTOS[name],
+            "prompts": [PHOTOS[name]],
             "source": "photos",
             "dataset_id": 7,
             "index": index,
@@ -125,23 +128,24 @@ def test_photographs_come_back(photos):
 def test_what_a_source_holds(photos):
     out = photos / "out"
     assert set(content(out)) == {
-        "manifest.json", "null.safetensors", "photos-000000.tar", "photos-000001.tar", "rejected.jsonl",
+        "index.safetensors", "manifest.json", "null.safetensors", "rejected.jsonl",
+        "photos-000000.tar", "photos-000001.tar",
     }  # fmt: skip
     assert (out / "rejected.jsonl").read_bytes() == b""
     manifest = Manifest.load(out)
     assert [shard.count for shard in manifest.shards] == [8, 4]
-    assert {field.dtype for field in manifest.fields.values()} == {"float16"}
-    shapes = {name: field.shape for name, field in manifest.fields.items()}
+    assert {field.dtype for field in flat(manifest.groups).values()} == {"float16"}
+    shapes = {name: field.shape for name, field in flat(manifest.groups).items()}
     assert shapes.pop("lune")[0] == 10
     assert shapes == {
-        "latents": (16, 8, 8),
+        "latents": (16, "h", "w"),
         "t5_embeds": (32, 128),
         "clip_pooled": (128,),
         "sol_stats": (10, 3),
         "sol_spatial": (10, 8, 8),
     }
     expected = {"resolution": 64, "resize": "lanczos", "crop": "center", "teacher_input": "image", "seed": 0}
-    assert expected.items() <= manifest.fingerprint.items()
+    assert expected.items() <= whole(manifest.groups).items()
     for sample in samples(out).values():
         assert sample["sol_spatial"].float().flatten(1).sum(1) == pytest.approx(1, abs=0.01)
         assert (sample["sol_stats"] >= 0).all() and (sample["sol_stats"] <= 1).all()
@@ -154,14 +158,17 @@ def test_plain_readers_read_it(photos, tmp_path):
     captions = [PHOTOS[name] for name in sorted(PHOTOS)]
 
     seen = list(webdataset.WebDataset(tars, shardshuffle=False).decode("pil", only=["json", "jpg"]))
-    assert [sample["json"]["prompt"] for sample in seen] == captions
+    assert [sample["json"]["prompts"] for sample in seen] == [[text] for text in captions]
     assert all(sample["jpg"].size == (64, 64) for sample in seen)
-    blob = zstandard.decompress(seen[3]["encodings.safetensors.zst"])
-    assert safetensors.torch.load(blob)["latents"].shape == (16, 8, 8)
+    blob = zstandard.decompress(seen[3]["text.0.safetensors.zst"])
+    planes = safetensors.numpy.load(blob)
+    low, high = planes["t5_embeds.0"], planes["t5_embeds.1"]
+    joined = (high.astype("<u2") << 8 | low).view("<f2")  # the line that the documentation gives
+    assert np.array_equal(joined, samples(out)[3]["t5_embeds"].numpy())
 
     rows = datasets.load_dataset("webdataset", data_files=tars, split="train", cache_dir=str(tmp_path / "cache"))
-    assert [row["json"]["prompt"] for row in rows] == captions
-    assert rows[3]["encodings.safetensors.zst"] == blob  # datasets decompresses what ends in .zst
+    assert [row["json"]["prompts"] for row in rows] == [[text] for text in captions]
+    assert rows[3]["text.0.safetensors.zst"] == blob  # datasets decompresses what ends in .zst
 
 
 @pytest.mark.skipif(not shutil.which("zstd"), reason="the zstd command is not installed")
@@ -169,7 +176,7 @@ def test_tar_and_zstd_read_it(photos, tmp_path):
     subprocess.run(["tar", "-xf", photos / "out" / "photos-000000.tar", "-C", tmp_path], check=True)
     member = next(tmp_path.glob("*_000000003.sol.safetensors.zst"))
     blob = subprocess.run(["zstd", "-dc", member], check=True, capture_output=True).stdout
-    assert safetensors.torch.load(blob)["sol_spatial"].shape == (10, 8, 8)
+    assert safetensors.torch.load(blob)["sol_spatial.0"].shape == (10, 8, 8)
 
 
 def test_complete_source_is_left_alone(photos, capsys):
@@ -236,13 +243,13 @@ def test_bad_images_are_listed_and_the_rest_is_built(tmp_path, capsys):
     ]
     assert [shard.count for shard in Manifest.load(tmp_path / "out").shards] == [4, 8, 8]
     found = samples(tmp_path / "out")
-    assert sorted(found) == list(range(4, 24)) and found[10]["meta"]["prompt"] == "noise number 6"
+    assert sorted(found) == list(range(4, 24)) and found[10]["meta"]["prompts"] == ["noise number 6"]
     assert run(tmp_path, "--shard-size", 8) == 0  # finished; nothing is built again
 
     assert run(tmp_path, "--out", tmp_path / "lax", "--max-rejected", 0.2, "--no-preview", "--no-sol") == 0
     sources(tmp_path, allow_empty_captions=True)
     assert run(tmp_path, "--out", tmp_path / "allowed", "--max-rejected", 0.2) == 0
-    assert samples(tmp_path / "allowed")[3]["meta"]["prompt"] == ""
+    assert samples(tmp_path / "allowed")[3]["meta"]["prompts"] == [""]
     assert set(samples(tmp_path / "lax")[4]) == {"latents", "t5_embeds", "clip_pooled", "lune", "meta"}
 
 
@@ -260,8 +267,8 @@ def test_no_previews_bfloat16_noise_and_limit(tmp_path):
     args = ("--limit", 6, "--no-preview", "--dtype", "bfloat16", "--teacher-input", "noise")
     assert run(tmp_path, *args, source="drawn") == 0
     manifest = Manifest.load(tmp_path / "out")
-    assert manifest.count == 6 and manifest.fields["lune"].dtype == "bfloat16"
-    assert manifest.fingerprint["teacher_input"] == "noise"
+    assert manifest.count == 6 and manifest.groups["lune"].fields["lune"].dtype == "bfloat16"
+    assert manifest.groups["lune"].producer["teacher_input"] == "noise"
     assert "jpg" not in open_source(tmp_path / "out").open(0).samples[0].members
 
 
@@ -387,8 +394,9 @@ def test_list_and_estimate(tmp_path, capsys):
     ],
 )
 def test_tensors_that_must_not_be_written(name, change, reason):
-    good = {"latents": torch.randn(16, 8, 8).half(), "t5_embeds": torch.ones(4, 8).half(), "lune": torch.ones(3).half()}
-    expected = fields_of(good)
+    shapes = {"latents": (16, 8, 8), "t5_embeds": (4, 8), "lune": (3, 2)}
+    good = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    expected = fields_at(fields_of(good), (8, 8))
     check_tensors(good, expected)
     with pytest.raises(Rejected, match=f"^{reason}"):
         check_tensors(good | {name: change(good[name].clone())}, expected)
@@ -432,7 +440,7 @@ def test_precision_of_single_models(tmp_path, capsys):
             assert torch.equal(plain[index][name], half[index][name])
         a, b = plain[index]["lune"].float(), half[index]["lune"].float()
         assert not torch.equal(a, b) and (a - b).norm() <= 0.05 * a.norm()
-    prints = [Manifest.load(tmp_path / name).fingerprint for name in ("plain", "half")]
+    prints = [whole(Manifest.load(tmp_path / name).groups) for name in ("plain", "half")]
     assert {name for name in prints[0] if prints[0][name] != prints[1][name]} == {"lune"}
     assert prints[1]["lune"]["dtype"] == "bfloat16"
     capsys.readouterr()

@@ -10,6 +10,7 @@ from sharding import build
 from tests.hub import serve
 from tinyflux.model import zoo as zoo_module
 from tinyflux.model.zoo import TINY_DIR
+from tinyflux.precache.extract import whole
 from tinyflux.shards.manifest import Manifest
 
 
@@ -41,13 +42,13 @@ def test_revisions_are_resolved_recorded_and_kept(hub, tmp_path, monkeypatch, ca
     command = ["--source", "drawn", "--batch-size", "2", "--shard-size", "2", "--threads", "1"]
     assert build.main([*command, "--limit", "2", "--revision", "t5", "v2"]) == 0
     manifest = Manifest.load(tmp_path / "data" / "drawn")
-    assert manifest.fingerprint["t5"]["revision"] == commit("v2")
-    assert manifest.fingerprint["vae"]["revision"] == commit("main")
-    assert manifest.fields["lune"].shape[0] == 10 and manifest.count == 2
+    assert manifest.groups["text"].producer["t5"]["revision"] == commit("v2")
+    assert manifest.groups["latents"].producer["vae"]["revision"] == commit("main")
+    assert manifest.groups["lune"].fields["lune"].shape[0] == 10 and manifest.count == 2
 
     assert build.main([*command, "--append"]) == 0  # not main's: the commit that the build was begun with
     grown = Manifest.load(tmp_path / "data" / "drawn")
-    assert grown.count == 6 and grown.fingerprint == manifest.fingerprint
+    assert grown.count == 6 and grown.groups == manifest.groups
 
     capsys.readouterr()
     assert build.main([*command, "--append", "--revision", "t5", "main"]) == 2
@@ -62,7 +63,7 @@ def test_a_finished_build_is_not_called_complete_for_other_models(hub, tmp_path,
     (tmp_path / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 2\nsize = 64\n')
     command = ["--source", "drawn", "--batch-size", "2", "--shard-size", "2", "--threads", "1"]
     assert build.main(command) == 0
-    fingerprint = Manifest.load(tmp_path / "data" / "drawn").fingerprint
+    fingerprint = whole(Manifest.load(tmp_path / "data" / "drawn").groups)
     expected = {"repo": zoo_module.SD15, "revision": commit("main"), "subfolder": "unet"}
     assert fingerprint["lune"]["config"] == fingerprint["sol"]["config"] == expected
 
@@ -76,6 +77,6 @@ def test_a_finished_build_is_not_called_complete_for_other_models(hub, tmp_path,
     assert build.main([*command, "--revision", "unet", "new"]) == 2
     assert f"unet.revision: '{commit('main')}' against '{commit('new')}'" in capsys.readouterr().err
     assert build.main([*command, "--out", "pinned", "--revision", "unet", "new"]) == 0
-    assert Manifest.load(tmp_path / "pinned").fingerprint["lune"]["config"]["revision"] == commit("new")
+    assert Manifest.load(tmp_path / "pinned").groups["lune"].producer["lune"]["config"]["revision"] == commit("new")
     assert build.main([*command, "--zoo", "tiny", "--out", "local", "--revision", "t5", "v2"]) == 2
     assert "zoo 'tiny' has local files" in capsys.readouterr().err

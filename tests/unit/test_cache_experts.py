@@ -15,7 +15,7 @@ from tests.training import train
 from tinyflux.model.tiny.shapes import render
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
+from tinyflux.shards.source import open_source
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.util.buckets import interpolate
 
@@ -54,7 +54,7 @@ def test_built_from_the_same_images_as_a_source_it_is_the_same(zoo, cache, tmp_p
     finally:
         torch.set_num_threads(threads)
     made = DatasetCache.load(tmp_path / "out")
-    assert made.rows.source.manifest.fingerprint == cache.rows.source.manifest.fingerprint
+    assert made.rows.source.groups == cache.rows.source.groups
     assert made.fields == cache.fields and len(made) == len(cache) == N
     for view, other in ((made.encodings, cache.encodings), (made.lune, cache.lune), (made.sol, cache.sol)):
         for a, b in zip(view._read(range(N)), other._read(range(N)), strict=True):
@@ -94,7 +94,7 @@ def test_images_of_any_kind_are_the_same(zoo, cache, tmp_path):
     made = build_cache(zoo, images, prompts, build_lune=False, build_sol=False)
     folder = Path(made.rows.source.url)
     assert made.lune is None and made.sol is None and folder.is_dir()
-    assert "lune" not in made.rows.source.manifest.fingerprint
+    assert "lune" not in made.rows.source.groups
     latents = made.encodings.get_batch([0, 1, 2, 3])[0]
     assert torch.equal(latents[1], latents[2]) and torch.equal(latents[1], latents[3])
     assert torch.allclose(latents[0].float(), cache.get_encodings(0)[0].float(), atol=1e-2)
@@ -179,7 +179,7 @@ def test_of_a_url_only_what_is_read_is_fetched(tmp_path, monkeypatch):
 
 def test_several_sources(tmp_path):
     one = DatasetCache.load(make_source(tmp_path / "a", counts=(5,), name="a"))
-    two = DatasetCache.load(make_source(tmp_path / "b", counts=(4, 4), name="b", without=("lune",)))
+    two = DatasetCache.load(make_source(tmp_path / "b", counts=(4, 4), name="b", groups=("latents", "text", "sol")))
     multi = MultiSourceCache()
     multi.add(one, dataset_id=0)
     multi.add(two, dataset_id=5)
@@ -207,7 +207,7 @@ def test_old_caches_load_and_become_sources(tmp_path, capsys):
     folder = old.save(tmp_path / "new", dataset_id=4)
     assert verify.main([str(folder), "--deep"]) == 0, capsys.readouterr().out
     new = DatasetCache.load(folder)
-    assert "converted from an old cache" in new.rows.source.manifest.fingerprint["producer"]
+    assert "converted from an old cache" in new.rows.source.groups["text"].producer["producer"]
     rows, t = [6, 0, 3], torch.rand(3)
     for a, b in zip(
         (*old.get_sol(rows, t), old.get_lune(rows, t)), (*new.get_sol(rows, t), new.get_lune(rows, t)), strict=True

@@ -11,7 +11,7 @@ from sharding import build, verify
 from tests.make_source import make_old_cache, make_tensors
 from tests.training import train
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
+from tinyflux.shards.source import open_source
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def test_an_old_cache_becomes_a_source(folder, capsys):
     assert "null.safetensors is zeros" in out and "7 samples in 3 shards" in out
     assert verify.main(["data/old", "--deep"]) == 0
     source = open_source("data/old")
-    assert source.dataset_id == 4 and "old cache" in source.manifest.fingerprint["producer"]
-    for name, tensor in source.open(2).decode(0, source.fields).items():
+    assert source.dataset_id == 4 and "old cache" in source.groups["latents"].producer["producer"]
+    for name, tensor in source.open(2).decode(0).items():
         assert torch.equal(tensor, make_tensors(6)[name])
     meta = json.loads(source.open(2).read(0, "json"))
-    assert meta == {"prompt": "p6", "source": "old", "dataset_id": 4, "index": 6, "origin": "old/6"}
+    assert meta == {"prompts": ["p6"], "source": "old", "dataset_id": 4, "index": 6, "origin": "old/6"}
     (folder / "data" / "old" / "old-000001.tar").unlink()
     assert run("--kind", "cache", "--dataset-id", 4) == 0  # the same command makes what is missing
     assert verify.main(["data/old", "--deep"]) == 0
@@ -55,12 +55,12 @@ def test_listed_with_the_empty_prompt_of_another_source(folder):
     (folder / "sources.toml").write_text(table)
     assert run("--no-sol", "--limit", 5) == 0
     source = open_source("data/old")
-    assert set(source.manifest.groups) == {"encodings", "lune"} and source.manifest.count == 5
+    assert set(source.manifest.groups) == {"latents", "text", "lune"} and source.manifest.count == 5
     assert torch.equal(source.null["t5_embeds"], null["t5_embeds"])
     assert run("--no-sol", "--append") == 0
     assert Manifest.load("data/old").count == 7
     last = open_source("data/old").open(2)
-    assert last.key(1) == "0002_000000007" and b'"prompt": "p6"' in last.read(1, "json")
+    assert last.key(1) == "0002_000000007" and b'"prompts": ["p6"]' in last.read(1, "json")
     assert verify.main(["data/old", "--deep"]) == 0
 
 

@@ -14,6 +14,7 @@ from tests.training import ROOT, environment, records
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.schema import flat
 from tinyflux.trainer.config import fit_model
 
 
@@ -40,7 +41,8 @@ def test_from_a_folder_to_a_picture(tmp_path):
         assert done.returncode == 0, done.stdout
 
     run(build, "--zoo", "tiny")
-    fields = {name: field.shape for name, field in Manifest.load(tmp_path / "data" / "portraits").fields.items()}
+    found = flat(Manifest.load(tmp_path / "data" / "portraits").groups)
+    fields = {name: field.at((8, 8)).shape for name, field in found.items()}
     config = fit_model(TinyFluxConfig(**tomllib.loads(CONFIG.read_text())["model"]), set(), fields)
     torch.manual_seed(0)
     save_published(TinyFluxDeep(config), tmp_path / "published" / "model.safetensors")

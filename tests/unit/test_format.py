@@ -20,12 +20,12 @@ from tinyflux.shards.format import (
     bits,
     decode_member,
     encode_sample,
-    fields_of,
     member_limit,
     parse_key,
     sample_key,
-    scan_tar,
 )
+from tinyflux.shards.schema import fields_of
+from tinyflux.shards.tar import scan_tar
 from tinyflux.shards.writer import write_shard
 
 ENCODINGS = "encodings" + SUFFIX

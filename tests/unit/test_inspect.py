@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-import zstandard
 from PIL import Image
 
 from sharding import build, inspect
 from tests.make_source import make_source, make_tensors
 from tinyflux.precache.survey import look, spread
-from tinyflux.shards.format import encode_sample, fields_of, sample_key, scan_tar
+from tinyflux.shards.format import encode_member, encode_sample, layout_of, origin_hash, sample_key
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
-from tinyflux.shards.writer import write_shard
+from tinyflux.shards.schema import SCHEMA, Field, fields_of, grouped
+from tinyflux.shards.source import open_source
+from tinyflux.shards.tar import scan_tar
+from tinyflux.shards.writer import write_null, write_shard
+from tinyflux.util.buckets import BUCKETS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = "</p><script>document.title='gotcha'</script><img src=x onerror=\"document.title='gotcha'\"> & 'quoted'"
@@ -42,14 +43,16 @@ def nasty_source(folder: Path) -> Path:
     folder.mkdir()
     picture = io.BytesIO()
     Image.new("RGB", (64, 64), (20, 160, 60)).save(picture, "JPEG")
-    meta = {"origin": NASTY, "prompt": NASTY, "index": 0}
+    meta = {"origin": NASTY, "prompts": [NASTY], "index": 0}
     samples = [
         encode_sample(sample_key(3, i), make_tensors(i), meta | {"index": i}, picture.getvalue()) for i in (0, 1)
     ]
     shard = write_shard(folder / "evil-000000.tar", samples)
-    Manifest("evil", 3, fields_of(make_tensors(0)), [shard], {"source": {"location": NASTY}}).save(folder)
+    null = write_null(folder, {name: make_tensors(0)[name] for name in ("t5_embeds", "clip_pooled")})
+    producers = dict.fromkeys(SCHEMA, {"source": {"location": NASTY}})
+    groups = grouped(fields_of(make_tensors(0)), BUCKETS, producers)
+    Manifest.of("evil", 3, groups, [shard], null_sha256=null).save(folder)
     (folder / "rejected.jsonl").write_text(json.dumps({"index": 2, "origin": NASTY, "reason": NASTY}) + "\n")
-    shutil.copy(make_source(folder.parent / "other") / "null.safetensors", folder)
     return folder
 
 
@@ -73,10 +76,10 @@ def test_the_table_says_what_is_there(tmp_path, capsys):
     assert [float(cell) for cell in row[4:6]] == pytest.approx(
         [every.mean().item(), every.std(unbiased=False).item()], rel=1e-3
     )
-    member = table_row(text, "encodings.safetensors.zst")
+    member = table_row(text, "text.0.safetensors.zst")
     raw, stored, ratio = (float(cell) for cell in member[-3:])
-    assert raw == 2 * (4 * 4 * 4 + 6 * 8 + 8) and ratio == pytest.approx(raw / stored, abs=0.01)
-    assert table_row(text, "characters")[1:] == ["8", "8", "9", "9"]
+    assert raw == 2 * (6 * 8 + 8) and ratio == pytest.approx(raw / stored, abs=0.01)
+    assert table_row(text, "characters")[1:] == ["10", "10", "11", "11"]
     assert "  vae.revision: 'abc'" in text and "  2  too small" in text
 
 
@@ -106,12 +109,13 @@ def test_damage_is_told(tmp_path, capsys):
 def test_nan_is_counted(tmp_path, capsys):
     """In a shard that another tool wrote: ours refuses to."""
     source = make_source(tmp_path / "portraits", (1,))
-    tensors = make_tensors(0)
-    sample = encode_sample(sample_key(1, 0), tensors, {"origin": "a", "prompt": "", "index": 0})
-    tensors["lune"][0, :2] = torch.tensor([torch.nan, torch.inf])
-    frame = zstandard.ZstdCompressor(write_checksum=True).compress(safetensors.torch.save({"lune": tensors["lune"]}))
+    sample = encode_sample(sample_key(1, 0), make_tensors(0), {"origin": "a", "prompts": [""], "index": 0})
+    lune = make_tensors(0)["lune"]
+    lune[0, :2] = torch.tensor([torch.nan, torch.inf])
+    frame = encode_member({"lune": lune}, layout_of({"lune": Field("float16", (10, 6))}), origin_hash("a"))
     shard = write_shard(source / "portraits-000000.tar", [sample | {"lune.safetensors.zst": frame}])
-    Manifest("portraits", 1, fields_of(tensors), [shard]).save(source)
+    found = Manifest.load(source)
+    Manifest.of("portraits", 1, found.groups, [shard], null_sha256=found.null_sha256).save(source)
     assert inspect.main([str(source), "--html", str(tmp_path / "page.html")]) == 0
     row = table_row(capsys.readouterr().out, "lune")
     assert row[-1] == "2" and "nan" not in row

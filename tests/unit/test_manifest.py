@@ -1,14 +1,17 @@
 """A manifest says what a source holds, reads back the same, and is refused with the key that is wrong."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from tests.make_source import make_source
-from tinyflux.shards.format import Field
-from tinyflux.shards.manifest import Manifest, ManifestError, diff_fingerprints, shard_name
-from tinyflux.shards.writer import origin_hash
+from tests.make_source import make_source, make_tensors
+from tinyflux.shards.format import origin_hash
+from tinyflux.shards.manifest import Manifest, ManifestError, diff_fingerprints, shard_name, shard_path
+from tinyflux.shards.schema import GROUP_OF, Field
+from tinyflux.shards.source import open_source
 
 
 @pytest.fixture
@@ -21,23 +24,47 @@ def test_round_trip(folder):
     assert (manifest.source, manifest.dataset_id, manifest.count) == ("portraits", 1, 12)
     assert [shard.count for shard in manifest.shards] == [5, 3, 4]
     assert manifest.starts.tolist() == [0, 5, 8]
-    assert manifest.fields["lune"] == Field("float16", (10, 6))
-    assert list(manifest.groups) == ["encodings", "lune", "sol"]
-    before = (folder / "manifest.json").read_bytes()
+    assert manifest.groups["lune"].fields == {"lune": Field("float16", (10, 6))}
+    assert manifest.groups["latents"].fields == {"latents": Field("float16", (4, "h", "w"))}
+    assert list(manifest.groups) == ["latents", "text", "lune", "sol"]
+    before = {name: (folder / name).read_bytes() for name in ("manifest.json", "index.safetensors")}
     manifest.save(folder)
-    assert (folder / "manifest.json").read_bytes() == before
-    assert Manifest.load(folder / "manifest.json") == manifest
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert Manifest.load(folder) == manifest
+    assert manifest.sha256 == hashlib.sha256(before["manifest.json"]).hexdigest()
 
 
 def test_is_easy_to_read(folder):
     lines = (folder / "manifest.json").read_text().splitlines()
-    assert sum('"name": "portraits-' in line for line in lines) == 3  # one shard a line
+    assert '  "shapes": [[4, 4]],' in lines and len(lines) < 60
+    assert '      "fields": {"lune": {"dtype": "float16", "shape": [10, 6]}},' in lines
+
+
+def test_any_reader_of_safetensors_reads_the_index(folder):
+    arrays, manifest = safetensors.numpy.load_file(folder / "index.safetensors"), Manifest.load(folder)
+    assert arrays["samples"].tolist() == [5, 3, 4] and arrays["captions"].tolist() == [1] * 12
+    for k, shard in enumerate(manifest.shards):
+        assert arrays["sha256"][k].tobytes().hex() == hashlib.sha256((folder / shard.path).read_bytes()).hexdigest()
+        assert arrays["bytes"][k] == (folder / shard.path).stat().st_size
+
+
+def test_positions_are_located(folder):
+    manifest = Manifest.load(folder)
+    assert [manifest.locate(position) for position in (0, 4, 5, 11)] == [(0, 0), (0, 4), (1, 0), (2, 3)]
+    shards, rows = manifest.locate(np.arange(12))
+    assert shards.tolist() == [0] * 5 + [1] * 3 + [2] * 4 and rows.tolist() == [*range(5), *range(3), *range(4)]
 
 
 def test_origins_keep_the_captions_of_an_image_together(folder):
-    hashes = Manifest.load(folder).shards[0].origin_hashes
-    assert hashes.dtype == np.uint16
+    hashes = Manifest.load(folder).shards[0].origins
     assert hashes.tolist() == [origin_hash(f"image-{i // 2}.png") for i in range(5)]
+
+
+def test_shards_lie_in_subfolders_where_there_are_many(tmp_path):
+    folder = make_source(tmp_path / "many", (1, 2), subfolders=True)
+    assert [shard.path for shard in Manifest.load(folder).shards] == ["000/many-000000.tar", "000/many-000001.tar"]
+    assert shard_path("many", 30_017, True) == "003/many-030017.tar"
+    assert sorted(open_source(folder).open(1).decode(1)) == sorted(make_tensors(2))
 
 
 def test_shard_names():
@@ -47,40 +74,59 @@ def test_shard_names():
             shard_name(name, 0)
 
 
-def shard(**change):
-    return lambda data: data["shards"][1].update(change)
+def group(name, **change):
+    return lambda data: data["groups"][name].update(change)
+
+
+def field(name, **change):
+    return lambda data: data["groups"][GROUP_OF[name]]["fields"][name].update(change)
+
+
+def nested(levels):
+    return json.loads("[" * levels + "]" * levels)
 
 
 WRONG = {
-    "version": (lambda d: d.update(format_version=2), "format_version is 2, this package reads 1"),
+    "version": (lambda d: d.update(format_version=1), "format_version is 1, this package reads 2"),
     "no version": (lambda d: d.pop("format_version"), "format_version is None"),
-    "key missing": (lambda d: d.pop("fingerprint"), r"missing keys \['fingerprint'\]"),
+    "key missing": (lambda d: d.pop("groups"), r"missing keys \['groups'\]"),
     "key unknown": (lambda d: d.update(colour=1), r"unknown keys \['colour'\]"),
     "source": (lambda d: d.update(source="a/b"), "'a/b' is not a plain file name"),
+    "source upwards": (lambda d: d.update(source="a..b"), "'a..b' is not a plain file name"),
     "dataset id": (lambda d: d.update(dataset_id=-1), "dataset_id is -1"),
     "dataset id bool": (lambda d: d.update(dataset_id=True), "dataset_id is True"),
-    "count": (lambda d: d.update(count=13), "count is 13, the shards have 12"),
-    "buckets": (lambda d: d.update(buckets=[0.5, 0.1]), "buckets is"),
-    "fields": (lambda d: d.update(fields=[]), r"fields is \[\], must be dict"),
-    "field unknown": (lambda d: d["fields"].update(x=d["fields"]["lune"]), "fields.x is unknown"),
-    "field missing": (lambda d: d["fields"].pop("latents"), "fields lacks latents"),
-    "half a group": (lambda d: d["fields"].pop("sol_stats"), "fields lacks sol_stats"),
-    "dtype": (lambda d: d["fields"]["lune"].update(dtype="float64"), "fields.lune.dtype is 'float64'"),
-    "shape": (lambda d: d["fields"]["latents"].update(shape=[4, -1]), "fields.latents.shape is"),
-    "shape of floats": (lambda d: d["fields"]["latents"].update(shape=[4.0]), "fields.latents.shape is"),
-    "buckets of lune": (lambda d: d["fields"]["lune"].update(shape=[9, 6]), "fields.lune.shape .* 10 buckets"),
-    "shards": (lambda d: d.update(shards={}), "shards is {}, must be list"),
-    "shard of text": (lambda d: d["shards"].append("x.tar"), r"shards\[3\] must have name"),
-    "shard name with a separator": (shard(name="sub/x.tar"), "'sub/x.tar' is not a plain file name"),
-    "shard name upwards": (shard(name="..tar"), "'..tar' is not a plain file name"),
-    "shard name absolute": (shard(name="/etc/passwd"), "not a plain file name"),
-    "shard name hidden": (shard(name=".x.tar"), "not a plain file name"),
-    "shard twice": (shard(name="portraits-000000.tar"), r"shards\[1\].name 'portraits-000000.tar' occurs twice"),
-    "shard count": (shard(count="3"), r"shards\[1\].count is '3', must be int"),
-    "empty shard": (shard(count=0), r"shards\[1\] has count 0"),
-    "sha256": (shard(sha256="abc"), r"shards\[1\].sha256"),
-    "origins": (shard(origins="!"), r"shards\[1\].origins is not base64"),
-    "origins of other samples": (shard(origins="AAAA"), r"shards\[1\].origins has 3 bytes for 3 samples"),
+    "count": (lambda d: d.update(count=13), "count is 13, the index has 12"),
+    "shards": (lambda d: d.update(shards=4), "shards is 4, the index has 3"),
+    "shards a list": (lambda d: d.update(shards=[]), r"shards is \[\], must be int"),
+    "groups": (lambda d: d.update(groups=[]), r"groups is \[\], must be dict"),
+    "no latents": (lambda d: d["groups"].pop("latents"), "groups lacks latents"),
+    "group a list": (lambda d: d["groups"].update(lune=[]), "groups.lune is"),
+    "fields a list": (group("lune", fields=[[]]), "groups.lune.fields is"),
+    "field unknown": (lambda d: d["groups"]["lune"]["fields"].update(x=1), "groups.lune.fields.x is 1"),
+    "half a group": (lambda d: d["groups"]["sol"]["fields"].pop("sol_stats"), "groups.sol.fields has sol_spatial"),
+    "dtype": (field("lune", dtype="float64"), "groups.lune.fields.lune.dtype is 'float64'"),
+    "dtype a list": (field("lune", dtype=["float16"]), "groups.lune.fields.lune.dtype is"),
+    "shape": (field("latents", shape=[4, -1, "w"]), "groups.latents.fields.latents.shape is"),
+    "shape of floats": (field("latents", shape=[4.0, "h", "w"]), "groups.latents.fields.latents.shape is"),
+    "shape of another axis": (field("latents", shape=[4, "w", "h"]), "latents.shape is .*, must have the axes"),
+    "shape nested": (field("latents", shape=nested(200)), "groups.latents.fields.latents.shape is"),
+    "shape huge": (field("latents", shape=[10**12, "h", "w"]), "groups.latents.fields.latents.shape is"),
+    "sample huge": (field("latents", shape=[10**8, "h", "w"]), "groups.latents: a sample of it has more than"),
+    "producer nested": (group("lune", producer={"a": nested(200)}), "groups.lune.producer is nested too deep"),
+    "timesteps": (group("lune", timesteps=[0.5, 0.1]), "groups.lune.fields.lune.shape .* 2 timesteps"),
+    "timesteps falling": (group("lune", timesteps=[1 - t / 10 for t in range(10)]), "groups.lune.timesteps is"),
+    "timesteps infinite": (group("lune", timesteps=[*range(9), float("inf")]), "groups.lune.timesteps is"),
+    "timesteps NaN": (group("lune", timesteps=[float("nan")] * 10), "groups.lune.timesteps is"),
+    "no timesteps": (lambda d: d["groups"]["lune"].pop("timesteps"), "groups.lune: must not be repeated and must have"),
+    "shapes": (lambda d: d.update(shapes=[[4]]), r"shapes has \[4\], must be"),
+    "shapes of text": (lambda d: d.update(shapes=["44"]), r"shapes\[0\] is '44'"),
+    "shape negative": (lambda d: d.update(shapes=[[4, -4]]), "shapes has"),
+    "no shapes": (lambda d: d.update(shapes=[]), "the index has shape number 0, the manifest has 0"),
+    "index": (lambda d: d.update(index=[]), "index is"),
+    "index sha256": (lambda d: d["index"].update(sha256="x"), "index.sha256 is 'x'"),
+    "another index": (lambda d: d["index"].update(sha256="0" * 64), "is not the index of"),
+    "null": (lambda d: d.update(null=None), "null must be there"),
+    "base": (lambda d: d.update(base={"location": 1, "sha256": "0" * 64}), "base.location is 1"),
 }
 
 
@@ -94,6 +140,48 @@ def test_refuses(folder, name):
     with pytest.raises(ManifestError, match=message) as caught:
         Manifest.load(folder)
     assert str(path) in str(caught.value)
+
+
+WRONG_INDEX = {
+    "empty": (lambda a: a.update(samples=np.array([12, 0, 0], "<u4")), "samples of shard 1 is 0"),
+    "twice": (lambda a: a.update(number=a["number"] * 0), "a shard occurs twice"),
+    "sha256": (lambda a: a.update(sha256=a["sha256"][:, :31]), "sha256 has shape"),
+    "origins": (lambda a: a.update(origins=a["origins"][:-1]), "origins has shape"),
+    "captions": (lambda a: a.update(captions=a["captions"].astype("<u2")), "damaged"),
+    "missing": (lambda a: a.pop("bytes"), r"missing arrays \['bytes'\]"),
+    "unknown": (lambda a: a.update(colour=a["bytes"]), "damaged"),
+    "names": (lambda a: a.update(names=np.frombuffer(b"../x\na\nb", "u1")), "not a plain file name"),
+    "names missing": (lambda a: a.update(names=np.frombuffer(b"x", "u1")), "1 names for 3 shards"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDEX)
+def test_refuses_an_index(folder, name):
+    change, message = WRONG_INDEX[name]
+    path = folder / "index.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    change(arrays)
+    data = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
+    path.write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["index"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=message):
+        Manifest.load(folder)
+
+
+def test_every_flipped_bit_of_the_index_is_seen(folder):
+    path = folder / "index.safetensors"
+    data = path.read_bytes()
+    for bit in range(0, 8 * len(data), 97):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(ManifestError, match="index.safetensors"):
+            Manifest.load(folder)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="index.safetensors: missing; .*--repair"):
+        Manifest.load(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from sharding import build, verify
 from tests.unit.test_build import content, run, samples
 from tinyflux.model.zoo import TINY_DIR
+from tinyflux.precache.extract import whole
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import open_source
+from tinyflux.shards.source import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def members(out: Path, extension: str) -> dict[str, bytes]:
     return {file.key(row): file.read(row, extension) for file in files for row in range(file.count)}
 
 
-ENCODINGS, LUNE, SOL = (f"{group}.safetensors.zst" for group in ("encodings", "lune", "sol"))
+LATENTS, TEXT, LUNE, SOL = (f"{group}.safetensors.zst" for group in ("latents", "text.0", "lune", "sol"))
 
 
 @pytest.mark.parametrize(
@@ -121,12 +122,13 @@ def test_recaption_changes_texts_alone(mine):
     old, new = samples(mine / "full"), samples(mine / "new")
     assert old.keys() == new.keys()
     for index in old:
-        assert new[index]["meta"] == old[index]["meta"] | {"prompt": f"a plain picture, shade {index}"}
+        assert new[index]["meta"] == old[index]["meta"] | {"prompts": [f"a plain picture, shade {index}"]}
         assert torch.equal(new[index]["latents"], old[index]["latents"])
         assert not torch.equal(new[index]["t5_embeds"], old[index]["t5_embeds"])
         assert not torch.equal(new[index]["clip_pooled"], old[index]["clip_pooled"])
     assert build_to(mine, "anew", "--no-lune", "--no-sol") == 0
-    assert members(mine / "new", ENCODINGS) == members(mine / "anew", ENCODINGS)
+    for extension in (LATENTS, TEXT):
+        assert members(mine / "new", extension) == members(mine / "anew", extension)
     assert members(mine / "new", "json") == members(mine / "anew", "json")
 
 
@@ -136,10 +138,10 @@ def test_another_teacher(mine):
     path = next((zoo / "sol").glob("*.safetensors"))
     save_file({name: tensor * 0.9 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     assert redo(mine, "new", "full", "--only", "sol", zoo=zoo) == 0
-    for extension in (ENCODINGS, LUNE, "json", "jpg"):
+    for extension in (LATENTS, TEXT, LUNE, "json", "jpg"):
         assert members(mine / "new", extension) == members(mine / "full", extension)
     assert members(mine / "new", SOL) != members(mine / "full", SOL)
-    old, new = (Manifest.load(mine / name).fingerprint for name in ("full", "new"))
+    old, new = (whole(Manifest.load(mine / name).groups) for name in ("full", "new"))
     assert {name for name in old if old[name] != new[name]} == {"sol"}
     assert (mine / "new" / "null.safetensors").read_bytes() == (mine / "full" / "null.safetensors").read_bytes()
 
@@ -181,7 +183,7 @@ def test_all_captions_of_an_image(tmp_path):
     (tmp_path / "images" / "1.txt").write_text("new first\nnew second\n")
     (tmp_path / "images" / "2.txt").write_text("just one\n")
     assert redo(tmp_path, "new", "old", "--only", "prompt") == 0
-    prompts = {index: sample["meta"]["prompt"] for index, sample in samples(tmp_path / "new").items()}
+    prompts = {index: sample["meta"]["prompts"][0] for index, sample in samples(tmp_path / "new").items()}
     assert prompts == {0: "first 0", 1: "second 0", 2: "new first", 3: "new second", 4: "just one"}
     assert "its image had caption 2, now there are 1" in (tmp_path / "new" / "rejected.jsonl").read_text()
     pulled = Path(shutil.copytree(tmp_path / "old", tmp_path / "pulled", ignore=shutil.ignore_patterns(".build")))

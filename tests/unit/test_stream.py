@@ -1,6 +1,5 @@
 """The stream hands out the plan's samples, whole and in order, on any number of ranks and from any step."""
 
-import dataclasses
 import gc
 import logging
 import os
@@ -15,7 +14,6 @@ import torch
 
 from tests.make_source import make_source, make_tensors
 from tinyflux.shards.format import parse_key
-from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.util import rng
 
@@ -289,10 +287,6 @@ def test_batch_sizes_that_do_not_divide_are_refused(folders):
         stream_of(config, rank=0, world=2)
 
 
-def change_manifest(folder, **change):
-    dataclasses.replace(Manifest.load(folder), **change).save(folder)
-
-
 def test_sources_that_do_not_go_together_are_refused(tmp_path):
     a, b = (str(make_source(tmp_path / name, name=name, dataset_id=i)) for i, name in enumerate("ab"))
 
@@ -308,21 +302,24 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="data.sources is empty"):
         open_sources(DataConfig([]))
 
-    change_manifest(b, fingerprint={"vae": {"revision": "xyz"}, "seed": 3})
-    refused("seed: None against 3; vae.revision: 'abc' against 'xyz'")
+    make_source(b, dataset_id=1, producer={"vae": {"revision": "abc"}, "crop": "top", "resolution": 64})
+    open_sources(DataConfig([a, b]))  # those are a source's own
+    make_source(b, dataset_id=1, producer={"vae": {"revision": "xyz"}, "dtype": "bfloat16"})
+    refused("dtype: None against 'bfloat16'; vae.revision: 'abc' against 'xyz'")
     open_sources(DataConfig([a, b], allow_different=["b"]))
 
     make_source(b, name="b", dtype=torch.bfloat16)
     refused("latents: .*float16.* against .*bfloat16", dataset_ids=[0, 1])
-    make_source(b, name="b", dataset_id=1, without=("lune",))
+    make_source(b, name="b", dataset_id=1, groups=("latents", "text", "sol"))
     refused("has no lune: turn that loss off, or put 'b' into data.allow_missing")
-    assert [s.fields.keys() for s in open_sources(DataConfig([a, b]), groups=("sol",))] == [{"encodings", "sol"}] * 2
+    found = [list(s.groups) for s in open_sources(DataConfig([a, b]), groups=("sol",))]
+    assert found == [["latents", "text", "sol"]] * 2
 
 
 def test_a_source_without_lune_carries_a_mask(tmp_path):
     folders = [
         str(make_source(tmp_path / "a", name="a", dataset_id=1)),
-        str(make_source(tmp_path / "b", name="b", dataset_id=2, without=("lune",))),
+        str(make_source(tmp_path / "b", name="b", dataset_id=2, groups=("latents", "text", "sol"))),
     ]
     config = config_of(folders, allow_missing=["b"], micro_batch_size=8)
     with stream_of(config) as stream:
@@ -354,9 +351,13 @@ def test_null_embeddings_are_checked(tmp_path):
     folder = make_source(tmp_path / "a")
     source = open_sources(DataConfig([str(folder)]))[0]
     assert {name: tuple(t.shape) for name, t in source.null.items()} == {"t5_embeds": (6, 8), "clip_pooled": (8,)}
-    (folder / "null.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="null.safetensors: not readable"):
-        open_sources(DataConfig([str(folder)]))
+    data = bytearray((folder / "null.safetensors").read_bytes())
+    for bit in (0, 8 * len(data) // 2, 8 * len(data) - 1):  # in the header, in the tensors, at the end
+        changed = data.copy()
+        changed[bit // 8] ^= 1 << bit % 8
+        (folder / "null.safetensors").write_bytes(changed)
+        with pytest.raises(ValueError, match="null.safetensors: its sha256 is not the manifest's"):
+            open_sources(DataConfig([str(folder)]))
     os.remove(folder / "null.safetensors")
     with pytest.raises(FileNotFoundError, match="null.safetensors"):
         open_sources(DataConfig([str(folder)]))

@@ -1,6 +1,7 @@
 """A file appears under its name whole, or not at all; equal samples give equal bytes."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -10,17 +11,21 @@ import tarfile
 import pytest
 
 from tests.make_source import make_samples
-from tinyflux.shards.format import sample_key, scan_tar
-from tinyflux.shards.writer import atomic_write, origin_hash, write_shard
+from tinyflux.shards.format import origin_hash, sample_key
+from tinyflux.shards.tar import scan_tar
+from tinyflux.shards.writer import Shard, write_shard
+from tinyflux.util.files import atomic_write
 
 
 def test_write_shard_describes_the_file(tmp_path):
     path = tmp_path / "a-000000.tar"
     shard = write_shard(path, make_samples(range(4)))
     data = path.read_bytes()
-    assert (shard.name, shard.count, shard.bytes) == ("a-000000.tar", 4, len(data))
+    assert (shard.name, shard.count, shard.bytes, shard.shape) == ("a-000000.tar", 4, len(data), (4, 4))
+    again = Shard.from_dict(json.loads(json.dumps(shard.to_dict())))
+    assert again.to_dict() == shard.to_dict() and again.captions.tolist() == [1] * 4
     assert shard.sha256 == hashlib.sha256(data).hexdigest()
-    assert shard.origin_hashes.tolist() == [origin_hash(f"image-{i // 2}.png") for i in range(4)]
+    assert shard.origins.tolist() == [origin_hash(f"image-{i // 2}.png") for i in range(4)]
     assert [sample.key for sample in scan_tar(path)] == [sample_key(1, i) for i in range(4)]
     assert os.listdir(tmp_path) == ["a-000000.tar"]
 

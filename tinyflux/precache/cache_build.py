@@ -11,20 +11,22 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.precache.extract import extract, groups_of, load_for, null_embeddings, producer
+from tinyflux.precache.extract import by_group, extract, groups_of, load_for, null_embeddings, producer
 from tinyflux.precache.images import Picture, Rejected, prepare, preview
 from tinyflux.precache.legacy import FINGERPRINT, OldCache
-from tinyflux.shards.format import DTYPES, Field, encode_sample, fields_of, sample_key
+from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import Manifest, diff_fingerprints, shard_name
-from tinyflux.shards.writer import Shard, atomic_write, write_shard
+from tinyflux.shards.schema import DTYPES, Field, fields_of, grouped
+from tinyflux.shards.writer import Shard, write_null, write_shard
 from tinyflux.util import rng
+from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.files import atomic_write
 
 NOTES = ".cache"  # folder beside the shards: config.json, and one file for each finished shard
 SHARD_SIZE = 256
@@ -98,9 +100,9 @@ class CacheBuild:
             finally:
                 pool.shutdown(cancel_futures=True)
             fields = {name: Field(f["dtype"], tuple(f["shape"])) for name, f in made[0]["fields"].items()}
-            shards = [Shard(**made[start]["shard"]) for start in starts]
+            shards = [Shard.from_dict(made[start]["shard"]) for start in starts]
             null = null_embeddings(self.zoo, self.dtype)
-            finish_source(self.folder, Manifest(self.name, self.dataset_id, fields, shards, fingerprint), null)
+            finish_source(self.folder, self.name, self.dataset_id, fields, shards, by_group(fingerprint), null)
 
     def _begin(self, fingerprint: dict) -> None:
         config = {"name": self.name, "dataset_id": self.dataset_id, "samples": len(self.prompts)}
@@ -183,7 +185,7 @@ class CacheBuild:
     def _encode(self, i: int, picture: Picture, tensors: dict[str, Tensor]) -> dict:
         image, place = self.images[i], {"size": picture.size, "crop": picture.crop}
         origin = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"{self.name}/{i}"
-        meta = {"prompt": self.prompts[i], "source": self.name, "dataset_id": self.dataset_id, "index": i} | place
+        meta = {"prompts": [self.prompts[i]], "source": self.name, "dataset_id": self.dataset_id, "index": i} | place
         key = sample_key(self.dataset_id, i)
         return encode_sample(key, tensors, meta | {"origin": origin}, preview(picture.pixels))
 
@@ -216,11 +218,20 @@ def _readable(image) -> bytes | Image.Image:
     raise TypeError(f"{kind} is no PIL image, path, uint8 array [H, W, 3] or tensor [3, H, W] of uint8 or in [-1, 1]")
 
 
-def finish_source(folder: Path, manifest: Manifest, null: dict[str, Tensor]) -> None:
+def finish_source(
+    folder: Path,
+    name: str,
+    dataset_id: int,
+    fields: dict[str, Field],
+    shards: list[Shard],
+    producers: dict[str, dict],
+    null: dict[str, Tensor],
+) -> None:
     """Write what a source has beside its shards, the manifest last."""
-    atomic_write(folder / "null.safetensors", safetensors.torch.save(null))
+    null_sha256 = write_null(folder, null)
     atomic_write(folder / "rejected.jsonl", b"")
-    manifest.save(folder)
+    groups = grouped(fields, BUCKETS, producers)
+    Manifest.of(name, dataset_id, groups, shards, null_sha256=null_sha256).save(folder)
 
 
 def convert(old: OldCache, folder: Path, name: str, dataset_id: int, shard_size: int = SHARD_SIZE) -> None:
@@ -231,4 +242,4 @@ def convert(old: OldCache, folder: Path, name: str, dataset_id: int, shard_size:
         rows = range(start, min(start + shard_size, old.count))
         path = folder / shard_name(name, start // shard_size)
         shards.append(write_shard(path, (old.sample(i, name, dataset_id) for i in rows)))
-    finish_source(folder, Manifest(name, dataset_id, old.fields, shards, FINGERPRINT), old.null())
+    finish_source(folder, name, dataset_id, old.fields, shards, by_group(FINGERPRINT), old.null())

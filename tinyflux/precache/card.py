@@ -7,7 +7,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import Source
+from tinyflux.shards.schema import flat
+from tinyflux.shards.source import Source
 
 BEGIN, END = "<!-- tinyflux: what stands between these marks is written anew by each push -->", "<!-- /tinyflux -->"
 PREVIEW = "preview.jpg"
@@ -37,15 +38,17 @@ def render(old: str, repo: str, manifests: dict[str, Manifest], with_preview: se
 
 def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
     """What the card says of one source."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    rows = [f"| `{name}` | {field.dtype} | {list(field.shape)} |" for name, field in manifest.fields.items()]
-    fingerprint = json.dumps(manifest.fingerprint, indent=2, ensure_ascii=False)
+    fields = flat(manifest.groups)
+    rows = [f"| `{name}` | {field.dtype} | {', '.join(map(str, field.shape))} |" for name, field in fields.items()]
+    producers = {name: group.producer for name, group in manifest.groups.items()}
+    produced = json.dumps(producers, indent=2, ensure_ascii=False)
+    grid = next((group.timesteps for group in manifest.groups.values() if group.timesteps), ())
     return "\n".join(
         [
             f"## {folder}",
             "",
-            f"{manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB; dataset id "
-            f"{manifest.dataset_id}; teacher features at t = {', '.join(f'{t:g}' for t in manifest.buckets)}.",
+            f"{manifest.count} samples in {len(manifest.shards)} shards, {manifest.bytes / 1e6:.1f} MB; "
+            f"dataset id {manifest.dataset_id}; teacher features at t = {', '.join(f'{t:g}' for t in grid)}.",
             "",
             *([f"![previews of {folder}]({folder}/{PREVIEW})", ""] if preview else []),
             "| field | dtype | shape |",
@@ -60,7 +63,7 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
             "",
             "Produced by:",
             "",
-            *("    " + line for line in fingerprint.splitlines()),  # indented: no text in it can end the block
+            *("    " + line for line in produced.splitlines()),  # indented: no text in it can end the block
         ]
     )
 
@@ -75,13 +78,11 @@ def contact_sheet(source: Source) -> bytes | None:
     positions = sorted({int(i * step) for i in range(COLUMNS * ROWS) if int(i * step) < manifest.count})
     pictures, open_shard = [], (-1, None)
     for position in positions:
-        shard = int(manifest.starts.searchsorted(position, "right")) - 1
+        shard, row = manifest.locate(position)
         if open_shard[0] != shard:
             open_shard = shard, source.open(shard)
-        file, row = open_shard[1], position - int(manifest.starts[shard])
-        file.key(row)
-        if "jpg" in file.samples[row].members:
-            picture = Image.open(io.BytesIO(file.read(row, "jpg"))).convert("RGB")
+        if (preview := open_shard[1].preview(row)) is not None:
+            picture = Image.open(io.BytesIO(preview)).convert("RGB")
             pictures.append(picture.resize((SIDE, SIDE)))
     if not pictures:
         return None

@@ -14,8 +14,9 @@ from tinyflux.precache.ledger import Job
 from tinyflux.precache.legacy import OldCache
 from tinyflux.precache.readers import folder
 from tinyflux.precache.sources import SourceError, SourceSpec
-from tinyflux.shards.format import GROUPS, Field, encode_sample, sample_key
+from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import shard_name
+from tinyflux.shards.schema import SCHEMA, Field, fields_at, shape_of
 from tinyflux.shards.writer import write_shard
 
 
@@ -29,7 +30,7 @@ class Converter:
         self.spec, self.workers = spec, workers
         self.old = OldCache(folder(spec))
         for group, wanted in (("lune", lune), ("sol", sol)):
-            for name in () if wanted else GROUPS[group]:
+            for name in () if wanted else SCHEMA[group].fields:
                 self.old.tensors.pop(name, None)
         self.fields: dict[str, Field] = self.old.fields
         self.images = self.rejects = 0  # rows done with, and rows left out
@@ -38,7 +39,7 @@ class Converter:
         """A row each; they are never read as images."""
         shape = [(name, field.dtype, field.shape) for name, field in self.fields.items()]
         rows = [self.old.meta(i, self.spec.name, self.spec.dataset_id) for i in range(self.old.count)]
-        return [Input(row["origin"], digest(shape, row["prompt"]), lambda: b"", lambda: []) for row in rows]
+        return [Input(row["origin"], digest(shape, row["prompts"]), lambda: b"", lambda: []) for row in rows]
 
     def null(self) -> dict[str, Tensor]:
         """The empty prompt: of the file that the source names, else zeros. Raises SourceError, FileNotFoundError."""
@@ -80,7 +81,7 @@ class Converter:
         row = int(item.origin.rpartition("/")[2])  # --append leaves gaps in the index
         tensors = self.old.row(row)
         try:
-            check_tensors(tensors, self.fields)
+            check_tensors(tensors, fields_at(self.fields, shape_of(tensors)))
         except Rejected as reason:
             return reason
         meta = self.old.meta(row, self.spec.name, self.spec.dataset_id) | {"index": index}

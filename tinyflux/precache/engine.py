@@ -25,8 +25,9 @@ from tinyflux.precache.images import Picture, Rejected, prepare, preview
 from tinyflux.precache.inputs import Input, caption
 from tinyflux.precache.ledger import Job
 from tinyflux.precache.sources import SourceSpec
-from tinyflux.shards.format import Field, encode_sample, fields_of, sample_key
+from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import shard_name
+from tinyflux.shards.schema import Field, fields_at, fields_of, shape_of
 from tinyflux.shards.writer import write_shard
 from tinyflux.util import rng
 
@@ -162,7 +163,7 @@ class Engine:
     def members(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
         """One sample as tar members."""
         meta = {
-            "prompt": ready.prompt,
+            "prompts": [ready.prompt],
             "source": self.spec.name,
             "dataset_id": self.spec.dataset_id,
             "index": ready.index,
@@ -197,6 +198,7 @@ class Engine:
         writer = ThreadPoolExecutor(1, "write")
         decode, compress = pools
         writing: deque[Future] = deque()
+        fields: dict[str, Field] = {}
         expected: dict[str, Field] = {}
         tasks = self.tasks(shards, inputs, job.shard_size)
         try:
@@ -205,14 +207,15 @@ class Engine:
                 for group in self.groups(self.batches(entries, rejected)):
                     for batch, tensors in zip(group, self.encode_group(group), strict=True):
                         rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(batch))]
-                        expected = expected or fields_of(rows[0])
+                        fields = fields or fields_of(rows[0])
+                        expected = expected or fields_at(fields, shape_of(rows[0]) or (1, 1))
                         pending += [
                             (ready.index, ready.origin, compress.submit(self.compress, ready, row, expected))
                             for ready, row in zip(batch, rows, strict=True)
                         ]
                         self.images += len(batch)
                     progress()
-                writing.append(writer.submit(self.finish, job, k, pending, rejected, expected if pending else {}))
+                writing.append(writer.submit(self.finish, job, k, pending, rejected, fields if pending else {}))
                 while len(writing) > 1:  # one shard is written while the next is encoded, no more
                     with self.stages.time("wait for write"):
                         writing.popleft().result()
@@ -233,8 +236,12 @@ def as_batch(batch: list[Ready]) -> Batch:
 
 
 def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Field]) -> None:
-    """Raises Rejected where a sample's tensors have NaN or infinity, another shape, or latents that are all equal."""
-    for name, found in fields_of(tensors).items():
+    """Raises Rejected where a sample's tensors have NaN or infinity, another shape, or latents that are all equal.
+
+    expected: the fields that the samples must have, "h" and "w" in numbers.
+    """
+    for name, tensor in tensors.items():
+        found = Field(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if found != expected.get(name):
             wanted = expected[name].shape if name in expected else "nothing"
             raise Rejected(f"wrong shape: {name} is {found.dtype} {found.shape}, the source has {wanted}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinyflux.model.teachers import lune_features, sol_statistics
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.shards.schema import Group
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.pixels import to_pixels
@@ -268,3 +269,25 @@ def producer(
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def by_group(fingerprint: dict) -> dict[str, dict]:
+    """What of a source's fingerprint each group follows from; what is in no list here is taken to matter to all."""
+    models = {model for extractor in EXTRACTORS.values() for model in extractor.models}
+
+    def concerns(name: str, group: str) -> bool:
+        extractor = EXTRACTORS[group]
+        if name in models:
+            return name in extractor.models
+        if name in ("resolution", "resize", "crop"):
+            return extractor.of_image
+        if name == "teacher_input":
+            return extractor.is_teacher
+        return {"latent": "vae", "t5_length": "t5"}.get(name, extractor.models[0]) in extractor.models
+
+    return {group: {n: v for n, v in sorted(fingerprint.items()) if concerns(n, group)} for group in EXTRACTORS}
+
+
+def whole(groups: dict[str, Group]) -> dict:
+    """The fingerprint of a source: what its groups follow from, together."""
+    return {name: value for group in groups.values() for name, value in group.producer.items()}

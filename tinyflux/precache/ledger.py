@@ -20,10 +20,11 @@ from pathlib import Path
 import zstandard
 
 from tinyflux.precache.inputs import Input
-from tinyflux.shards.format import Field
 from tinyflux.shards.manifest import Manifest, ManifestError, diff_fingerprints, shard_name
-from tinyflux.shards.writer import Shard, atomic_write
+from tinyflux.shards.schema import Field, grouped
+from tinyflux.shards.writer import Shard
 from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.files import atomic_write, sha256
 
 
 class JobError(ValueError):
@@ -215,8 +216,11 @@ class Job:
         """What the finished shards left out: index, origin and reason of each input."""
         return [entry for k in sorted(self._done) for entry in self._done[k]["rejected"]]
 
-    def merge(self, fingerprint: dict) -> Manifest | None:
-        """Write rejected.jsonl and, last, manifest.json from the notes of all shards; None if all was rejected."""
+    def merge(self, producers: dict[str, dict]) -> Manifest | None:
+        """Write rejected.jsonl and, last, manifest.json from the notes of all shards; None if all was rejected.
+
+        producers: the fingerprint of each group.
+        """
         with self.lock():
             lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.rejected())
             atomic_write(self.out / "rejected.jsonl", lines.encode())
@@ -227,13 +231,13 @@ class Job:
             for note in done:
                 if note["fields"] != fields:
                     raise JobError(f"{note['shard']['name']}: has fields {note['fields']}, the first shard {fields}")
-            manifest = Manifest(
-                source=self.source,
-                dataset_id=self.dataset_id,
-                fields={name: Field(field["dtype"], tuple(field["shape"])) for name, field in fields.items()},
-                shards=[Shard(**note["shard"]) for note in done],
-                fingerprint=fingerprint,
-                buckets=BUCKETS,
+            fields = {name: Field(field["dtype"], tuple(field["shape"])) for name, field in fields.items()}
+            manifest = Manifest.of(
+                self.source,
+                self.dataset_id,
+                grouped(fields, BUCKETS, producers),
+                [Shard.from_dict(note["shard"]) for note in done],
+                null_sha256=sha256(self.out / "null.safetensors"),
             )
             for leftover in (*self.out.glob(".*.tmp"), *self.notes.glob(".*.tmp")):  # of writers that were killed
                 leftover.unlink()

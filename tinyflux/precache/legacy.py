@@ -7,11 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.shards.format import DTYPES, GROUPS, Field, encode_sample, sample_key
+from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import check_name
+from tinyflux.shards.schema import DTYPES, SCHEMA, Field, fields_of
 from tinyflux.util.buckets import BUCKETS
 
-FILES = {group: f"{group}.pt" for group in GROUPS}
+FILES = {  # and the groups that each holds
+    "encodings.pt": ("latents", "text"),
+    "lune.pt": ("lune",),
+    "sol.pt": ("sol",),
+}
 NAMES = {  # what a field is called in those files; a file of one tensor needs no name
     "latents": ("latents", "latent"),
     "t5_embeds": ("t5_embeds", "t5", "t5_embeddings"),
@@ -19,14 +24,6 @@ NAMES = {  # what a field is called in those files; a file of one tensor needs n
     "lune": ("features", "lune", "lune_features"),
     "sol_stats": ("stats", "sol_stats"),
     "sol_spatial": ("spatial", "sol_spatial"),
-}
-SHAPES = {
-    "latents": "[N, C, H, W]",
-    "t5_embeds": "[N, L, D]",
-    "clip_pooled": "[N, D]",
-    "lune": "[N, K, D]",
-    "sol_stats": "[N, K, 3]",
-    "sol_spatial": "[N, K, h, w]",
 }
 FINGERPRINT = {"producer": "unknown: converted from an old cache"}
 
@@ -38,7 +35,7 @@ class OldCacheError(ValueError):
 def is_old_cache(folder: str | Path) -> bool:
     """Whether a folder holds an old cache and no shards."""
     folder = Path(folder)
-    return (folder / FILES["encodings"]).is_file() and not (folder / "manifest.json").exists()
+    return (folder / "encodings.pt").is_file() and not (folder / "manifest.json").exists()
 
 
 class OldCache:
@@ -49,13 +46,13 @@ class OldCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder, self.buckets, self.prompts = Path(folder), BUCKETS, None
+        self.folder, self.timesteps, self.prompts = Path(folder), BUCKETS, None
         self.tensors: dict[str, Tensor] = {}
-        if not (self.folder / FILES["encodings"]).is_file():
-            raise FileNotFoundError(f"{self.folder}: no {FILES['encodings']} here, so this is no old cache")
-        for group, file in FILES.items():
+        if not (self.folder / "encodings.pt").is_file():
+            raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is no old cache")
+        for file, groups in FILES.items():
             if (self.folder / file).is_file():
-                self._add(group, self.folder / file)
+                self._add(groups, self.folder / file)
         self.name = self._name()
         self.count = len(self.tensors["latents"])
         for name, tensor in self.tensors.items():
@@ -66,24 +63,24 @@ class OldCache:
         if self.prompts is not None and len(self.prompts) != self.count:
             raise OldCacheError(f"{self.folder}: {len(self.prompts)} prompts for {self.count} samples")
 
-    def _add(self, group: str, path: Path) -> None:
-        content = _load(path)
-        if isinstance(content, Tensor) and len(GROUPS[group]) == 1:
-            content = {group: content}
+    def _add(self, groups: tuple[str, ...], path: Path) -> None:
+        content, names = _load(path), [name for group in groups for name in SCHEMA[group].fields]
+        if isinstance(content, Tensor) and len(names) == 1:
+            content = {names[0]: content}
         if not isinstance(content, dict):
             raise OldCacheError(f"{path}: holds a {type(content).__name__}, must be a dictionary of tensors")
-        for name in GROUPS[group]:
+        for name in names:
             key = next((key for key in NAMES[name] if key in content), None)
             if key is None:
                 found = ", ".join(map(str, content)) or "nothing"
                 raise OldCacheError(f"{path}: no {name}, which may be called {', '.join(NAMES[name])}; it has {found}")
             self.tensors[name] = _checked(content[key], name, f"{path}: {key}")
         grid = content.get("t_buckets", content.get("buckets"))
-        if group != "encodings" and grid is not None:
+        if grid is not None and any(SCHEMA[group].on_grid for group in groups):
             grid = [round(float(t), 4) for t in torch.as_tensor(grid).float()]
-            if grid != list(self.buckets):
-                raise OldCacheError(f"{path}: its timestep buckets are {grid}, must be {list(self.buckets)}")
-        if group == "encodings" and isinstance(content.get("prompts"), list):
+            if grid != list(self.timesteps):
+                raise OldCacheError(f"{path}: its timestep buckets are {grid}, must be {list(self.timesteps)}")
+        if "text" in groups and isinstance(content.get("prompts"), list):
             self.prompts = [str(prompt) for prompt in content["prompts"]]
 
     def _name(self) -> str:
@@ -100,14 +97,12 @@ class OldCache:
     @property
     def fields(self) -> dict[str, Field]:
         """The fields of its samples."""
-        return {
-            name: Field(str(t.dtype).removeprefix("torch."), tuple(t.shape[1:])) for name, t in self.tensors.items()
-        }
+        return fields_of(self.row(0))
 
     def read(self, group: str, indices: np.ndarray) -> dict[str, Tensor]:
         """The fields of a group at rows `indices` int64 [B]: [B, ...] each, in the stored dtype."""
         rows = torch.from_numpy(indices)
-        return {name: self.tensors[name][rows] for name in GROUPS[group]}
+        return {name: self.tensors[name][rows] for name in SCHEMA[group].fields}
 
     def row(self, i: int) -> dict[str, Tensor]:
         """All tensors of a sample."""
@@ -116,7 +111,7 @@ class OldCache:
     def meta(self, i: int, source: str, dataset_id: int) -> dict:
         """What is known of a sample, for its json."""
         prompt = self.prompts[i] if self.prompts else ""
-        return {"prompt": prompt, "source": source, "dataset_id": dataset_id, "index": i, "origin": f"{source}/{i}"}
+        return {"prompts": [prompt], "source": source, "dataset_id": dataset_id, "index": i, "origin": f"{source}/{i}"}
 
     def sample(self, i: int, source: str, dataset_id: int) -> dict:
         """A sample as tar members. Raises ValueError where it has NaN or infinity."""
@@ -140,13 +135,13 @@ def _load(path: Path):
 
 
 def _checked(tensor, name: str, where: str) -> Tensor:
-    wanted = SHAPES[name]
+    group = next(entry for entry in SCHEMA.values() if name in entry.fields)
+    wanted = f"[N, {', '.join(map(str, group.fields[name]))}]"
     if not isinstance(tensor, Tensor):
         raise OldCacheError(f"{where} is a {type(tensor).__name__}, must be a tensor {wanted}")
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         raise OldCacheError(f"{where} is {tensor.dtype}, must be one of {', '.join(DTYPES)}")
-    buckets = name in ("lune", "sol_stats", "sol_spatial")
-    if tensor.ndim != wanted.count(",") + 1 or buckets and tensor.shape[1] != len(BUCKETS):
-        with_buckets = f" with K = {len(BUCKETS)} timestep buckets" if buckets else ""
-        raise OldCacheError(f"{where} has shape {list(tensor.shape)}, must be {wanted}{with_buckets}")
+    if tensor.ndim != len(group.fields[name]) + 1 or group.on_grid and tensor.shape[1] != len(BUCKETS):
+        grid = f" with {len(BUCKETS)} timesteps" if group.on_grid else ""
+        raise OldCacheError(f"{where} has shape {list(tensor.shape)}, must be {wanted}{grid}")
     return tensor

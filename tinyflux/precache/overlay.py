@@ -19,28 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from tinyflux.precache.engine import Engine, Ready
-from tinyflux.precache.extract import EXTRACTORS, models_of
+from tinyflux.precache.extract import EXTRACTORS, models_of, whole
 from tinyflux.precache.images import Picture, Rejected, preview
 from tinyflux.precache.inputs import Input, caption
 from tinyflux.precache.ledger import Job, JobError
 from tinyflux.precache.sources import SourceSpec
-from tinyflux.shards.format import (
-    GROUPS,
-    SUFFIX,
-    Field,
-    ShardError,
-    decode_member,
-    encode_sample,
-    parse_key,
-    sample_key,
-)
+from tinyflux.shards.format import ShardError, encode_sample, member_name, parse_key, sample_key
 from tinyflux.shards.manifest import Manifest, diff_fingerprints, shard_name
+from tinyflux.shards.schema import GROUP_OF, SCHEMA, Field, flat
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.util import rng
 
 FIELDS = {"lune": "lune", "sol": "sol", "prompt": "text"}
 """What --only takes, and the part of a sample that it is."""
-ENCODINGS = "encodings" + SUFFIX
 LIKENESS = 4.0  # of 255, on average: more than libraries' versions change a preview by, less than another image does
 
 
@@ -74,7 +65,7 @@ class Old:
     @property
     def parts(self) -> set[str]:
         """The parts of a sample that it has."""
-        return {"latents", "text", *(set(self.manifest.groups) - {"encodings"})}
+        return set(self.manifest.groups)
 
     @property
     def sizes(self) -> list[int]:
@@ -100,7 +91,7 @@ class Old:
 
     def open(self, k: int) -> ShardFile:
         """Shard k. Raises FileNotFoundError, ShardError."""
-        return ShardFile(self.folder / self.shards[k].name, self.shards[k])
+        return ShardFile(self.folder / self.shards[k].path, self.shards[k], self.manifest.groups)
 
     def open_checked(self, k: int) -> ShardFile:
         """Shard k, every byte of it checked: what is copied from it gets a new checksum."""
@@ -117,7 +108,7 @@ class Old:
 
         Raises JobError where a model that is needed for both what is kept and what is made anew is not the same.
         """
-        old, kept = self.manifest.fingerprint, set(models_of(self.parts - redo))
+        old, kept = whole(self.manifest.groups), set(models_of(self.parts - redo))
         new = set(models_of(redo))
         self.compare({name: made[name] for name in kept & new})
         every = models_of(EXTRACTORS)
@@ -131,7 +122,8 @@ class Old:
 
     def compare(self, asked: dict) -> None:
         """Raises JobError with what of a fingerprint is not as in this source, though it must be."""
-        old = {name: self.manifest.fingerprint.get(name) for name in asked}
+        made = whole(self.manifest.groups)
+        old = {name: made.get(name) for name in asked}
         if differing := diff_fingerprints(old, asked):
             lines = "\n  ".join(differing)
             raise JobError(
@@ -194,14 +186,15 @@ class Refit(Engine):
         """A sample as it is, in a thread, with what is needed to make parts of it anew."""
         seed = rng.signed_key(self.seed, self.spec.dataset_id, index)
         with self.stages.time("decode"):
-            members = {extension: file.read(row, extension) for extension in file.samples[row].members}
-            if missing := {f"{group}{SUFFIX}" for group in self.kept_groups} - members.keys():
+            members = {extension: file.read(row, extension) for extension in file.sample(row).members}
+            kept = {member_name(group, 0 if SCHEMA[group].repeated else None) for group in self.kept_groups}
+            if missing := kept - members.keys():
                 raise ShardError(file.path, file.key(row), f"member {min(missing)} is missing")
             try:
                 items = self.items.get(meta["origin"])
                 if not items:
                     raise Rejected("image is gone: the source has none of this origin now")
-                prompt = meta["prompt"]
+                prompt = meta["prompts"][0]
                 if "text" in self.redo:
                     prompt = caption(self.spec, self._captioned(index, items), seed)
                 picture = self._picture(items[0], seed, meta, members) if self.redo - {"text"} else None
@@ -241,19 +234,17 @@ class Refit(Engine):
         """The sample's members: the new ones and the rest as it was."""
         key, meta = sample_key(self.spec.dataset_id, ready.index), json.loads(ready.members["json"])
         if "text" in self.redo:
-            fields = self.old.manifest.groups["encodings"]
-            latents = decode_member(ready.members[ENCODINGS], fields, where=(str(self.old.folder), key))["latents"]
-            tensors, meta = {"latents": latents, **tensors}, meta | {"prompt": ready.prompt}
+            meta |= {"prompts": [ready.prompt]}
         made = encode_sample(key, tensors, meta)
         if "text" not in self.redo:
             made["json"] = ready.members["json"]
-        return ready.members | made
+        return ready.members | made | {"__shape__": self.old.manifest.shapes[0]}
 
     def finish(self, job: Job, k: int, pending: list, rejected: list[dict], fields: dict[str, Field]) -> None:
         """Write shard k and its note, in a thread."""
-        whole = self.old.manifest.fields | fields
-        order = [name for names in GROUPS.values() for name in names if name in whole]
-        super().finish(job, k, pending, rejected, {name: whole[name] for name in order} if fields else {})
+        known = flat(self.old.manifest.groups) | fields
+        order = [name for name in GROUP_OF if name in known]
+        super().finish(job, k, pending, rejected, {name: known[name] for name in order} if fields else {})
 
 
 def with_entries(job: Job, shards: Iterable[int]) -> Iterator[int]:

@@ -36,7 +36,7 @@ def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], f
     parts.append(f'<div class="grid">{"".join(card(i, sample, report) for i, sample in enumerate(report.shown))}</div>')
     if report.similarity is not None:
         parts.append("<h2>Lune: cosine between buckets, mean over samples</h2>")
-        parts.append(heatmap(report.similarity, report.source.manifest.buckets))
+        parts.append(heatmap(report.similarity, report.source.timesteps))
     drawn = [histogram(field, stats) for field, stats in report.stats.items() if stats.count]
     parts.append(f'<h2>Histograms</h2><div class="grid">{"".join(drawn)}</div>')
     if report.rejected:
@@ -65,7 +65,7 @@ def card(i: int, sample: Shown, report: Report) -> str:
     if sample.decoded:
         figures.append(figure(picture(jpeg(sample.decoded, f"d{i}")), "decoded"))
     if "sol_spatial" in sample.tensors:
-        maps, buckets = sample.tensors["sol_spatial"].double().numpy(), report.source.manifest.buckets
+        maps, buckets = sample.tensors["sol_spatial"].double().numpy(), report.source.timesteps
         for k in (0, len(buckets) // 2, len(buckets) - 1):
             figures.append(figure(picture(f'<use href="#p{i}"/>', maps[k]), f"Sol, t = {buckets[k]:g}"))
     return (

@@ -96,18 +96,18 @@ def say_speed(engine: Engine, seconds: float) -> None:
         )
 
 
-def finish(job: Job, fingerprint: dict, max_rejected: float) -> int:
+def finish(job: Job, producers: dict[str, dict], max_rejected: float) -> int:
     """Merge if all shards are done, print the summary, and return the exit status."""
     if left := job.unfinished():
         print(f"{job.out}: {len(left)} of {job.shards} shards are still being written by other ranks; the last merges")
         return 0
-    manifest = job.merge(fingerprint)
+    manifest = job.merge(producers)
     rejected = len(job.rejected())
     listed = f"{rejected} of {job.total} inputs rejected, see {job.out / 'rejected.jsonl'}"
     if manifest is None:
         raise JobError(f"{job.out}: no sample is left, {listed}")
-    size = sum(shard.bytes for shard in manifest.shards)
-    print(f"{job.out}: {manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB; {listed}")
+    size = f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:.1f} MB"
+    print(f"{job.out}: {manifest.count} samples in {size}; {listed}")
     if rejected > max_rejected * job.total:
         print(f"error: more than --max-rejected {max_rejected:.1%} of the inputs were rejected", file=sys.stderr)
         return 1

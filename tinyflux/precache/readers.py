@@ -15,7 +15,7 @@ from tinyflux.precache.fetch import download
 from tinyflux.precache.images import EXTENSIONS, Rejected
 from tinyflux.precache.inputs import Input, check_field, digest, lines_of, printable, read_file, records, texts
 from tinyflux.precache.sources import SourceError, SourceSpec
-from tinyflux.shards.format import read_member, scan_tar
+from tinyflux.shards.tar import read_member, scan_tar
 
 
 def list_inputs(spec: SourceSpec, size: int, seed: int) -> list[Input]:

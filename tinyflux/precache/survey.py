@@ -5,15 +5,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors
-import safetensors.torch
-import zstandard
 from torch import Tensor
 
-from tinyflux.shards.format import SUFFIX, Field, ShardError, member_limit
+from tinyflux.shards.format import ShardError
 from tinyflux.shards.remote import DownloadError
-from tinyflux.shards.shardfile import ShardFile
-from tinyflux.shards.store import Source
+from tinyflux.shards.source import Source
 
 VALUES = 4096  # of each field of a sample that go into the histogram
 
@@ -82,21 +78,6 @@ class Report:
     shown: list[Shown] = field(default_factory=list)
 
 
-def tensors_of(file: ShardFile, row: int, group: str, fields: dict[str, Field]) -> dict[str, Tensor]:
-    """The tensors of a group, NaN and all. Raises ShardError where they cannot be read or have another shape."""
-    data, key = file.read(row, group + SUFFIX), file.key(row)
-    try:
-        if len(data) > member_limit(fields) or zstandard.get_frame_parameters(data).content_size > member_limit(fields):
-            raise ValueError("far more bytes than its fields")
-        tensors = safetensors.torch.load(zstandard.decompress(data))
-    except (zstandard.ZstdError, safetensors.SafetensorError, ValueError) as error:
-        raise ShardError(file.path, key, f"{group}: {error}") from error
-    for name, wanted in fields.items():
-        if name not in tensors or tuple(tensors[name].shape) != wanted.shape:
-            raise ShardError(file.path, key, f"{name} is missing or has another shape than {wanted.shape}")
-    return {name: tensors[name] for name in fields}
-
-
 def spread(count: int, n: int) -> list[int]:
     """At most n of range(count), evenly spaced."""
     return sorted({i * count // n for i in range(n)}) if count > n else list(range(count))
@@ -117,30 +98,25 @@ def look(source: Source, samples: int, shards: int, shown: int) -> Report:
             continue
         if file.fault:
             report.faults.append(str(file.fault))
-        for sample in file.samples:
-            report.stored.update({extension: size for extension, (_, size) in sample.members.items()})
-        report.scanned += len(file.samples)
-        for row in spread(len(file.samples), each):
+        rows = [row for row in range(file.count) if file.samples[row] is not None]
+        for row in rows:
+            report.stored.update({member: size for member, (_, size) in file.members(row).items()})
+        report.scanned += len(rows)
+        for i in spread(len(rows), each):
+            row = rows[i]
             try:
-                tensors: dict[str, Tensor] = {}
-                for group, fields in manifest.groups.items():
-                    tensors |= tensors_of(file, row, group, fields)
-                meta = json.loads(file.read(row, "json"))
-                prompt, origin = str(meta["prompt"]), str(meta["origin"])
+                tensors, meta = file.decode(row, finite=False), file.meta(row)
             except ShardError as error:
                 report.faults.append(str(error))
                 continue
-            except (ValueError, LookupError, TypeError) as error:
-                report.faults.append(str(ShardError(file.path, file.key(row), f"its .json is damaged: {error!r}")))
-                continue
+            prompt, origin = (meta["prompts"] or [""])[0], meta["origin"]
             for name, tensor in tensors.items():
                 report.stats.setdefault(name, FieldStats()).add(tensor)
             report.prompts.append(prompt)
             if "lune" in tensors:
                 cosines.append(np.nan_to_num(cosine(tensors["lune"])))
             if report.read in show:
-                has_preview = "jpg" in file.samples[row].members
-                preview = file.read(row, "jpg") if has_preview else None
+                preview = file.preview(row)
                 report.shown.append(Shown(file.key(row), prompt, origin, preview, tensors))
             report.read += 1
     if cosines:

@@ -1,6 +1,5 @@
 """The sources of a run: opened alike on all ranks, and recorded in its checkpoints."""
 
-import hashlib
 from pathlib import Path
 
 import torch.distributed as dist
@@ -8,7 +7,7 @@ import torch.distributed as dist
 from tinyflux.run.folders import newest_identity
 from tinyflux.shards.config import DataConfig, open_sources, resolve_revisions
 from tinyflux.shards.plan import PLAN_VERSION
-from tinyflux.shards.store import Source
+from tinyflux.shards.source import Source
 from tinyflux.shards.stream import Stream
 
 
@@ -33,7 +32,7 @@ def open_run_sources(config: DataConfig, groups: tuple[str, ...], checkpoints: P
 def data_identity(stream: Stream) -> dict:
     """What the order of a run's samples depends on besides the step."""
     c = stream.config
-    sums = [hashlib.sha256(s.manifest.to_json().encode()).hexdigest() for s in stream.sources]
+    sums = ["+".join(layer.manifest.sha256 for layer in s.layers) for s in stream.sources]
     manifests = dict(zip(stream.labels, sums, strict=True))
     commits = {s.url: s.revision for s in stream.sources if s.url.startswith("hf://")}
     return {

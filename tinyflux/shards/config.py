@@ -5,10 +5,10 @@ from typing import Literal
 
 import numpy as np
 
-from tinyflux.shards.format import GROUPS
-from tinyflux.shards.manifest import diff_fingerprints
+from tinyflux.shards.manifest import OWN, diff_producers
 from tinyflux.shards.remote import NodeCache, RemoteStore, is_remote, without_revision
-from tinyflux.shards.store import Source, open_source
+from tinyflux.shards.schema import SCHEMA
+from tinyflux.shards.source import Source, open_source
 
 
 @dataclass
@@ -97,11 +97,11 @@ def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str 
 
 
 def open_sources(
-    config: DataConfig, groups: tuple[str, ...] = tuple(GROUPS), revisions: list[str] | None = None
+    config: DataConfig, groups: tuple[str, ...] = tuple(SCHEMA), revisions: list[str] | None = None
 ) -> list[Source]:
     """Open the sources of a run and check that they go together.
 
-    groups: those that the run reads (a loss that is off needs no group of its own); "encodings" is always read.
+    groups: those that the run reads (a loss that is off needs no group of its own); latents and texts are always read.
     revisions: those of the sources as another rank or an earlier run opened them, to read the very same content.
     Raises ValueError or OSError, saying which source and field.
     """
@@ -111,18 +111,16 @@ def open_sources(
     cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9))
     pins = revisions or [None] * len(config.sources)
     sources = [
-        open_source(url, dataset_id, cache, revision)
+        open_source(url, dataset_id, cache, revision, groups)
         for url, dataset_id, revision in zip(config.sources, ids, pins, strict=True)
     ]
     names = {source.name for source in sources}
     for option in ("allow_missing", "allow_different"):
         if unknown := set(getattr(config, option)) - names:
             raise ValueError(f"data.{option} names {sorted(unknown)}; the sources are {sorted(names)}")
+    wanted = [group for group in SCHEMA if group in groups and group != "mask"]
     for source in sources:
-        source.groups = tuple(group for group in GROUPS if group in ("encodings", *groups))
-    first = sources[0]
-    for source in sources:
-        _check_agreement(first, source, config)
+        _check_agreement(sources[0], source, wanted, config)
     owners: dict[int, Source] = {}
     for source in sources:
         other = owners.setdefault(source.dataset_id, source)
@@ -134,20 +132,20 @@ def open_sources(
     return sources
 
 
-def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
-    missing = [group for group in source.groups if group not in source.manifest.groups]
+def _check_agreement(first: Source, source: Source, wanted: list[str], config: DataConfig) -> None:
+    missing = [group for group in wanted if group not in source.groups]
     if missing and source.name not in config.allow_missing:
         raise ValueError(
             f"source {source.url} has no {' and no '.join(missing)}: turn that loss off, or put {source.name!r} "
             "into data.allow_missing to train its samples without it"
         )
-    if source.manifest.buckets != first.manifest.buckets:
-        raise ValueError(f"sources {first.url} and {source.url} differ in their timestep buckets")
-    a, b = ({n: f for fields in s.fields.values() for n, f in fields.items()} for s in (first, source))
+    if None not in (grids := {first.timesteps, source.timesteps}) and len(grids) > 1:
+        raise ValueError(f"sources {first.url} and {source.url} differ in their timesteps")
+    a, b = first.fields, source.fields
     differing = [f"{name}: {a[name]} against {b[name]}" for name in a if name in b and a[name] != b[name]]
     if differing:
         raise ValueError(f"sources {first.url} and {source.url} differ in {'; '.join(differing)}")
-    differing = diff_fingerprints(first.manifest.fingerprint, source.manifest.fingerprint)
+    differing = diff_producers(first.groups, source.groups, without=OWN)
     if differing and not {first.name, source.name} & set(config.allow_different):
         raise ValueError(
             f"sources {first.url} and {source.url} were not made the same way: {'; '.join(differing)}. "

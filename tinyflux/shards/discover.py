@@ -1,95 +1,151 @@
-"""Sources without a manifest: shards of our members that plain webdataset wrote. Read once, remembered."""
+"""From bare tars to a manifest: folders that plain webdataset wrote, and sources whose manifest was lost."""
 
-import base64
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
-import zstandard
 
-from tinyflux.shards.format import GROUPS, SUFFIX, Field, Sample, ShardError, fields_of, parse_key, read_member, scan
+from tinyflux.shards.format import SUFFIX, ShardError, describe_member, parse_key
 from tinyflux.shards.manifest import Manifest, ManifestError, check_name
-from tinyflux.shards.writer import Shard, atomic_write, origin_hash
+from tinyflux.shards.schema import SCHEMA, SPATIAL, Field, Group
+from tinyflux.shards.tar import Sample, read_member, scan
+from tinyflux.shards.writer import Shard
+from tinyflux.util import files
+from tinyflux.util.buckets import BUCKETS
 
-_LARGEST = 1 << 28  # bytes of one group of one sample that we are ready to look at
+MANIFEST, INDEX, NULL = "manifest.json", "index.safetensors", "null.safetensors"
 
 
-def cache_folder() -> Path:
-    """Where what was read once is kept: $TINYFLUX_CACHE, or tinyflux in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyflux"
-    return Path(os.environ.get("TINYFLUX_CACHE") or default)
+@dataclass
+class Found:
+    """What a tar turned out to hold."""
+
+    shard: Shard
+    groups: dict[str, Group]
+    key: str
+    """Of its first sample."""
+
+
+def tars(folder: Path) -> list[Path]:
+    """The shards of a source's folder, those in subfolders too, in the order of their names."""
+    return sorted([*folder.glob("*.tar"), *folder.glob("[0-9][0-9][0-9]*/*.tar")], key=lambda path: path.name)
+
+
+def examine(path: Path) -> Found:
+    """Read a tar of samples through. Raises ShardError, ManifestError, OSError."""
+    with open(path, "rb") as file:
+        fd = file.fileno()
+        samples, fault = scan(fd, str(path))
+        if fault:
+            raise fault
+        if not samples:
+            raise ShardError(str(path), why="has no samples")
+        groups, shape = _groups(fd, path, samples[0])
+        origins, captions = [], []
+        for sample in samples:
+            members = [member for member in sorted(sample.members) if member.endswith(SUFFIX)]
+            if not members:
+                raise ShardError(str(path), sample.key, "has no tensors")
+            origins.append(_describe(fd, path, sample, members[0])[1])
+            captions.append(sum(member.startswith("text.") for member in members))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        arrays = np.array(origins, np.uint32), np.array(captions, np.uint8)
+        folder = path.parent.name if path.parent.name.isdecimal() else ""
+        size = os.fstat(fd).st_size
+        shard = Shard(check_name(path.name), len(samples), size, digest, shape, *arrays, folder=folder)
+        return Found(shard, groups, samples[0].key)
+
+
+def _describe(fd: int, path: Path, sample: Sample, member: str) -> tuple[dict[str, Field], int]:
+    try:
+        return describe_member(read_member(fd, *sample.members[member]))
+    except ValueError as error:
+        raise ShardError(str(path), sample.key, f"{member}: {error}") from error
+
+
+def _groups(fd: int, path: Path, sample: Sample) -> tuple[dict[str, Group], tuple[int, int]]:
+    """The groups of a sample, and the shape of its latents; (1, 1) where it has nothing that follows them."""
+    groups, shape = {}, (1, 1)
+    for member in sorted(sample.members):
+        if not member.endswith(SUFFIX):
+            continue
+        group, _, caption = member.removesuffix(SUFFIX).partition(".")
+        fields, _ = _describe(fd, path, sample, member)
+        known = SCHEMA.get(group)
+        for name, field in fields.items():
+            axes = known.fields.get(name, ()) if known else ()
+            if set(SPATIAL) <= set(axes) and len(axes) == len(field.shape):
+                shape = tuple(field.shape[axes.index(axis)] for axis in SPATIAL)
+                symbols = (axis if axis in SPATIAL else n for axis, n in zip(axes, field.shape, strict=True))
+                fields[name] = Field(field.dtype, tuple(symbols))
+        groups[group] = Group(fields, BUCKETS if known and known.on_grid else None, bool(caption))
+    order = [*(name for name in SCHEMA if name in groups), *(name for name in groups if name not in SCHEMA)]
+    return {name: groups[name] for name in order}, shape
+
+
+def assemble(
+    folder: Path, found: list[Found], dataset_id: int | None = None, producers: dict[str, dict] | None = None
+) -> Manifest:
+    """The manifest of tars that were examined; nothing is written.
+
+    dataset_id: for keys that don't carry one. producers: the fingerprint of each group, where it is known.
+    Raises FileNotFoundError without null.safetensors, ValueError saying what is in the way.
+    """
+    first = found[0]
+    for other in found[1:]:
+        if other.groups != first.groups:
+            a, b = (
+                ", ".join(f"{n} {f.dtype} {list(f.shape)}" for g in x.groups.values() for n, f in g.fields.items())
+                for x in (first, other)
+            )
+            raise ManifestError(f"{other.shard.name} has {b}; {first.shard.name} has {a}")
+    if dataset_id is None:
+        try:
+            dataset_id, _ = parse_key(first.key)
+        except ValueError as error:
+            raise ValueError(f"source {folder}: {error}; give the source an id with data.dataset_ids") from error
+    unknown = {"producer": "unknown: the manifest was made from the shards alone"}
+    groups = {
+        name: Group(group.fields, group.timesteps, group.repeated, (producers or {}).get(name, unknown))
+        for name, group in first.groups.items()
+    }
+    null = folder / NULL
+    if "text" in groups and not null.is_file():
+        raise FileNotFoundError(f"{null} does not exist: a source needs the embeddings of the empty prompt")
+    stem = first.shard.name.removesuffix(".tar").rpartition("-")[0]
+    numbered = stem and all(f.shard.name.startswith(f"{stem}-") for f in found)
+    return Manifest.of(
+        stem if numbered else folder.resolve().name,
+        dataset_id,
+        groups,
+        [entry.shard for entry in found],
+        null_sha256=files.sha256(null) if "text" in groups else None,
+        subfolders=any(entry.shard.folder for entry in found),
+    )
 
 
 def adopt(folder: Path, dataset_id: int | None = None) -> Manifest:
-    """The manifest of a local folder of shards that has none; its fields are those of the first sample.
+    """The manifest of a local folder of shards that has none; read through once, then remembered.
 
     dataset_id: for keys that don't carry one. The result is kept in the user's cache, under the names, sizes and
-    times of the shards. Raises FileNotFoundError without shards, ShardError, ValueError saying what is in the way.
+    times of the files. Raises FileNotFoundError without shards, ShardError, ValueError saying what is in the way.
     """
-    paths = sorted(folder.glob("*.tar"))
+    paths = tars(folder)
     if not paths:
-        raise FileNotFoundError(f"{folder} has neither manifest.json nor *.tar: build it with python -m sharding.build")
-    stats = [path.stat() for path in paths]
-    listing = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(paths, stats, strict=True)]
+        raise FileNotFoundError(f"{folder} has neither {MANIFEST} nor *.tar: build it with python -m sharding.build")
+    stats = [(path, path.stat()) for path in [*paths, folder / NULL] if path.exists()]
+    listing = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats]
     name = hashlib.sha256(json.dumps([dataset_id, listing]).encode()).hexdigest()[:32]
-    cached = cache_folder() / "manifests" / f"{name}.json"
-    if cached.is_file():
-        return Manifest.from_json(cached.read_bytes(), str(cached))
-
-    fields, shards = None, []
-    for path in paths:
-        with open(path, "rb") as file:
-            samples, fault = scan(file.fileno(), str(path))
-            if fault:
-                raise fault
-            if not samples:
-                raise ShardError(str(path), why="has no samples")
-            if fields is None:
-                key = samples[0].key
-                fields = _fields(file.fileno(), path, samples[0])
-            hashes = [origin_of(file.fileno(), sample) for sample in samples]
-            origins = base64.b64encode(np.array(hashes, "<u2").tobytes()).decode()
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            shards.append(Shard(check_name(path.name), len(samples), os.fstat(file.fileno()).st_size, digest, origins))
-    if dataset_id is None:
-        try:
-            dataset_id, _ = parse_key(key)
-        except ValueError as error:
-            raise ValueError(f"source {folder}: {error}; give the source an id with data.dataset_ids") from error
+    cached = files.cache_folder() / "manifests" / name
+    if (cached / MANIFEST).is_file():
+        return Manifest.load(cached)
     try:
-        manifest = Manifest(folder.resolve().name, dataset_id, fields, shards, {"producer": "unknown"})
+        manifest = assemble(folder, [examine(path) for path in paths], dataset_id)
     except ManifestError as error:
         raise ValueError(f"source {folder} has no manifest, and none can be made: {error}") from error
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(cached, manifest.to_json().encode())
+    cached.mkdir(parents=True, exist_ok=True)
+    manifest.save(cached)
     return manifest
-
-
-def _fields(fd: int, path: Path, sample: Sample) -> dict[str, Field]:
-    fields = {}
-    for group, names in GROUPS.items():
-        place = sample.members.get(group + SUFFIX)
-        if place is None:
-            continue
-        data = read_member(fd, *place)
-        try:
-            size = zstandard.get_frame_parameters(data).content_size
-            if size > _LARGEST:
-                raise ValueError(f"states {size} bytes")
-            tensors = safetensors.torch.load(zstandard.decompress(data))
-        except (zstandard.ZstdError, safetensors.SafetensorError, ValueError) as error:
-            raise ShardError(str(path), sample.key, f"{group}{SUFFIX}: {error}") from error
-        fields |= {name: fields_of(tensors)[name] for name in names if name in tensors}
-    return fields
-
-
-def origin_of(fd: int, sample: Sample) -> int:
-    """Hash of the `origin` in a sample's json, or of its key where there is none."""
-    try:
-        return origin_hash(json.loads(read_member(fd, *sample.members["json"]))["origin"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return origin_hash(sample.key)

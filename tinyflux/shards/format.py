@@ -1,40 +1,33 @@
-"""Shard format, version 1: a sample is a few adjacent members of a plain tar file.
+"""Shard format, version 2: a sample is a few adjacent members of a plain tar file.
 
-KEY.encodings.safetensors.zst  latents, t5_embeds, clip_pooled      KEY.json  prompt, origin, index, size, crop
-KEY.lune.safetensors.zst       lune                                 KEY.jpg   preview, may be absent
-KEY.sol.safetensors.zst        sol_stats, sol_spatial
+KEY.latents.safetensors.zst   latents                        KEY.json  prompts, origin, index, size, crop
+KEY.text.0.safetensors.zst    t5_embeds, clip_pooled         KEY.jpg   preview, may be absent
+KEY.lune.safetensors.zst      lune, and so on: see `schema`; text.1, text.2, ... are further captions
 
-Each group of tensors is one safetensors blob in one zstd frame that states its size and carries a checksum.
-Tar headers are scanned straight from the file, so a shard needs no index beside it.
+A group of tensors is one safetensors blob in one zstd frame that states its size and carries a checksum. The blob
+begins with `origin`, U8 [4]: the hash of the image's origin, little-endian, which the source's index has for the row.
+Then come the byte planes of the tensors as U8: NAME.0 the lowest byte of each element, NAME.1 the next. The planes 0
+of all tensors come first, and a zstd block ends with them: bytes of one kind compress better, and faster, than mixed.
+One line of numpy joins the planes of a two-byte tensor: `(high.astype("<u2") << 8 | low).view("<f2")`.
 """
 
+import hashlib
 import json
-import os
 import re
-import struct
-import tarfile
 import threading
-import zlib
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from math import prod
-from typing import NamedTuple
+from functools import lru_cache
 
 import numpy as np
-import safetensors.torch
 import torch
 import zstandard
 from torch import Tensor
 
-GROUPS = {
-    "encodings": ("latents", "t5_embeds", "clip_pooled"),
-    "lune": ("lune",),
-    "sol": ("sol_stats", "sol_spatial"),
-}
+from tinyflux.shards.schema import DTYPES, GROUP_OF, SCHEMA, Field, check_names, fields_of, shape_of
+
 SUFFIX = ".safetensors.zst"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_STORED = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # bit patterns from here up are not finite
+ORIGIN = "origin"
+_ORIGIN_BYTES = 4
+_TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here up the exponent may be full
 _HEADER_LIMIT = 4096  # bytes of safetensors header beyond which a blob is none of ours
 _KEY = re.compile(r"(\d{4,})_(\d{9,})")
 
@@ -46,25 +39,6 @@ class ShardError(ValueError):
         # one argument alone is a finished message: that is how torch rebuilds an exception from another thread
         super().__init__(f"{shard}{f', sample {key}' if key else ''}: {why}" if why else shard)
         self.shard, self.key, self.why = shard, key, why
-
-
-@dataclass(frozen=True)
-class Field:
-    """One tensor of every sample of a source: `dtype` float16, bfloat16 or float32, `shape` without the batch."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @cached_property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-class Sample(NamedTuple):
-    """Where a sample lies in its shard: member extension -> (offset, size) in bytes."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
 
 
 def sample_key(dataset_id: int, index: int) -> str:
@@ -80,47 +54,88 @@ def parse_key(key: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def fields_of(tensors: dict[str, Tensor]) -> dict[str, Field]:
-    """The fields that describe one sample's tensors."""
-    return {name: Field(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+def origin_hash(origin: str) -> int:
+    """32 bits of the SHA-256 of an image's origin: captions of one image fall on one side of a split."""
+    return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:_ORIGIN_BYTES], "little")
 
 
-def encode_sample(key: str, tensors: dict[str, Tensor], meta: dict, preview: bytes | None = None, level: int = 3):
-    """One sample as the dict that webdataset.TarWriter writes; equal input gives equal bytes.
+def member_name(group: str, caption: int | None = None) -> str:
+    """The extension of a group's member; `caption`: its number, of a repeated group."""
+    return f"{group}{SUFFIX}" if caption is None else f"{group}.{caption}{SUFFIX}"
 
-    tensors: any whole groups of GROUPS, unbatched, on the CPU. meta: what goes into KEY.json. preview: JPEG bytes.
+
+class Layout:
+    """Where the byte planes of a group lie in its blob; `fields` without "h" and "w".
+
+    Blobs that this package wrote all have the header `head`; others are parsed, each header once.
     """
-    parse_key(key)
-    unknown = set(tensors) - {name for names in GROUPS.values() for name in names}
-    if unknown:
-        raise ValueError(f"sample {key}: unknown tensors {sorted(unknown)}; the format has {GROUPS}")
-    sample = {"__key__": key}
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
-    for group, names in GROUPS.items():
-        given = {name: tensors[name].contiguous() for name in names if name in tensors}
-        if not given:
-            continue
-        if len(given) < len(names):
-            raise ValueError(f"sample {key}: {sorted(set(names) - set(given))} missing from group {group!r}")
-        for name, tensor in given.items():
-            if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-                raise ValueError(f"sample {key}: {name} is {tensor.dtype}, the format has {', '.join(DTYPES)}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"sample {key}: {name} has NaN or infinity")
-        sample[group + SUFFIX] = compressor.compress(safetensors.torch.save(given))
-    sample["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
-    if preview is not None:
-        sample["jpg"] = preview
-    return sample
 
+    def __init__(self, fields: dict[str, Field]):
+        self.fields = fields
+        self.widths = {name: DTYPES[field.dtype].itemsize for name, field in fields.items()}
+        self.payload = _ORIGIN_BYTES + sum(field.nbytes for field in fields.values())
+        entries: dict[str, dict] = {"__metadata__": {name: field.dtype for name, field in fields.items()}}
+        entries[ORIGIN] = {"dtype": "U8", "shape": [_ORIGIN_BYTES], "data_offsets": [0, _ORIGIN_BYTES]}
+        end = _ORIGIN_BYTES
+        for plane in range(max(self.widths.values())):
+            for name, field in fields.items():
+                if plane < self.widths[name]:
+                    begin, end = end, end + field.count
+                    entries[f"{name}.{plane}"] = {
+                        "dtype": "U8",
+                        "shape": list(field.shape),
+                        "data_offsets": [begin, end],
+                    }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.head = len(text).to_bytes(8, "little") + text
+        self._known = {self.head[8:]: self._parse(text)}
 
-_threads = threading.local()
+    @property
+    def limit(self) -> int:
+        """The most bytes that a compressed member can have (zstd's own bound)."""
+        size = self.payload + 8 + _HEADER_LIMIT
+        return size + (size >> 8) + 512
 
+    def planes(self, header: bytes) -> dict[str, list[int]]:
+        """The offsets behind the header of each field's planes, low byte first, and of "origin". Raises ValueError."""
+        found = self._known.get(header)
+        if found is None:
+            found = self._parse(header)
+            if len(self._known) < 64:
+                self._known[header] = found
+        return found
 
-def _decompress(data: bytes) -> bytes:
-    if not hasattr(_threads, "decompressor"):  # a decompressor serves one thread only
-        _threads.decompressor = zstandard.ZstdDecompressor()
-    return _threads.decompressor.decompress(data, allow_extra_data=False)
+    def _parse(self, header: bytes) -> dict[str, list[int]]:
+        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ValueError("the safetensors header is not an object of objects")
+        dtypes = entries.pop("__metadata__", {})
+        wanted = {name: field.dtype for name, field in self.fields.items()}
+        if dtypes != wanted:
+            raise ValueError(f"its header says {str(dtypes):.200}, the manifest has {wanted}")
+        counts = {ORIGIN: ([_ORIGIN_BYTES], _ORIGIN_BYTES)}
+        for name, field in self.fields.items():
+            counts |= {f"{name}.{p}": (list(field.shape), field.count) for p in range(self.widths[name])}
+        if set(entries) != set(counts):
+            raise ValueError(f"has {str(sorted(entries)):.200}, the manifest has {sorted(counts)}")
+        begins = {}
+        for name, (shape, count) in counts.items():
+            entry = entries[name]
+            if entry.get("dtype") != "U8" or entry.get("shape") != shape:
+                raise ValueError(f"{name} is {entry.get('dtype')!r:.40} {entry.get('shape')!r:.80}, must be U8 {shape}")
+            ends = entry.get("data_offsets")
+            if not (isinstance(ends, list) and [type(i) for i in ends] == [int, int] and ends[1] - ends[0] == count):
+                raise ValueError(f"{name} has data_offsets {ends!r:.80}, its shape takes {count} bytes")
+            begins[name] = ends[0]
+        end = 0
+        for name in sorted(begins, key=begins.get):
+            if begins[name] != end:
+                raise ValueError(f"{name} begins at byte {begins[name]}, the one before it ends at {end}")
+            end += counts[name][1]
+        return {ORIGIN: [begins[ORIGIN]]} | {
+            name: [begins[f"{name}.{plane}"] for plane in range(self.widths[name])] for name in self.fields
+        }
 
 
 def _no_duplicates(pairs):
@@ -129,204 +144,193 @@ def _no_duplicates(pairs):
     return dict(pairs)
 
 
-class _Span(NamedTuple):
-    """A tensor in a decompressed blob, as integers: numpy has no bfloat16, and infinities and NaNs are the top ones."""
-
-    name: str
-    offset: int  # bytes behind the header
-    count: int
-    signed: np.dtype
-    unsigned: np.dtype
-    infinity: int  # the first pattern that is not finite, as a signed integer
-    negative: int  # the same with the sign bit set, as an unsigned one
+_threads = threading.local()  # a compressor or decompressor serves one thread only
 
 
-@lru_cache(maxsize=256)
-def _layout(header: bytes, fields: tuple[tuple[str, Field], ...]) -> tuple[_Span, ...]:
-    """The tensors behind a safetensors header, checked against the fields. Cached: a source repeats one header."""
-    entries = json.loads(header, object_pairs_hook=_no_duplicates)
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError("the safetensors header is not an object of objects")
-    entries.pop("__metadata__", None)
-    if set(entries) != {name for name, _ in fields}:
-        raise ValueError(f"has {sorted(entries)}, the manifest has {sorted(name for name, _ in fields)}")
-    spans = []
-    for name, field in fields:
-        dtype, shape, ends = (entries[name].get(k) for k in ("dtype", "shape", "data_offsets"))
-        if _STORED.get(dtype) != field.dtype or shape != list(field.shape):
-            raise ValueError(f"{name} is {dtype} {shape}, the manifest says {field.dtype} {list(field.shape)}")
-        if not (isinstance(ends, list) and [type(i) for i in ends] == [int, int] and ends[1] - ends[0] == field.nbytes):
-            raise ValueError(f"{name} has data_offsets {ends}, its shape takes {field.nbytes} bytes")
-        width = DTYPES[field.dtype].itemsize
-        signed, unsigned, infinity = np.dtype(f"<i{width}"), np.dtype(f"<u{width}"), _INFINITY[field.dtype]
-        count = field.nbytes // width
-        spans.append(_Span(name, ends[0], count, signed, unsigned, infinity, infinity + (1 << 8 * width - 1)))
-    end = 0
-    for span in sorted(spans, key=lambda span: span.offset):
-        if span.offset != end:
-            raise ValueError(f"{span.name} begins at byte {span.offset}, the one before it ends at {end}")
-        end += span.count * span.signed.itemsize
-    return tuple(spans)
+def encode_member(tensors: dict[str, Tensor], layout: Layout, origin: int, level: int = 3) -> bytes:
+    """One group of one sample; `tensors` as the layout's fields say, finite, on the CPU."""
+    made = _threads.__dict__.setdefault("compressors", {})
+    compressor = made.get(level)
+    if compressor is None:
+        compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
+        made[level] = compressor
+    elements = [  # [n, bytes of an element] each
+        np.ascontiguousarray(bits(tensors[name].contiguous()[None])[0]).view(np.uint8).reshape(field.count, -1)
+        for name, field in layout.fields.items()
+    ]
+    writer = compressor.compressobj(size=len(layout.head) + layout.payload)
+    data = [writer.compress(layout.head + origin.to_bytes(_ORIGIN_BYTES, "little"))]
+    for plane in range(max(layout.widths.values())):
+        if plane:
+            data.append(writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        data += [writer.compress(e[:, plane].tobytes()) for e in elements if plane < e.shape[1]]
+    return b"".join([*data, writer.flush()])
 
 
-def member_limit(fields: dict[str, Field]) -> int:
-    """The most bytes that a compressed member with these fields can have (zstd's own bound)."""
-    size = sum(field.nbytes for field in fields.values()) + 8 + _HEADER_LIMIT
-    return size + (size >> 8) + 512
+def encode_sample(
+    key: str,
+    tensors: dict[str, Tensor],
+    meta: dict | None,
+    preview: bytes | None = None,
+    *,
+    origin: int | None = None,
+    level: int = 3,
+) -> dict:
+    """One sample as the dict that `write_shard` takes; equal input gives equal bytes.
+
+    tensors: any whole groups of the schema, unbatched, on the CPU; those of a repeated group are one caption's, or
+    several captions' stacked. meta: what goes into KEY.json, if anything. preview: JPEG bytes. origin: the hash of the
+    image's origin, by default that of meta["origin"]. Raises ValueError naming the tensor that is not fit.
+    """
+    parse_key(key)
+    try:
+        check_names(tensors)
+        fields_of(tensors)  # refuses wrong axes
+        for name, tensor in tensors.items():
+            if _dtype(tensor) not in DTYPES:
+                raise ValueError(f"{name} is {tensor.dtype}, the format has {', '.join(DTYPES)}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinity")
+        origin = origin_hash(meta["origin"]) if origin is None else origin
+        sample = {"__key__": key, "__origin__": origin, "__shape__": shape_of(tensors)}
+        for group in dict.fromkeys(GROUP_OF[name] for name in tensors):
+            own = {name: tensors[name] for name in SCHEMA[group].fields}
+            for caption, part in _captions(group, own):
+                layout = layout_of({n: Field(_dtype(t), tuple(t.shape)) for n, t in part.items()})
+                sample[member_name(group, caption)] = encode_member(part, layout, origin, level)
+    except ValueError as error:
+        raise ValueError(f"sample {key}: {error}") from error
+    if meta is not None:
+        sample["json"] = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+    if preview is not None:
+        sample["jpg"] = preview
+    return sample
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _captions(group: str, tensors: dict[str, Tensor]):
+    """(number, tensors) of each member of a group."""
+    entry = SCHEMA[group]
+    if not entry.repeated:
+        return [(None, tensors)]
+    stacked = [tensor.ndim > len(entry.fields[name]) for name, tensor in tensors.items()]
+    if not any(stacked):
+        return [(0, tensors)]
+    counts = {len(tensor) for tensor in tensors.values()}
+    if not all(stacked) or len(counts) != 1:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"{group!r} has the shapes {shapes}: one caption, or equally many of each")
+    return [(i, {name: tensor[i] for name, tensor in tensors.items()}) for i in range(counts.pop())]
+
+
+@lru_cache(maxsize=1024)
+def _layout(fields: tuple[tuple[str, Field], ...]) -> Layout:
+    return Layout(dict(fields))
+
+
+def layout_of(fields: dict[str, Field]) -> Layout:
+    """The layout of these fields, made once."""
+    return _layout(tuple(fields.items()))
 
 
 def bits(tensors: Tensor) -> np.ndarray:
-    """A contiguous batch [B, ...] as the rows [B, n] of integers that `decode_member` fills; shares its memory."""
-    integer = {2: torch.int16, 4: torch.int32}[tensors.element_size()]
-    return tensors.view(len(tensors), -1).view(integer).numpy()
+    """A contiguous batch [B, ...] as the rows [B, n] of unsigned integers that `decode_member` fills; shares memory."""
+    kind = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}[tensors.element_size()]
+    return tensors.reshape(len(tensors), -1).view(kind[0]).numpy().view(kind[1])
 
 
-def decode_member(data: bytes, fields: dict[str, Field], out: dict[str, np.ndarray] | None = None, where=("", "")):
-    """Decode one group member and check it against `fields`.
+def decompress(data: bytes, layout: Layout) -> bytes:
+    """The blob of a member. Raises zstandard.ZstdError, ValueError; never takes more memory than the fields do."""
+    frame = zstandard.get_frame_parameters(data)
+    if not frame.has_checksum:
+        raise ValueError("the zstd frame has no checksum")
+    if not layout.payload + 8 < frame.content_size <= layout.payload + 8 + _HEADER_LIMIT:  # also where none is stated
+        raise ValueError(f"the zstd frame states {frame.content_size} bytes, its fields take {layout.payload}")
+    if not hasattr(_threads, "decompressor"):
+        _threads.decompressor = zstandard.ZstdDecompressor()
+    return _threads.decompressor.decompress(data, allow_extra_data=False)
 
-    out: a row of `bits` for each field, filled in place; without it new tensors are returned by name.
-    where: (shard, key) for errors. Raises ShardError on a damaged frame, wrong names, dtypes or shapes, NaN or
-    infinity. Never takes more memory than the fields do.
+
+def decode_member(
+    data: bytes,
+    layout: Layout,
+    origin: int | None,
+    out: dict[str, np.ndarray] | None = None,
+    where: tuple[str, str] = ("", ""),
+    *,
+    finite: bool = True,
+) -> dict[str, Tensor] | None:
+    """Decode one group member and check it against its layout.
+
+    origin: the hash that the index has for the row, None where it is not known. out: a row of `bits` for each field,
+    filled in place; without it new tensors are returned by name. where: (shard, key) for errors. finite: refuse NaN and
+    infinity. Raises ShardError on a damaged frame, tensors of another image, wrong names, dtypes or shapes.
     """
-    payload = sum(field.nbytes for field in fields.values())
     try:
-        frame = zstandard.get_frame_parameters(data)
-        if not frame.has_checksum:
-            raise ValueError("the zstd frame has no checksum")
-        if not payload + 8 < frame.content_size <= payload + 8 + _HEADER_LIMIT:  # also where the size is not stated
-            raise ValueError(f"the zstd frame states {frame.content_size} bytes, the manifest's fields take {payload}")
-        blob = _decompress(data)
-        base = 8 + int.from_bytes(blob[:8], "little")
-        if base + payload != len(blob):
-            raise ValueError(f"has {len(blob) - base} bytes of tensors, the manifest's fields take {payload}")
-        spans = _layout(blob[8:base], tuple(fields.items()))
+        blob = decompress(data, layout)
+        if blob.startswith(layout.head):
+            base = len(layout.head)
+        else:
+            base = 8 + int.from_bytes(blob[:8], "little")
+            if base + layout.payload != len(blob):
+                raise ValueError(f"has {len(blob) - base} bytes of tensors, its fields take {layout.payload}")
+        planes = layout.planes(blob[8:base])
     except (zstandard.ZstdError, ValueError, RecursionError) as error:
-        raise ShardError(*where, f"{'+'.join(fields)}: {error}") from error
+        raise ShardError(*where, f"{'+'.join(layout.fields)}: {error}") from error
+    begin = base + planes[ORIGIN][0]
+    found = int.from_bytes(blob[begin : begin + _ORIGIN_BYTES], "little")
+    if origin is not None and found != origin:
+        hashes = f"origin hash {found:08x}, the index has {origin:08x}"
+        raise ShardError(*where, f"{'+'.join(layout.fields)}: made from another image ({hashes})")
     tensors = None
     if out is None:
-        tensors = {name: torch.empty(field.shape, dtype=DTYPES[field.dtype]) for name, field in fields.items()}
+        tensors = {name: torch.empty(f.shape, dtype=DTYPES[f.dtype]) for name, f in layout.fields.items()}
         out = {name: bits(tensor[None])[0] for name, tensor in tensors.items()}
-    for span in spans:
-        values = np.frombuffer(blob, span.signed, span.count, base + span.offset)
+    for name, field in layout.fields.items():
+        parts = [np.frombuffer(blob, np.uint8, field.count, base + begin) for begin in planes[name]]
+        high, top = parts[-1], _TOP[field.dtype]
         # two maxima see a full exponent under either sign, and need no temporary array
-        if values.max() >= span.infinity or values.view(span.unsigned).max() >= span.negative:
-            raise ShardError(*where, f"{span.name} has NaN or infinity")
-        out[span.name][:] = values
+        full = finite and (high.view(np.int8).max() >= top or high.max() >= top | 0x80)
+        # float16 has its whole exponent there; of the others the next byte has one more bit
+        if full and (field.dtype == "float16" or (((high & 0x7F) == top) & (parts[-2] >= 0x80)).any()):
+            raise ShardError(*where, f"{name} has NaN or infinity")
+        join(parts, out[name])
     return tensors
 
 
-def read_member(fd: int, offset: int, size: int) -> bytes:
-    """The bytes of a member; shorter only where the file is."""
-    data = os.pread(fd, size, offset)
-    while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data
+def join(planes: list[np.ndarray], out: np.ndarray) -> None:
+    """Byte planes uint8 [n], lowest first, as unsigned integers into `out` [n]."""
+    np.multiply(planes[-1], 256, out=out, dtype=out.dtype)  # faster than a shift, which numpy casts in more steps
+    for plane in planes[-2:0:-1]:
+        out |= plane
+        out <<= 8
+    out |= planes[0]
 
 
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_USTAR = struct.Struct("100s24x12s12x8sc100x5s83x155s12x")  # name, size, checksum, type, magic, prefix
-
-
-def _header(head: bytes) -> tuple[str, int, bytes]:
-    """(name, size, type) from one ustar header block. Raises ValueError."""
-    name, size, checksum, kind, magic, prefix = _USTAR.unpack(head)
-    size, checksum = size.rstrip(b" \0"), checksum.strip(b" \0")
-    if magic != b"ustar" or not checksum.isdigit():
-        raise ValueError("not a tar header")
-    # the low half of Adler-32 is 1 + the sum of the bytes, modulo 65521: the header checksum at the speed of C
-    total = zlib.adler32(head[:148] + b" " * 8 + head[156:]) & 0xFFFF
-    if total != (int(checksum, 8) + 1) % 65521:
-        raise ValueError("the tar header's checksum is wrong")
-    if not size.isdigit():  # base-256 sizes of GNU tar
-        return "", 0, b"L"
-    name = name.rstrip(b"\0").decode()
-    return f"{prefix.rstrip(bytes(1)).decode()}/{name}" if prefix[0] else name, int(size, 8), kind
-
-
-def _plain_members(fd: int):
-    """(name, offset, size) of each file of a ustar archive; LookupError where a header needs the tarfile module."""
-    offset, end = 0, os.fstat(fd).st_size
-    while True:
-        head = os.pread(fd, _BLOCK, offset)
-        if len(head) < _BLOCK:
-            raise ValueError(f"cut short: ends at byte {end} without the end-of-archive blocks")
-        if head == _ZEROS:
-            break
-        try:
-            name, size, kind = _header(head)
-        except ValueError as error:  # also undecodable names and digits that are not octal
-            raise ValueError(f"{error} (at byte {offset})") from error
-        if kind not in b"0\0" + b"1234567":
-            raise LookupError(kind)
-        if offset + _BLOCK + size > end:
-            raise ValueError(f"cut short: {name} ends at byte {offset + _BLOCK + size}, the file at {end}")
-        if kind in b"0\0":
-            yield name, offset + _BLOCK, size
-        offset += _BLOCK + (size + _BLOCK - 1 & -_BLOCK)
-    if os.pread(fd, _BLOCK, offset + _BLOCK) != _ZEROS:
-        raise ValueError(f"cut short: one end-of-archive block at byte {offset}, a tar ends with two")
-
-
-def _any_members(fd: int):
-    """The same for archives with pax or GNU headers, by way of tarfile."""
-    end = 0
+def describe_member(data: bytes, limit: int = 1 << 28) -> tuple[dict[str, Field], int]:
+    """(fields, origin hash) of a member whose fields are not known. Raises ValueError; reads no more than `limit`."""
     try:
-        with os.fdopen(os.dup(fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + (member.size + _BLOCK - 1 & -_BLOCK)
-                if end > os.fstat(fd).st_size or member.issparse():
-                    raise ValueError(f"{member.name} is sparse or cut short")
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"not a readable tar: {error}") from error
-    if os.pread(fd, 2 * _BLOCK, end) != 2 * _ZEROS:
-        raise ValueError(f"cut short: no end-of-archive blocks at byte {end}")
-
-
-def _group(members) -> tuple[list[Sample], str, str]:
-    """Samples in file order up to the first fault, the key at the fault, and what it was ("" if nothing)."""
-    samples, seen, key = [], set(), ""
-    try:
-        for name, offset, size in members:
-            folder, slash, base = name.removeprefix("./").rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot:
-                continue  # as in webdataset: hidden files and files without an extension belong to no sample
-            if (current := folder + slash + stem) != key:
-                key = current
-                if key in seen:
-                    raise ValueError("the key occurs twice, or its members are not adjacent")
-                seen.add(key)
-                samples.append(Sample(key, {}))
-            if extension in samples[-1].members:
-                raise ValueError(f"member .{extension} occurs twice")
-            samples[-1].members[extension] = (offset, size)
-    except ValueError as error:
-        return samples, key, str(error)
-    return samples, "", ""
-
-
-def scan(fd: int, shard: str) -> tuple[list[Sample], ShardError | None]:
-    """Samples of an open tar in file order, and the fault that ended the scan early, if one did.
-
-    `shard` names the file in the error. Plain ustar headers are read directly, other tars through tarfile.
-    """
-    try:
-        samples, key, why = _group(_plain_members(fd))
-    except LookupError:
-        samples, key, why = _group(_any_members(fd))
-    return samples, ShardError(shard, key, why) if why else None
-
-
-def scan_tar(path) -> list[Sample]:
-    """Samples of a tar file in file order. Raises ShardError where it is cut short, damaged or no tar."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        samples, fault = scan(fd, os.fspath(path))
-    finally:
-        os.close(fd)
-    if fault:
-        raise fault
-    return samples
+        size = zstandard.get_frame_parameters(data).content_size
+        if size > limit:  # also where none is stated
+            raise ValueError(f"the zstd frame states {size} bytes")
+        with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+            length = int.from_bytes(reader.read(8), "little")
+            if length > _HEADER_LIMIT:
+                raise ValueError("not a member of this format: its safetensors header is too long")
+            header = reader.read(length)
+        entries = json.loads(header)
+        dtypes = entries["__metadata__"]
+        fields = {name: Field(dtype, tuple(entries[f"{name}.0"]["shape"])) for name, dtype in dtypes.items()}
+        if not fields or any(field.dtype not in DTYPES for field in fields.values()):
+            raise ValueError(f"not a member of this format: its header says {str(dtypes):.200}")
+        begin = 8 + length + layout_of(fields).planes(header)[ORIGIN][0]
+        with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+            start = reader.read(begin + _ORIGIN_BYTES)  # of ours the origin is in the first block
+        if len(start) != begin + _ORIGIN_BYTES:
+            raise ValueError("cut short")
+        return fields, int.from_bytes(start[begin:], "little")
+    except (zstandard.ZstdError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a member of this format: {error!r:.200}") from error

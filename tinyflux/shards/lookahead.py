@@ -12,7 +12,7 @@ from collections import deque
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import StreamStats
 from tinyflux.shards.remote import NoRoom, RemoteStore, Stopped
-from tinyflux.shards.store import Source
+from tinyflux.shards.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class LookAhead:
         return self.sources[key[0]].manifest.shards[key[1]]
 
     def _path(self, key: Key):
-        return self.sources[key[0]].store.path(self._entry(key).name)
+        return self.sources[key[0]].store.path(self._entry(key).path)
 
     def _work(self) -> None:
         while not self._stopped.is_set():
@@ -135,7 +135,7 @@ class LookAhead:
         source, entry = self.sources[key[0]], self._entry(key)
         error: Exception | None = RuntimeError(f"the thread that downloads {source.url}/{entry.name} died: see above")
         try:
-            source.store.fetch(entry.name, entry.bytes, entry.sha256, due=due, stopped=self._stopped)
+            source.store.fetch(entry.path, entry.bytes, entry.sha256, due=due, stopped=self._stopped)
             error = None
         except (OSError, NoRoom, Stopped) as caught:
             error = caught

@@ -1,188 +1,434 @@
 """manifest.json: what a source holds and what made it. Everything in it is checked when it is read."""
 
-import base64
-import binascii
+import hashlib
 import json
+import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tinyflux.shards.format import DTYPES, GROUPS, Field
-from tinyflux.shards.writer import Shard, atomic_write
-from tinyflux.util.buckets import BUCKETS
+from tinyflux.shards.index import FILE as INDEX
+from tinyflux.shards.index import Index, shard_file
+from tinyflux.shards.schema import DTYPES, SCHEMA, SPATIAL, Field, Group
+from tinyflux.shards.writer import Shard
+from tinyflux.util import files
 
-FORMAT_VERSION = 1
-_REQUIRED = {"format_version", "source", "dataset_id", "count", "buckets", "fields", "fingerprint", "shards"}
+FORMAT_VERSION = 2
+PER_FOLDER = 10_000
+"""Shards of one subfolder, and of a source that needs none."""
+OWN = ("crop", "resize", "resolution", "shapes", "seed")
+"""What of a producer is a source's own business: sources that differ in it alone go together in a run."""
+_KEYS = (
+    ("format_version", int),
+    ("source", str),
+    ("dataset_id", int),
+    ("count", int),
+    ("shards", int),
+    ("subfolders", bool),
+    ("shapes", list),
+    ("groups", dict),
+    ("index", dict),
+    ("null", (dict, type(None))),
+    ("base", (dict, type(None))),
+)
+_LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is no use to anyone
+_LONGEST = 1 << 24  # bytes of a manifest
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
+_FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; names the file and the key."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Base:
+    """The source that an overlay adds to: a path relative to the overlay or a URL, and the SHA-256 of its manifest."""
+
+    location: str
+    sha256: str
+
+
 class Manifest:
-    """A source: its `shards` in order, the `fields` of its samples, and the `fingerprint` of what produced them."""
+    """A source: its `groups`, the latent `shapes` (h, w) of its shards, and their `index`.
 
-    source: str
-    dataset_id: int
-    fields: dict[str, Field]
-    shards: list[Shard]
-    fingerprint: dict = field(default_factory=dict)
-    buckets: tuple[float, ...] = BUCKETS
-    format_version: int = FORMAT_VERSION
+    null_sha256: of null.safetensors, where the source has texts of its own. base: of an overlay. subfolders: whether
+    shards lie in folders of PER_FOLDER each. text: manifest.json, where it was read. Raises ManifestError.
+    """
 
-    def __post_init__(self):
+    def __init__(
+        self,
+        source: str,
+        dataset_id: int,
+        groups: dict[str, Group],
+        shapes: Sequence[tuple[int, int]],
+        index: Index,
+        *,
+        null_sha256: str | None = None,
+        base: Base | None = None,
+        subfolders: bool = False,
+        text: bytes | None = None,
+    ):
+        self.source, self.dataset_id, self.groups = source, dataset_id, groups
+        self.shapes, self.index = tuple(shapes), index
+        self.null_sha256, self.base, self.subfolders, self._text = null_sha256, base, subfolders, text
         _check(self)
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        dataset_id: int,
+        groups: dict[str, Group],
+        shards: Sequence[Shard],
+        *,
+        null_sha256: str | None = None,
+        base: Base | None = None,
+        subfolders: bool = False,
+    ) -> "Manifest":
+        """The manifest of finished shards."""
+        shapes = sorted({shard.shape for shard in shards})
+        for shard in shards:
+            check_name(shard.name)
+        try:
+            index = Index.of(source, shards, shapes)
+        except ValueError as error:
+            raise ManifestError(str(error)) from error
+        return cls(source, dataset_id, groups, shapes, index, null_sha256=null_sha256, base=base, subfolders=subfolders)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
 
     @property
     def count(self) -> int:
         """Samples in all shards."""
-        return sum(shard.count for shard in self.shards)
+        return self.index.count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return int(self.index.bytes.sum())
+
+    @cached_property
+    def shards(self) -> "Shards":
+        """The shards in order."""
+        return Shards(self)
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Position in the source of the first sample of each shard, int64 [shards]."""
-        return np.cumsum([0, *(shard.count for shard in self.shards[:-1])], dtype=np.int64)
+        return np.cumsum(self.index.samples, dtype=np.int64) - self.index.samples
+
+    def locate(self, position: "int | np.ndarray") -> tuple[Any, Any]:
+        """(shard, row in it) of a sample by its position in the source; of an array of positions, two int64 arrays."""
+        shard = np.searchsorted(self.starts, position, side="right") - 1
+        row = position - self.starts[shard]
+        return (int(shard), int(row)) if np.ndim(position) == 0 else (shard, row)
 
     @cached_property
-    def groups(self) -> dict[str, dict[str, Field]]:
-        """The fields of each member of a sample, by group name."""
-        return {
-            group: {name: self.fields[name] for name in names}
-            for group, names in GROUPS.items()
-            if names[0] in self.fields
-        }
+    def sha256(self) -> str:
+        """The SHA-256 of manifest.json, which binds index and empty prompt too."""
+        return hashlib.sha256(self.to_json().encode() if self._text is None else self._text).hexdigest()
+
+    def without(self, names: set[str]) -> "Manifest":
+        """The same source without some of its shards."""
+        kept = [shard for shard in self.shards if shard.name not in names]
+        options = {"null_sha256": self.null_sha256, "base": self.base, "subfolders": self.subfolders}
+        return Manifest.of(self.source, self.dataset_id, self.groups, kept, **options)
 
     def to_json(self) -> str:
-        """The text of manifest.json: one shard a line."""
-        head = {
-            "format_version": self.format_version,
+        """The text of manifest.json."""
+        groups = {}
+        for name, group in self.groups.items():
+            groups[name] = {"fields": {n: {"dtype": f.dtype, "shape": list(f.shape)} for n, f in group.fields.items()}}
+            if group.timesteps is not None:
+                groups[name]["timesteps"] = list(group.timesteps)
+            if group.repeated:
+                groups[name]["repeated"] = True
+            groups[name]["producer"] = group.producer
+        data = {
+            "format_version": FORMAT_VERSION,
             "source": self.source,
             "dataset_id": self.dataset_id,
             "count": self.count,
-            "buckets": list(self.buckets),
-            "fields": {name: {"dtype": f.dtype, "shape": list(f.shape)} for name, f in self.fields.items()},
-            "fingerprint": self.fingerprint,
+            "shards": len(self.index.samples),
+            "subfolders": self.subfolders,
+            "shapes": [list(shape) for shape in self.shapes],
+            "groups": groups,
+            "index": self.index.digest,
+            "null": self.null_sha256 and {"sha256": self.null_sha256},
+            "base": self.base and {"location": self.base.location, "sha256": self.base.sha256},
         }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-        shards = [f"    {json.dumps(shard.to_dict())}" for shard in self.shards]
-        return "{\n" + ",\n".join(lines) + ',\n  "shards": [\n' + ",\n".join(shards) + "\n  ]\n}\n"
+        return _text(data) + "\n"
 
     def save(self, folder: str | Path) -> Path:
-        """Write folder/manifest.json atomically."""
+        """Write index.safetensors and, last, manifest.json."""
+        folder = Path(folder)
+        files.atomic_write(folder / INDEX, self.index.to_bytes())
+        files.atomic_write(folder / "manifest.json", self.to_json())
+        return folder / "manifest.json"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Read a source's folder. Raises ManifestError, FileNotFoundError."""
         path = Path(folder) / "manifest.json"
-        atomic_write(path, self.to_json().encode())
-        return path
+        return cls.from_parts(read_small(path), path.with_name(INDEX), str(path))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Manifest":
-        """Read a manifest.json, or the one of a source folder. Raises ManifestError, FileNotFoundError."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "manifest.json"
-        return cls.from_json(path.read_bytes(), str(path))
+    def from_parts(cls, text: bytes, index: Path, where: str) -> "Manifest":
+        """The manifest of the bytes of manifest.json and the file of its index; `where` names it in errors.
 
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
-        """Parse and check a manifest; `where` names it in errors. Raises ManifestError."""
+        Raises ManifestError, FileNotFoundError.
+        """
+        data = parse(text, where)
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{where}: not JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ManifestError(f"{where}: not a JSON object")
-        version = data.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ManifestError(f"{where}: format_version is {version!r}, this package reads {FORMAT_VERSION}")
-        if set(data) != _REQUIRED:
-            missing, unknown = sorted(_REQUIRED - set(data)), sorted(set(data) - _REQUIRED)
-            raise ManifestError(f"{where}: missing keys {missing}, unknown keys {unknown}")
+            arrays = Index.load(index)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{index}: missing; python -m sharding.verify --repair rebuilds it") from error
+        except ValueError as error:
+            raise ManifestError(f"{index}: {error}") from error
+        if arrays.digest != data["index"]:
+            raise ManifestError(f"{index}: is not the index of {where}: its size or sha256 differs")
+        groups = {name: _group(name, entry) for name, entry in data["groups"].items()}
         try:
-            fields = {name: _field(name, entry) for name, entry in _typed(data, "fields", dict).items()}
-            shards = [_shard(i, entry) for i, entry in enumerate(_typed(data, "shards", list))]
-            buckets = tuple(_typed(data, "buckets", list))
-            manifest = cls(data["source"], data["dataset_id"], fields, shards, data["fingerprint"], buckets)
-            if manifest.count != data["count"]:
-                raise ManifestError(f"count is {data['count']!r}, the shards have {manifest.count}")
+            manifest = cls(
+                data["source"],
+                data["dataset_id"],
+                groups,
+                [tuple(shape) for shape in data["shapes"]],
+                arrays,
+                null_sha256=data["null"] and data["null"]["sha256"],
+                base=data["base"] and Base(**data["base"]),
+                subfolders=data["subfolders"],
+                text=text,
+            )
+            found = {"count": manifest.count, "shards": len(arrays.samples)}
+            for key, value in found.items():
+                if data[key] != value:
+                    raise ManifestError(f"{key} is {data[key]}, the index has {value}")
         except ManifestError as error:
             raise ManifestError(f"{where}: {error}") from None
         return manifest
 
 
-def _typed(data: dict, key: str, kind: type, where: str = ""):
-    value = data.get(key)
-    if type(value) is not kind:
-        raise ManifestError(f"{where}{key} is {value!r:.80}, must be {kind.__name__}")
-    return value
+def _text(value, margin: str = "") -> str:
+    """JSON with an entry a line, but for what is short."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict) or len(margin) and len(line) < 100:
+        return line
+    rows = [f"{margin}  {json.dumps(key)}: {_text(entry, margin + '  ')}" for key, entry in value.items()]
+    return "{\n" + ",\n".join(rows) + f"\n{margin}}}" if rows else line
 
 
-def _field(name: str, entry) -> Field:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape"}:
-        raise ManifestError(f"fields.{name} must have dtype and shape")
-    return Field(entry["dtype"], tuple(_typed(entry, "shape", list, f"fields.{name}.")))
+class Shards(Sequence[Shard]):
+    """The shards of a manifest, each made of the index as it is asked for."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest, self.index = manifest, manifest.index
+
+    def __len__(self) -> int:
+        return len(self.index.samples)
+
+    def name(self, k: int) -> str:
+        """The file name of a shard."""
+        index = self.index
+        return index.names[k] if index.names is not None else shard_file(self.manifest.source, int(index.number[k]))
+
+    def __getitem__(self, k: int) -> Shard:
+        k = range(len(self))[k]
+        index, start = self.index, int(self.manifest.starts[k])
+        count = int(index.samples[k])
+        return Shard(
+            name=self.name(k),
+            count=count,
+            bytes=int(index.bytes[k]),
+            sha256=index.sha256[k].tobytes().hex(),
+            shape=self.manifest.shapes[index.shape[k]],
+            origins=index.origins[start : start + count],
+            captions=index.captions[start : start + count],
+            folder=f"{int(index.number[k]) // PER_FOLDER:03d}" if self.manifest.subfolders else "",
+        )
 
 
-def _shard(i: int, entry) -> Shard:
-    keys = {"name": str, "count": int, "bytes": int, "sha256": str, "origins": str}
-    if not isinstance(entry, dict) or set(entry) != set(keys):
-        raise ManifestError(f"shards[{i}] must have {', '.join(keys)}")
-    return Shard(**{key: _typed(entry, key, kind, f"shards[{i}].") for key, kind in keys.items()})
+def read_small(path: Path) -> bytes:
+    """The bytes of a manifest. Raises ManifestError where there are too many to be one."""
+    with open(path, "rb") as file:
+        data = file.read(_LONGEST + 1)
+    if len(data) > _LONGEST:
+        raise ManifestError(f"{path}: has more than {_LONGEST} bytes, so it is no manifest")
+    return data
+
+
+def parse(text: str | bytes, where: str) -> dict:
+    """The content of a manifest.json, its keys and types checked. Raises ManifestError."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: not JSON: {error}") from error
+    try:
+        if not isinstance(data, dict):
+            raise ManifestError("not a JSON object")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ManifestError(f"format_version is {version!r:.40}, this package reads {FORMAT_VERSION}")
+        required = {key for key, _ in _KEYS}
+        if set(data) != required:
+            missing, unknown = sorted(required - set(data)), sorted(set(data) - required)
+            raise ManifestError(f"missing keys {missing}, unknown keys {str(unknown):.200}")
+        for key, kinds in _KEYS:
+            if type(data[key]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+                raise ManifestError(f"{key} is {data[key]!r:.80}, must be {_kind(kinds)}")
+        _object(data["index"], "index", {"sha256": str, "bytes": int})
+        for key, keys in (("null", {"sha256": str}), ("base", {"location": str, "sha256": str})):
+            if data[key] is not None:
+                _object(data[key], key, keys)
+        for i, shape in enumerate(data["shapes"]):
+            if type(shape) is not list:
+                raise ManifestError(f"shapes[{i}] is {shape!r:.80}, must be [h, w]")
+        for name, entry in data["groups"].items():
+            _group(name, entry)
+    except ManifestError as error:
+        raise ManifestError(f"{where}: {error}") from None
+    return data
+
+
+def _kind(kinds) -> str:
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+
+
+def _object(value, where: str, keys: dict[str, type]) -> None:
+    if type(value) is not dict or set(value) != set(keys):
+        raise ManifestError(f"{where} is {value!r:.80}, must have {', '.join(keys)}")
+    for key, kind in keys.items():
+        if type(value[key]) is not kind:
+            raise ManifestError(f"{where}.{key} is {value[key]!r:.80}, must be {kind.__name__}")
+    if "sha256" in keys and not _SHA256.fullmatch(value["sha256"]):
+        raise ManifestError(f"{where}.sha256 is {value['sha256']!r:.80}, must be 64 hexadecimal digits")
+
+
+def _group(name: str, entry) -> Group:
+    where = f"groups.{name}"
+    allowed = {"fields", "producer", "timesteps", "repeated"}
+    if type(entry) is not dict or not {"fields", "producer"} <= set(entry) <= allowed:
+        raise ManifestError(f"{where} is {entry!r:.80}, must have fields and producer, may have timesteps and repeated")
+    for key, kind in (("fields", dict), ("producer", dict), ("timesteps", list), ("repeated", bool)):
+        if key in entry and type(entry[key]) is not kind:
+            raise ManifestError(f"{where}.{key} is {entry[key]!r:.80}, must be {kind.__name__}")
+    fields = {}
+    for field, found in entry["fields"].items():
+        if type(found) is not dict or set(found) != {"dtype", "shape"} or type(found["shape"]) is not list:
+            raise ManifestError(f"{where}.fields.{field} is {found!r:.80}, must have dtype and shape")
+        fields[field] = Field(found["dtype"], tuple(found["shape"]))
+    if not _shallow(entry["producer"]):
+        raise ManifestError(f"{where}.producer is nested too deep")
+    grid = tuple(entry["timesteps"]) if "timesteps" in entry else None
+    return Group(fields, grid, entry.get("repeated", False), entry["producer"])
+
+
+def _shallow(tree: dict, levels: int = 16) -> bool:
+    """Whether dictionaries and lists are nested in no more than so many levels."""
+    layer = [tree]
+    for _ in range(levels):
+        parts = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [item for part in parts for item in part if isinstance(item, (dict, list))]
+    return not layer
 
 
 def check_name(name: str) -> str:
     """`name` if it is a plain file name. Raises ManifestError on separators, `..`, a leading dot, odd characters."""
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
-        raise ManifestError(f"{name!r} is not a plain file name (letters, digits, '_', '-', '+', '.')")
+        raise ManifestError(f"{name!r:.80} is not a plain file name (letters, digits, '_', '-', '+', '.')")
     return name
 
 
 def shard_name(source: str, k: int) -> str:
-    """The file name of shard k of a source: portraits-000000.tar."""
-    return check_name(f"{source}-{k:06d}.tar")
+    """The file name of shard k of a source, such as portraits-000000.tar. Raises ManifestError."""
+    return check_name(shard_file(source, k))
+
+
+def shard_path(source: str, k: int, subfolders: bool) -> str:
+    """Where shard k of a source lies in its folder. Raises ManifestError."""
+    name = shard_name(source, k)
+    return f"{k // PER_FOLDER:03d}/{name}" if subfolders else name
 
 
 def _check(m: Manifest) -> None:
     check_name(m.source)
     if type(m.dataset_id) is not int or m.dataset_id < 0:
-        raise ManifestError(f"dataset_id is {m.dataset_id!r}, must be an integer from 0")
-    if type(m.fingerprint) is not dict:
-        raise ManifestError(f"fingerprint is {m.fingerprint!r:.80}, must be an object")
-    buckets = m.buckets
-    if len(buckets) < 2 or any(type(b) is not float for b in buckets) or list(buckets) != sorted(set(buckets)):
-        raise ManifestError(f"buckets is {list(buckets)}, must be two or more rising numbers")
-    for group, names in GROUPS.items():
-        absent = [name for name in names if name not in m.fields]
-        if absent and (group == "encodings" or len(absent) < len(names)):
-            raise ManifestError(f"fields lacks {', '.join(absent)}")
-    known = {name: group for group, names in GROUPS.items() for name in names}
-    for name, f in m.fields.items():
-        if name not in known:
-            raise ManifestError(f"fields.{name} is unknown; the format has {', '.join(known)}")
-        if f.dtype not in DTYPES:
-            raise ManifestError(f"fields.{name}.dtype is {f.dtype!r}, must be one of {', '.join(DTYPES)}")
-        if not f.shape or any(type(n) is not int or n < 1 for n in f.shape):
-            raise ManifestError(f"fields.{name}.shape is {list(f.shape)}, must be positive integers")
-        if known[name] != "encodings" and f.shape[0] != len(buckets):
-            raise ManifestError(f"fields.{name}.shape is {list(f.shape)}, there are {len(buckets)} buckets")
-    names = set()
-    for i, shard in enumerate(m.shards):
-        if check_name(shard.name) in names:
-            raise ManifestError(f"shards[{i}].name {shard.name!r} occurs twice")
-        names.add(shard.name)
-        if shard.count < 1 or shard.bytes < 1:
-            raise ManifestError(f"shards[{i}] has count {shard.count} and bytes {shard.bytes}, both must be positive")
-        if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-            raise ManifestError(f"shards[{i}].sha256 is {shard.sha256!r:.80}, must be 64 hexadecimal digits")
-        try:
-            hashes = len(base64.b64decode(shard.origins, validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise ManifestError(f"shards[{i}].origins is not base64: {error}") from error
-        if hashes != 2 * shard.count:
-            raise ManifestError(f"shards[{i}].origins has {hashes} bytes for {shard.count} samples, must have 2 each")
+        raise ManifestError(f"dataset_id is {m.dataset_id!r:.80}, must be an integer from 0")
+    for name, group in m.groups.items():
+        _check_group(name, group)
+    required = [name for name, entry in SCHEMA.items() if not entry.optional]
+    if m.base is None and (absent := [name for name in required if name not in m.groups]):
+        raise ManifestError(f"groups lacks {', '.join(absent)}")
+    names = [name for group in m.groups.values() for name in group.fields]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ManifestError(f"groups has the field {repeated.pop()} twice")
+    if ("text" in m.groups) != (m.null_sha256 is not None):
+        raise ManifestError("null must be there where the source has texts, and only there")
+    shapes = m.shapes
+    for shape in shapes:
+        if len(shape) != 2 or any(type(n) is not int or not 1 <= n < 1 << 16 for n in shape):
+            raise ManifestError(f"shapes has {list(shape)!r:.80}, must be [h, w], positive integers")
+        for name, group in m.groups.items():
+            if sum(field.at(shape).nbytes for field in group.fields.values()) > _LARGEST:
+                raise ManifestError(f"groups.{name}: a sample of it has more than {_LARGEST} bytes")
+    if len(set(shapes)) != len(shapes):
+        raise ManifestError("shapes has one twice")
+    if len(m.index.shape) and int(m.index.shape.max()) >= len(shapes):
+        raise ManifestError(f"the index has shape number {int(m.index.shape.max())}, the manifest has {len(shapes)}")
+    for name in m.index.names or ():
+        check_name(name)
+    if m.index.names is not None and m.subfolders:
+        raise ManifestError("subfolders need shards that are named by their numbers")
+
+
+def _check_group(group: str, entry: Group) -> None:
+    where, known = f"groups.{group}", SCHEMA.get(group)
+    if not _FIELD_NAME.fullmatch(group) or not entry.fields:
+        raise ManifestError(f"{where}: must have a plain name and at least one field")
+    for name, f in entry.fields.items():
+        if not _FIELD_NAME.fullmatch(name) or name == "origin":
+            raise ManifestError(f"{where}.fields.{name:.80}: is not a name for a field (letters, digits, '_')")
+        if type(f.dtype) is not str or f.dtype not in DTYPES:
+            raise ManifestError(f"{where}.fields.{name}.dtype is {f.dtype!r:.80}, must be one of {', '.join(DTYPES)}")
+        good = [n in SPATIAL if type(n) is str else type(n) is int and 1 <= n <= _LARGEST for n in f.shape]
+        if not f.shape or len(f.shape) > 8 or not all(good):
+            raise ManifestError(f"{where}.fields.{name}.shape is {list(f.shape)!r:.80}, must be positive integers")
+        if entry.timesteps is not None and f.shape[0] != len(entry.timesteps):
+            shape, K = list(f.shape), len(entry.timesteps)
+            raise ManifestError(f"{where}.fields.{name}.shape is {shape}, there are {K} timesteps")
+    if (grid := entry.timesteps) is not None:
+        numbers = all(type(t) is float and math.isfinite(t) for t in grid)
+        if len(grid) < 2 or not numbers or list(grid) != sorted(set(grid)):
+            raise ManifestError(f"{where}.timesteps is {list(grid)!r:.200}, must be two or more rising numbers")
+    if known is None:
+        return
+    if set(entry.fields) != set(known.fields):
+        raise ManifestError(f"{where}.fields has {', '.join(entry.fields)}, must have {', '.join(known.fields)}")
+    if entry.repeated != known.repeated or (entry.timesteps is not None) != known.on_grid:
+        raise ManifestError(
+            f"{where}: must {'' if known.repeated else 'not '}be repeated and must "
+            f"{'' if known.on_grid else 'not '}have timesteps"
+        )
+    for name, axes in known.fields.items():
+        shape = entry.fields[name].shape
+        fits = len(shape) == len(axes) and all(
+            n == axis if axis in SPATIAL or type(axis) is int else type(n) is int
+            for n, axis in zip(shape, axes, strict=True)
+        )
+        if not fits:
+            raise ManifestError(f"{where}.fields.{name}.shape is {list(shape)}, must have the axes {list(axes)}")
 
 
 def diff_fingerprints(a: dict, b: dict) -> list[str]:
@@ -196,3 +442,12 @@ def diff_fingerprints(a: dict, b: dict) -> list[str]:
 
     a, b = flatten(a), flatten(b)
     return [f"{key}: {a.get(key)!r} against {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def diff_producers(a: dict[str, Group], b: dict[str, Group], without: tuple[str, ...] = ()) -> list[str]:
+    """How the producers of the groups that both have differ, each difference once; `without`: keys to leave out."""
+    found = []
+    for name in a.keys() & b.keys():
+        mine, other = ({k: v for k, v in g[name].producer.items() if k not in without} for g in (a, b))
+        found += [line for line in diff_fingerprints(mine, other) if line not in found]
+    return sorted(found)

@@ -195,9 +195,10 @@ class Plan:
 def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> np.ndarray:
     """Which samples are held out: a keyed hash of their image's origin, so captions of one image stay together.
 
-    origin_hashes uint16 [N], source: what the source is called. Returns bool [N], True where held out.
+    origin_hashes uint32 [N], source: what the source is called. Returns bool [N], True where held out.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), not {val_fraction}")
-    draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + np.asarray(origin_hashes, np.uint64))
+    hashes = np.asarray(origin_hashes, np.uint64) & np.uint64(0xFFFF)
+    draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + hashes)
     return (draws >> np.uint64(11)) < np.uint64(int(val_fraction * 2**53))

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from tinyflux.shards.config import DataConfig
-from tinyflux.shards.format import DTYPES, GROUPS, ShardError, bits
+from tinyflux.shards.format import ShardError, bits
 from tinyflux.shards.plan import Draws, Plan, PlanSource, split
-from tinyflux.shards.store import OpenShards, Source
+from tinyflux.shards.schema import DTYPES, fields_at
+from tinyflux.shards.source import Source
+from tinyflux.shards.store import OpenShards
 
 log = logging.getLogger(__name__)
 
@@ -69,15 +71,16 @@ class Reader:
         self.shards = OpenShards(sources, config.open_shards)
         self.buffers = _Buffers(keep=config.prefetch + config.threads + 2)
         self.stats = StreamStats([0] * len(sources))
-        self.fields = {name: f for s in sources for fields in s.fields.values() for name, f in fields.items()}
-        wanted = {group for source in sources for group in source.fields}
-        self.partial = sorted(group for group in wanted if not all(group in source.fields for source in sources))
+        shapes = sorted({shape for source in sources for shape in source.shapes})
+        if len(shapes) != 1:
+            raise ValueError(f"the sources have the latent shapes {shapes}, a run takes one")
+        self.fields = fields_at({name: f for source in sources for name, f in source.fields.items()}, shapes[0])
+        self.groups = {name: group for source in sources for name, group in source.groups.items()}
+        self.partial = sorted(g for g in self.groups if not all(g in source.groups for source in sources))
         # positions in the source of the samples to train on and of those held out, in manifest order
         self.train, self.held_out, plan_sources = [], [], []
         for source in sources:
-            shards = source.manifest.shards
-            hashes = np.concatenate([shard.origin_hashes for shard in shards]) if shards else np.empty(0, np.uint16)
-            mask = split(hashes, source.name, config.val_fraction)
+            mask = split(source.manifest.index.origins, source.name, config.val_fraction)
             self.train.append(np.flatnonzero(~mask))
             self.held_out.append(np.flatnonzero(mask))
             sizes = np.diff(np.searchsorted(self.train[-1], [*source.manifest.starts, source.manifest.count]))
@@ -115,7 +118,7 @@ class Reader:
             "keys": [""] * B,
         }
         for group in self.partial:
-            has = np.array([group in source.fields for source in self.sources])
+            has = np.array([group in source.groups for source in self.sources])
             batch[f"{group}_mask"] = torch.from_numpy(has[source_index])
         return batch, {name: bits(tensor) for name, tensor in tensors.items()}
 
@@ -124,17 +127,16 @@ class Reader:
 
         Raises ShardError or OSError where the shard cannot be used at all, BadSamples behind max_bad_samples.
         """
-        fields, starts = self.sources[source].fields, self.sources[source].manifest.starts
-        shard = int(np.searchsorted(starts, position, side="right")) - 1
-        file, row = self.shards.get(source, shard), position - int(starts[shard])
+        shard, row = self.sources[source].manifest.locate(position)
+        file = self.shards.get(source, shard)
         try:
-            file.decode(row, fields, {name: values[i] for name, values in rows.items()})
+            file.decode(row, {name: values[i] for name, values in rows.items()})
         except ShardError as error:
             self.count_bad(source, position, error)
             return False
         for group in self.partial:
-            if group not in fields:
-                for name in GROUPS[group]:
+            if group not in self.sources[source].groups:
+                for name in self.groups[group].fields:
                     rows[name][i] = 0
         batch["keys"][i] = file.key(row)
         batch["local_indices"][i] = position

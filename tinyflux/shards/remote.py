@@ -23,7 +23,7 @@ import fsspec
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from tinyflux.shards.discover import cache_folder
+from tinyflux.util.files import cache_folder
 
 log = logging.getLogger(__name__)
 

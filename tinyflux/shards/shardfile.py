@@ -1,70 +1,128 @@
-"""An open shard: its table of samples, and reads by position from any number of threads."""
+"""An open shard: its table of samples, and reads by row from any number of threads."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from tinyflux.shards.discover import origin_of
-from tinyflux.shards.format import SUFFIX, Field, ShardError, decode_member, member_limit, read_member, scan
+from tinyflux.shards.format import ShardError, decode_member, layout_of, member_name
+from tinyflux.shards.schema import Group, fields_at
+from tinyflux.shards.tar import Sample, read_member, scan
 from tinyflux.shards.writer import Shard
 
 
 class ShardFile:
-    """An open shard: `samples` in row order, read by position, so any number of threads may share it.
+    """An open shard of a source, or of one of its overlays on top of the `base`'s.
 
-    A shard that is cut short or damaged keeps the samples before the fault, and `fault` says what it was.
-    Raises FileNotFoundError, or ShardError where the file is another one than the manifest describes.
-    The descriptor lives as long as the object: eviction never pulls a file from under a reader.
+    groups: those that are read from this file. A shard that is cut short or damaged keeps the samples that can be
+    read, and `fault` says what it was. Raises FileNotFoundError, or ShardError where the file is another one than the
+    manifest describes. The descriptor lives as long as the object: eviction never pulls a file from under a reader.
     """
 
-    def __init__(self, path: str | Path, shard: Shard):
-        self.path = os.fspath(path)
+    def __init__(self, path: str | Path, shard: Shard, groups: dict[str, Group], base: "ShardFile | None" = None):
+        self.path, self.shard, self.base = os.fspath(path), shard, base
         self._fd = os.open(self.path, os.O_RDONLY)
         self.count = shard.count
-        self.samples, self.fault = scan(self._fd, self.path)
-        if self.fault is None:
-            size, count = os.fstat(self._fd).st_size, len(self.samples)
-            # a tar's size is rounded to 10 KiB, so that another build's shard may well have the same
-            if size != shard.bytes or count > shard.count or not self._has_origins_of(shard):
-                why = f"is not the shard of the manifest ({size} bytes with {count} samples"
-                why = f"{why}, expected {shard.bytes} with {shard.count}): it was replaced, or the manifest was"
-                raise ShardError(self.path, why=why)
+        self.origins: np.ndarray = shard.origins if base is None else base.origins
+        self.layouts = {name: layout_of(fields_at(group.fields, shard.shape)) for name, group in groups.items()}
+        self._repeated = {name for name, group in groups.items() if group.repeated}
+        samples, self.fault = scan(self._fd, self.path)
+        size = os.fstat(self._fd).st_size
+        if self.fault is None and (size != shard.bytes or len(samples) > shard.count):
+            why = f"is not the shard of the manifest ({size} bytes with {len(samples)} samples, "
+            why += f"expected {shard.bytes} with {shard.count}): it was replaced, or the manifest was"
+            raise ShardError(self.path, why=why)
+        self.samples: list[Sample | None] = self._placed(samples)
+        self.groups: tuple[str, ...] = (*(() if base is None else base.groups), *groups)
+        """The groups that are read, of this file and of those below it."""
 
-    def _has_origins_of(self, shard: Shard) -> bool:
-        """Whether the first, middle or last sample is the one that the manifest says; one may be damaged."""
-        if not self.samples:
-            return False
-        hashes, last = shard.origin_hashes, len(self.samples) - 1
-        return any(origin_of(self._fd, self.samples[row]) == hashes[row] for row in (0, last // 2, last))
+    def _placed(self, samples: list[Sample]) -> list[Sample | None]:
+        """The samples by row; an overlay's by the keys of its base."""
+        if self.base is not None:
+            found = {sample.key: sample for sample in samples}
+            return [sample and found.get(sample.key) for sample in self.base.samples]
+        return samples + [None] * (self.count - len(samples))
 
     def __del__(self):
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
-    def key(self, row: int) -> str:
-        """The sample key of a row. Raises ShardError for a row behind the shard's fault."""
-        if row >= len(self.samples):
-            why = self.fault.why if self.fault else f"has {len(self.samples)} samples, the manifest says {self.count}"
+    def sample(self, row: int) -> Sample:
+        """Where the members of a row lie in this file. Raises ShardError where the row is lost."""
+        sample = self.samples[row]
+        if sample is None:
+            why = self.fault.why if self.fault else "its key is not in this shard"
             raise ShardError(self.path, self.fault.key if self.fault else "", f"no row {row}: {why}")
-        return self.samples[row].key
+        return sample
 
-    def decode(self, row: int, groups: dict[str, dict[str, Field]], out: dict[str, np.ndarray] | None = None):
-        """Decode the groups of a row into `out` (see `format.decode_member`), or return {name: tensor}."""
-        key, tensors = self.key(row), {}
-        for group, fields in groups.items():
-            place = self.samples[row].members.get(group + SUFFIX)
-            if place is None:
-                raise ShardError(self.path, key, f"member {group}{SUFFIX} is missing")
-            offset, size = place
-            if size > member_limit(fields):
-                raise ShardError(self.path, key, f"member {group}{SUFFIX} has {size} bytes, far more than its fields")
-            tensors |= decode_member(read_member(self._fd, offset, size), fields, out, (self.path, key)) or {}
+    def key(self, row: int) -> str:
+        """The sample key of a row. Raises ShardError where the row is lost."""
+        return self.sample(row).key
+
+    def decode(
+        self,
+        row: int,
+        out: dict[str, np.ndarray] | None = None,
+        *,
+        caption: int = 0,
+        groups: tuple[str, ...] = (),
+        finite: bool = True,
+    ) -> dict[str, Tensor]:
+        """Decode the groups of a row, all unless named, into `out` (see `decode_member`), or return {name: tensor}.
+
+        caption: which member of repeated groups. finite: refuse NaN and infinity. Raises ShardError where the row
+        cannot be used.
+        """
+        origin, tensors = int(self.origins[row]), {}
+        for group in groups or self.groups:
+            file = self
+            while group not in file.layouts:
+                file = file.base
+            tensors |= file._decode(group, row, origin, out, caption, finite) or {}
         return tensors
 
-    def read(self, row: int, extension: str) -> bytes:
-        """The bytes of a member such as "json" or "jpg". Raises ShardError where it is missing."""
-        place = self.samples[row].members.get(extension)
+    def _decode(self, group: str, row: int, origin: int, out: dict | None, caption: int, finite: bool):
+        member = member_name(group, caption if group in self._repeated else None)
+        data = self.read(row, member, self.layouts[group].limit)
+        return decode_member(data, self.layouts[group], origin, out, (self.path, self.key(row)), finite=finite)
+
+    def read(self, row: int, member: str, limit: int = 1 << 28) -> bytes:
+        """The bytes of a member such as "json" or "jpg". Raises ShardError where it is missing or larger than that."""
+        key, members = self.sample(row)
+        place = members.get(member)
         if place is None:
-            raise ShardError(self.path, self.key(row), f"member {extension} is missing")
+            raise ShardError(self.path, key, f"member {member} is missing")
+        if place[1] > limit:
+            raise ShardError(self.path, key, f"member {member} has {place[1]} bytes, must have at most {limit}")
         return read_member(self._fd, *place)
+
+    def members(self, row: int) -> dict[str, tuple[int, int]]:
+        """(offset, size) of each member of a row, of the base too. Raises ShardError where the row is lost."""
+        return ({} if self.base is None else self.base.members(row)) | self.sample(row).members
+
+    def preview(self, row: int) -> bytes | None:
+        """The row's JPEG, if it has one. Raises ShardError where the row is lost."""
+        if "jpg" in self.sample(row).members:
+            return self.read(row, "jpg")
+        return None if self.base is None else self.base.preview(row)
+
+    def meta(self, row: int) -> dict:
+        """What the sample's json says: `prompts` list[str], `origin` str, and the rest. Raises ShardError.
+
+        Of an overlay the prompts are its own, if it has texts.
+        """
+        if self.base is not None and "json" not in self.sample(row).members:
+            return self.base.meta(row)
+        try:
+            meta = json.loads(self.read(row, "json", 1 << 22))
+            if not isinstance(meta, dict) or not isinstance(meta["origin"], str):
+                raise ValueError("no object with an origin")
+            if not isinstance(meta["prompts"], list) or not all(isinstance(text, str) for text in meta["prompts"]):
+                raise ValueError("prompts are no list of texts")
+        except (ValueError, KeyError, RecursionError) as error:
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(self.path, self.key(row), f"its .json is damaged: {error!r:.200}") from error
+        return meta

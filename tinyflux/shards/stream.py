@@ -20,12 +20,13 @@ import torch
 from torchdata import nodes
 
 from tinyflux.shards.config import DataConfig, open_sources
-from tinyflux.shards.format import Field, ShardError
+from tinyflux.shards.format import ShardError
 from tinyflux.shards.lookahead import LookAhead
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, Reader, StreamStats
 from tinyflux.shards.remote import RemoteStore, Stopped
-from tinyflux.shards.store import Source
+from tinyflux.shards.schema import Field
+from tinyflux.shards.source import Source
 from tinyflux.util import rng
 
 __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
@@ -129,7 +130,7 @@ class _Pipeline:
             left = max(began, self.progress) + self.patience - time.monotonic()
             if left <= 0:
                 sources, reading = self.reader.sources, {what for what in self._busy.values() if what}
-                files = sorted(f"{sources[s].url}/{sources[s].manifest.shards[shard].name}" for s, shard in reading)
+                files = sorted(f"{sources[s].url}/{sources[s].manifest.shards.name(shard)}" for s, shard in reading)
                 what = f"being read: {', '.join(files) or 'nothing'}"
                 raise TimeoutError(f"no sample came for {self.patience:g} s (data.timeout); {what}")
             wait([future], timeout=left)

@@ -1,78 +1,57 @@
-"""Crash-safe writing: a file appears under its name whole and on disk, or not at all."""
+"""Crash-safe writing of shards: a file appears under its name whole and on disk, or not at all."""
 
 import base64
-import errno
 import hashlib
-import json
-import os
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import webdataset
+from torch import Tensor
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from tinyflux.util import files
+
+_CAPTION = "text."  # what the member of a caption begins with
+_ARRAYS = {"origins": "<u4", "captions": "u1"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """A finished shard. `origins` is base64 of one little-endian uint16 a sample: its image origin's hash."""
+    """A finished shard: its file `name`, samples, bytes, SHA-256 in hex, latent `shape` (h, w), and of each sample the
+    hash of its image's origin (uint32) and how many captions it has (uint8)."""
 
     name: str
     count: int
     bytes: int
     sha256: str
-    origins: str
+    shape: tuple[int, int]
+    origins: np.ndarray
+    captions: np.ndarray
+    folder: str = ""
+    """The subfolder of the source that it lies in."""
 
     @property
-    def origin_hashes(self) -> np.ndarray:
-        """uint16 [count], in row order."""
-        return np.frombuffer(base64.b64decode(self.origins), "<u2").astype(np.uint16)
+    def path(self) -> str:
+        """Its path in the source."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """As JSON holds it; `folder` is not in it."""
+        arrays = {name: _to_text(getattr(self, name), dtype) for name, dtype in _ARRAYS.items()}
+        values = {name: getattr(self, name) for name in ("name", "count", "bytes", "sha256")}
+        return values | {"shape": list(self.shape)} | arrays
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Shard":
+        """What `to_dict` gave."""
+        arrays = {name: np.frombuffer(base64.b64decode(data[name]), dtype) for name, dtype in _ARRAYS.items()}
+        return cls(**(data | {"shape": tuple(data["shape"])} | arrays))
 
 
-def origin_hash(origin: str) -> int:
-    """16 bits of the SHA-256 of an image's origin: captions of one image fall on one side of a split."""
-    return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:2], "little")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def _replacing(path: Path, temporary: Path) -> Iterator:
-    """A file object for `temporary`, which becomes `path` when the block ends well and is removed when it doesn't."""
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        message = f"{error.strerror} while writing {path}; what was finished before is intact. Make room and run again"
-        raise OSError(error.errno, message) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write a small file: temporary file in the same folder, fsync, rename, fsync of the folder."""
-    path = Path(path)
-    with _replacing(path, path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")) as file:
-        file.write(data)
+def _to_text(values: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
 
 
 class _Hashing:
@@ -87,26 +66,41 @@ class _Hashing:
         return self.file.write(data)
 
 
-def write_shard(path: str | Path, samples: Iterable[dict]) -> Shard:
-    """Write samples (of `encode_sample`, with an `origin` in their json) to a tar and return its manifest entry.
+def write_shard(path: str | Path, samples: Iterable[dict], shape: tuple[int, int] | None = None) -> Shard:
+    """Write samples (of `encode_sample`) to a tar and return its entry in the manifest.
 
-    The same samples give the same bytes, whoever runs it. One process writes a shard at a time: the temporary file
-    `.NAME.tmp` is named after it, so that a killed writer's leftover is overwritten. Raises OSError where the disk
-    is full, ValueError where there are no samples; finished shards are not touched either way.
+    shape: (h, w) of the latents of all its samples, where they don't say it themselves. The same samples give the same
+    bytes, whoever runs it. One process writes a shard at a time: the temporary file `.NAME.tmp` is named after it, so
+    that a killed writer's leftover is overwritten. Raises OSError where the disk is full, ValueError where there are no
+    samples or they differ in shape; finished shards are not touched either way.
     """
     path = Path(path)
-    hashes = []
-    with _replacing(path, path.with_name(f".{path.name}.tmp")) as file:
+    path.parent.mkdir(exist_ok=True)  # a subfolder of the source
+    origins, captions = [], []
+    with files.replaced(path, path.with_name(f".{path.name}.tmp")) as temporary, open(temporary, "wb") as file:
         target = _Hashing(file)
         # mtime as an int: with a float tarfile adds pax headers, without one the clock gets in
         writer = webdataset.TarWriter(target, user="tinyflux", group="tinyflux", mode=0o644, encoder=False, mtime=0)
         try:
             for sample in samples:
-                hashes.append(origin_hash(json.loads(sample["json"])["origin"]))
-                writer.write(sample)
+                shape = shape or sample["__shape__"]
+                if sample.get("__shape__", shape) not in (shape, None):
+                    raise ValueError(f"{path}: {sample['__key__']} has latents {sample['__shape__']}, others {shape}")
+                origins.append(sample["__origin__"])
+                captions.append(sum(member.startswith(_CAPTION) for member in sample))
+                writer.write(sample)  # leaves out what begins with "_"
         finally:
             writer.close()  # the end-of-archive blocks
-        if not hashes:
+        if not origins:
             raise ValueError(f"{path}: a shard needs at least one sample")
-    origins = base64.b64encode(np.array(hashes, "<u2").tobytes()).decode()
-    return Shard(path.name, len(hashes), target.bytes, target.sha256.hexdigest(), origins)
+        if shape is None:
+            raise ValueError(f"{path}: no sample has latents, so their shape must be given")
+    arrays = np.array(origins, np.uint32), np.array(captions, np.uint8)
+    return Shard(path.name, len(origins), target.bytes, target.sha256.hexdigest(), tuple(shape), *arrays)
+
+
+def write_null(folder: str | Path, null: dict[str, Tensor]) -> str:
+    """Write null.safetensors, the `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt. Returns its SHA-256."""
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in sorted(null.items())})
+    files.atomic_write(Path(folder) / "null.safetensors", data)
+    return hashlib.sha256(data).hexdigest()

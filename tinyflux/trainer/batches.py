@@ -6,7 +6,7 @@ from typing import NotRequired, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from tinyflux.shards.format import Field
+from tinyflux.shards.schema import Field
 
 
 class Batch(TypedDict):

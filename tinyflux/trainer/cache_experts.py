@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from tinyflux.precache.legacy import OldCache, is_old_cache
-from tinyflux.shards.format import DTYPES, Field, bits
+from tinyflux.shards.format import bits
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.store import LocalStore, OpenShards, Source, open_source
-from tinyflux.shards.writer import atomic_write
+from tinyflux.shards.schema import DTYPES, Field, fields_at
+from tinyflux.shards.source import Source, open_source
+from tinyflux.shards.store import LocalStore, OpenShards
 from tinyflux.util.buckets import interpolate
+from tinyflux.util.files import atomic_write
 
 if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and reading a cache never needs them
     from tinyflux.model.zoo import ModelZoo
@@ -38,7 +40,8 @@ class ShardRows:
     def __init__(self, source: Source):
         self.source, self.shards = source, OpenShards([source])
         self.name, self.count = source.name, source.manifest.count
-        self.buckets, self.fields = source.manifest.buckets, source.manifest.fields
+        self.timesteps = source.timesteps
+        self.fields = fields_at(source.fields, source.shapes[0])
 
     def __reduce__(self):
         return _reopen, (self.source.url, self.source.revision)
@@ -48,14 +51,13 @@ class ShardRows:
 
         Raises ShardError with shard and key where one is damaged.
         """
-        fields, B = self.source.manifest.groups[group], len(indices)
-        tensors = {name: torch.empty(B, *f.shape, dtype=DTYPES[f.dtype]) for name, f in fields.items()}
+        fields = {name: self.fields[name] for name in self.source.groups[group].fields}
+        tensors = {name: torch.empty(len(indices), *f.shape, dtype=DTYPES[f.dtype]) for name, f in fields.items()}
         rows = {name: bits(tensor) for name, tensor in tensors.items()}
-        starts = self.source.manifest.starts
         for i, index in enumerate(indices.tolist()):
-            shard = int(np.searchsorted(starts, index, side="right")) - 1
-            file = self.shards.get(0, shard)
-            file.decode(index - int(starts[shard]), {group: fields}, {name: values[i] for name, values in rows.items()})
+            shard, row = self.source.manifest.locate(index)
+            out = {name: values[i] for name, values in rows.items()}
+            self.shards.get(0, shard).decode(row, out, groups=(group,))
         return tensors
 
     def null(self) -> dict[str, Tensor]:
@@ -71,9 +73,9 @@ Rows = ShardRows | OldCache
 
 
 class _View:
-    """One group of the rows' fields."""
+    """Some groups of the rows' tensors."""
 
-    group = ""
+    groups: tuple[str, ...] = ()
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -93,7 +95,7 @@ class _View:
         array = array.astype(np.int64)
         if len(wrong := array[(array < 0) | (array >= len(self))]):
             raise IndexError(f"index {wrong[0]} is out of range: cache {self.rows.name!r} has {len(self)} samples")
-        return tuple(self.rows.read(self.group, array).values())
+        return tuple(tensor for group in self.groups for tensor in self.rows.read(group, array).values())
 
     def _at(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, ...]:
         t = torch.as_tensor(t, dtype=torch.float32)
@@ -103,13 +105,13 @@ class _View:
         if t.ndim > 1 or t.ndim == 1 and len(t) != len(features[0]):
             raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: one t each, or one for all")
         t = t.expand(len(features[0]))
-        return tuple(interpolate(values.to(t.device), t, self.rows.buckets) for values in features)
+        return tuple(interpolate(values.to(t.device), t, self.rows.timesteps) for values in features)
 
 
 class EncodingCache(_View):
     """Latents, T5 states and pooled CLIP vectors, in the stored dtype."""
 
-    group = "encodings"
+    groups = ("latents", "text")
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [C, H, W], T5 states [L, D], CLIP vector [D]. Raises IndexError."""
@@ -124,7 +126,7 @@ class EncodingCache(_View):
 class LuneFeatureCache(_View):
     """Lune's features on the grid of timestep buckets."""
 
-    group = "lune"
+    groups = ("lune",)
 
     def get(self, indices: Tensor | Sequence[int], t: Tensor | float) -> Tensor:
         """Features float32 [B, D] at t [B] in [0, 1], on t's device. Raises IndexError."""
@@ -134,7 +136,7 @@ class LuneFeatureCache(_View):
 class SolFeatureCache(_View):
     """Sol's attention statistics on the grid of timestep buckets."""
 
-    group = "sol"
+    groups = ("sol",)
 
     def get(self, indices: Tensor | Sequence[int], t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Statistics [B, 3] and maps [B, h, w], float32, at t [B] in [0, 1], on t's device. Raises IndexError."""
@@ -226,7 +228,8 @@ class DatasetCache:
         source = self.rows.source
         _refuse_other(folder, source.manifest)
         for shard in source.manifest.shards:
-            _place(source.store.fetch(shard.name, shard.bytes, shard.sha256), folder / shard.name)
+            (folder / shard.path).parent.mkdir(exist_ok=True)
+            _place(source.store.fetch(shard.path, shard.bytes, shard.sha256), folder / shard.path)
         atomic_write(folder / "null.safetensors", source.store.fetch("null.safetensors").read_bytes())
         if isinstance(source.store, LocalStore) and (rejected := source.store.root / "rejected.jsonl").is_file():
             atomic_write(folder / "rejected.jsonl", rejected.read_bytes())
@@ -298,8 +301,8 @@ class MultiSourceCache:
         if dataset_id in self.caches:
             raise ValueError(f"dataset id {dataset_id} is taken by {self.caches[dataset_id].name!r}")
         for other in self.caches.values():
-            if cache.rows.buckets != other.rows.buckets:
-                raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in their timestep buckets")
+            if None not in (grids := {cache.rows.timesteps, other.rows.timesteps}) and len(grids) > 1:
+                raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in their timesteps")
             for name in cache.fields.keys() & other.fields.keys():
                 if (a := _shape(other.fields[name])) != (b := _shape(cache.fields[name])):
                     raise ValueError(f"{name} of caches {other.name!r} and {cache.name!r} differ: {a} against {b}")

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tinyflux.shards.format import Field, fields_of, sample_key
+from tinyflux.shards.format import sample_key
+from tinyflux.shards.schema import SCHEMA, Field, fields_at, fields_of, shape_of
 from tinyflux.trainer.batches import Batch
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import rng
 
-FORMAT = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids")
+TENSORS = (*SCHEMA["latents"].fields, *SCHEMA["text"].fields)
+FORMAT = (*TENSORS, "local_indices", "dataset_ids")
 
 
 class CacheCollate(StreamCollate):
@@ -100,7 +102,8 @@ class CacheLoader:
         if not isinstance(batch, dict) or (missing := [name for name in FORMAT if name not in batch]):
             what = f"lacks {', '.join(missing)}" if isinstance(batch, dict) else f"is a {type(batch).__name__}"
             raise ValueError(f"a batch of the DataLoader {what}: pass it collate_fn=tinyflux.trainer.data.collate_fn")
-        return fields_of({name: batch[name][0] for name in FORMAT[:3]})
+        tensors = {name: batch[name][0] for name in TENSORS}
+        return fields_at(fields_of(tensors), shape_of(tensors))
 
     @property
     def identity(self) -> dict:

@@ -83,7 +83,7 @@ def measure(stream: Stream) -> tuple[dict, float, float]:
 
 def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
     """The text of a dry run. Reads the first batches of this rank; nothing is trained or written."""
-    fields, world = stream.sources[0].manifest.fields, dist.get_world_size()
+    fields, world = stream.fields, dist.get_world_size()
     (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
     with torch.device("meta"):
         model = TinyFluxDeep(config.model)

@@ -19,6 +19,7 @@ from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import cli
+from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.log import say
 
 
@@ -51,7 +52,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
     groups = tuple(term.group for term in terms.enabled(c) if term.group)
     sources = open_run_sources(config.data, groups, checkpoints)
-    shapes = {name: field.shape for source in sources for name, field in source.manifest.fields.items()}
+    shapes = {name: f.at(source.shapes[0]).shape for source in sources for name, f in source.fields.items()}
     weights = None
     if c.init_from:
         config.model, weights = starting_weights(c.init_from, checkpoints)
@@ -60,7 +61,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     collate = StreamCollate(
         c,
         [source.null for source in sources],
-        buckets=sources[0].manifest.buckets,
+        buckets=sources[0].timesteps or BUCKETS,
         global_batch_size=config.data.global_batch_size,
         seed=seed,
     )

@@ -1,0 +1,168 @@
+"""The one table of what a sample holds: groups, their fields, and their shapes. All else in this package follows it.
+
+A group is one member of a sample in its tar, written by one producer. A new group is one line of SCHEMA; a manifest
+says which groups its source has, with their real sizes, and may hold groups that this table does not know.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SPATIAL = ("h", "w")  # sizes that follow the latents: they differ from shard to shard
+
+
+@dataclass(frozen=True)
+class GroupSchema:
+    """A group as the package knows it.
+
+    fields: the axes of each field, an integer where the size is fixed, else its name. on_grid: the first axis is the
+    grid of timesteps. repeated: one member for each caption. optional: a source may lack it.
+    """
+
+    fields: dict[str, tuple[int | str, ...]]
+    on_grid: bool = False
+    repeated: bool = False
+    optional: bool = False
+
+
+SCHEMA = {
+    "latents": GroupSchema({"latents": ("channels", "h", "w")}),
+    "text": GroupSchema({"t5_embeds": ("t5_length", "t5_width"), "clip_pooled": ("clip_width",)}, repeated=True),
+    "lune": GroupSchema({"lune": ("timesteps", "lune_width")}, on_grid=True, optional=True),
+    "sol": GroupSchema(
+        {"sol_stats": ("timesteps", 3), "sol_spatial": ("timesteps", "sol_size", "sol_size")},
+        on_grid=True,
+        optional=True,
+    ),
+    "mask": GroupSchema({"mask": ("h", "w")}, optional=True),
+}
+GROUP_OF = {name: group for group, entry in SCHEMA.items() for name in entry.fields}
+"""The group of each field."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of every sample of a source: `dtype` of DTYPES, `shape` without the batch.
+
+    "h" and "w" in a shape stand for the latents' height and width, which a shard has its own of: see `at`.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def at(self, shape: tuple[int, int]) -> "Field":
+        """The field in a shard whose latents are `shape`, (h, w)."""
+        sizes = dict(zip(SPATIAL, shape, strict=True))
+        return Field(self.dtype, tuple(sizes.get(n, n) for n in self.shape))
+
+    @cached_property
+    def count(self) -> int:
+        """Elements; without "h" and "w" alone."""
+        return prod(self.shape)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.count * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of a source, as its manifest has it. `timesteps`: the grid of its first axis, if it has one; `repeated`:
+    a member for each caption; `producer`: what made it, the fingerprint."""
+
+    fields: dict[str, Field]
+    timesteps: tuple[float, ...] | None = None
+    repeated: bool = False
+    producer: dict = field(default_factory=dict)
+
+
+def flat(groups: dict[str, Group]) -> dict[str, Field]:
+    """The fields of all groups by name; names are unique in a manifest."""
+    return {name: entry for group in groups.values() for name, entry in group.fields.items()}
+
+
+def fields_at(fields: dict[str, Field], shape: tuple[int, int]) -> dict[str, Field]:
+    """The fields in a shard whose latents are `shape`, (h, w)."""
+    return {name: entry.at(shape) for name, entry in fields.items()}
+
+
+def fields_of(tensors: dict[str, Tensor]) -> dict[str, Field]:
+    """The fields that describe one sample's tensors, with "h" and "w" where the schema has them.
+
+    Of a repeated group's tensors the axis of captions is left out, if there is one. Raises ValueError where a tensor
+    has other axes than the schema.
+    """
+    fields = {}
+    for name, tensor in tensors.items():
+        axes, shape = _axes(name), tuple(tensor.shape)
+        if SCHEMA[GROUP_OF[name]].repeated and len(shape) == len(axes) + 1:
+            shape = shape[1:]
+        fixed = [(axis, n) for axis, n in zip(axes, shape, strict=False) if isinstance(axis, int)]
+        if len(shape) != len(axes) or any(axis != n for axis, n in fixed):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the schema has the axes {list(axes)}")
+        shape = tuple(axis if axis in SPATIAL else n for axis, n in zip(axes, shape, strict=True))
+        fields[name] = Field(str(tensor.dtype).removeprefix("torch."), shape)
+    return fields
+
+
+def shape_of(tensors: dict[str, Tensor]) -> tuple[int, int] | None:
+    """(h, w) of one sample's tensors, None where none of them follows the latents. Raises ValueError if they differ."""
+    found = {
+        tuple(tensor.shape[_axes(name).index(axis)] for axis in SPATIAL)
+        for name, tensor in tensors.items()
+        if set(SPATIAL) <= set(_axes(name))
+    }
+    if len(found) > 1:
+        raise ValueError(f"the sample's tensors have the latent shapes {sorted(found)}, must be one")
+    return found.pop() if found else None
+
+
+def grouped(
+    fields: dict[str, Field],
+    timesteps: tuple[float, ...],
+    producers: dict[str, dict] | None = None,
+) -> dict[str, Group]:
+    """The manifest's groups of these fields. producers: the fingerprint of each group."""
+    groups = {}
+    for group, entry in SCHEMA.items():
+        own = {name: fields[name] for name in entry.fields if name in fields}
+        if own:
+            grid = timesteps if entry.on_grid else None
+            groups[group] = Group(own, grid, entry.repeated, (producers or {}).get(group, {}))
+    return groups
+
+
+def sizes(fields: dict[str, Field]) -> dict[str, int]:
+    """The size of each named axis of the schema, such as "channels" or "t5_width", as these fields have it.
+
+    Raises ValueError where two fields disagree.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for name, entry in fields.items():
+        for axis, n in zip(_axes(name) if name in GROUP_OF else (), entry.shape, strict=False):
+            if isinstance(axis, int) or isinstance(n, str):
+                continue
+            if found.setdefault(axis, (n, name))[0] != n:
+                raise ValueError(f"{axis} is {found[axis][0]} in {found[axis][1]} and {n} in {name}")
+    return {axis: n for axis, (n, _) in found.items()}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError where a tensor's name is not in the schema, or its group is not whole."""
+    names = set(names)
+    if unknown := sorted(names - set(GROUP_OF)):
+        raise ValueError(f"unknown tensors {', '.join(unknown)}; the format has {', '.join(GROUP_OF)}")
+    for group in {GROUP_OF[name] for name in names}:
+        if missing := [name for name in SCHEMA[group].fields if name not in names]:
+            raise ValueError(f"{', '.join(missing)} missing from group {group!r}")
+
+
+def _axes(name: str) -> tuple[int | str, ...]:
+    if name not in GROUP_OF:
+        raise ValueError(f"unknown tensor {name}; the format has {', '.join(GROUP_OF)}")
+    return SCHEMA[GROUP_OF[name]].fields[name]

@@ -1,0 +1,255 @@
+"""Opening a source by its path or URL: its manifest, its overlays, its empty prompt."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from tinyflux.shards.discover import adopt
+from tinyflux.shards.index import FILE as INDEX
+from tinyflux.shards.manifest import Manifest, ManifestError, parse
+from tinyflux.shards.remote import SCHEMES, NodeCache, RemoteStore
+from tinyflux.shards.schema import SCHEMA, Group, flat
+from tinyflux.shards.shardfile import ShardFile
+from tinyflux.shards.store import LocalStore
+from tinyflux.shards.writer import Shard
+from tinyflux.util import files
+
+ACCEPTED = "a folder, file:///folder, hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"
+MOST_LAYERS = 8  # overlays on overlays
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A base or an overlay of a source, and the `groups` that are read from it."""
+
+    url: str
+    store: LocalStore | RemoteStore
+    manifest: Manifest
+    groups: dict[str, Group]
+
+    def reading(self, wanted: Iterable[str]) -> "Layer":
+        """The same with no other groups than these."""
+        return replace(self, groups={name: group for name, group in self.groups.items() if name in wanted})
+
+    def without(self, groups: Iterable[str]) -> "Layer":
+        """The same without these groups."""
+        return self.reading(self.groups.keys() - set(groups))
+
+
+class Source:
+    """A source of a run: a base and the overlays on it, that of `url` last.
+
+    null: the empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]. dataset_id: may differ from the manifest's.
+    revision: pins the content: a Hub commit, or the SHA-256 of the manifest at `url`.
+    """
+
+    def __init__(self, url: str, layers: tuple[Layer, ...], null: dict[str, Tensor], dataset_id: int, revision: str):
+        self.url, self.layers, self.null = url, layers, null
+        self.dataset_id, self.revision = dataset_id, revision
+        self.manifest = layers[0].manifest
+        """The base's; what the shards, their shapes and their rows are."""
+        found = {name: group for layer in layers for name, group in layer.groups.items()}
+        self.groups = {name: found[name] for name in sorted(found, key=_place_in_schema)}
+        """The groups that are read, of all layers."""
+        self.fields = flat(self.groups)
+        self._texts = next((layer.manifest for layer in layers if "text" in layer.groups), self.manifest)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.source
+
+    @property
+    def store(self) -> LocalStore | RemoteStore:
+        """Where the overlay's files are, or the source's if it is none."""
+        return self.layers[-1].store
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The latent shapes (h, w) of its shards."""
+        return self.manifest.shapes
+
+    @property
+    def captions(self) -> np.ndarray:
+        """How many captions each sample has, uint8 [samples]."""
+        return self._texts.index.captions
+
+    @property
+    def timesteps(self) -> tuple[float, ...] | None:
+        """The grid of the teachers' features, None where no group has one."""
+        return next((group.timesteps for group in self.groups.values() if group.timesteps), None)
+
+    def files(self, shard: int) -> list[tuple[Layer, Shard]]:
+        """What has to be there to open a shard: a file of each layer."""
+        return [(layer, layer.manifest.shards[shard]) for layer in self.layers]
+
+    def open(self, shard: int) -> ShardFile:
+        """Open a shard by its index. Raises FileNotFoundError, ShardError."""
+        file = None
+        for layer, entry in self.files(shard):
+            file = _open_file(layer, entry, file)
+        return file
+
+
+def _place_in_schema(group: str) -> tuple[int, str]:
+    known = list(SCHEMA)
+    return known.index(group) if group in known else len(known), group
+
+
+def _open_file(layer: Layer, entry: Shard, base: ShardFile | None) -> ShardFile:
+    for tries_left in (2, 1, 0):
+        try:
+            path = layer.store.fetch(entry.path, entry.bytes, entry.sha256)
+            return ShardFile(path, entry, layer.groups, base)
+        except FileNotFoundError:  # a cache that was emptied between the two calls
+            if not tries_left or isinstance(layer.store, LocalStore):
+                raise
+
+
+def open_source(
+    url: str | Path,
+    dataset_id: int | None = None,
+    cache: NodeCache | None = None,
+    revision: str | None = None,
+    groups: Iterable[str] | None = None,
+) -> Source:
+    """Open a source: read and check its manifest, index and null embeddings, nothing else. An overlay's base too.
+
+    A local folder of shards without a manifest is read through once (see `adopt`). dataset_id overrides the
+    manifest's. cache: where remote shards go. revision: of a `Source`, to get the same content again. groups: those
+    to read, default all; "latents" and "text" always are. Raises ValueError (ManifestError for the manifest),
+    FileNotFoundError, and DownloadError for remote ones.
+    """
+    layers = open_layers(os.fspath(url), dataset_id, cache, revision)
+    url, store, manifest = os.fspath(url), layers[-1].store, layers[-1].manifest
+    pinned = store.revision if isinstance(store, RemoteStore) else manifest.sha256
+    if groups is not None:
+        wanted = {*groups, *(name for name, entry in SCHEMA.items() if not entry.optional)}
+        layers = [layer.reading(wanted) for layer in layers]
+    layers = [layer for i, layer in enumerate(layers) if layer.groups or i == 0]
+    null = check_null(next(layer for layer in layers if "text" in layer.groups))
+    base_id = layers[0].manifest.dataset_id
+    return Source(url, tuple(layers), null, base_id if dataset_id is None else dataset_id, pinned)
+
+
+def open_layers(
+    url: str,
+    dataset_id: int | None = None,
+    cache: NodeCache | None = None,
+    revision: str | None = None,
+    above: tuple[str, ...] = (),
+) -> list[Layer]:
+    """A base and the overlays on it, that of `url` last, each with the groups that none above it has.
+
+    Arguments and errors are those of `open_source`; above: the overlays that have led to `url`.
+    """
+    if url in above or len(above) >= MOST_LAYERS:
+        raise ValueError(f"source {above[0]}: its overlays have no base: {' -> '.join([*above, url])}")
+    store, manifest = _open(url, dataset_id, cache, revision)
+    top = Layer(url, store, manifest, manifest.groups)
+    if manifest.base is None:
+        return [top]
+    below = base_url(url, manifest.base.location)
+    same_repo = url.startswith("hf://") and repo_of(below) == repo_of(url)
+    pin = (store.revision if same_repo else None) if below.startswith("hf://") else manifest.base.sha256
+    try:
+        layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"base of the overlay {url}: {error}") from error
+    found = layers[-1].manifest.sha256
+    if found != manifest.base.sha256:
+        raise ValueError(
+            f"overlay {url}: its base {below} is not as it was when the overlay was made (its manifest's sha256 is "
+            f"{found}, was {manifest.base.sha256}): make the overlay again"
+        )
+    check_overlay(layers[0].manifest, manifest, url)
+    return [*(layer.without(manifest.groups) for layer in layers), top]
+
+
+def _open(
+    url: str, dataset_id: int | None, cache: NodeCache | None, revision: str | None
+) -> tuple[LocalStore | RemoteStore, Manifest]:
+    """The store and the manifest of one folder."""
+    scheme, colon, _ = url.partition("://" if "://" in url else ":")
+    if colon == "://" and scheme in SCHEMES:
+        store, where = RemoteStore(url, cache or NodeCache(), revision), f"{url}/manifest.json"
+        entry = parse(store.manifest, where)["index"]
+        return store, Manifest.from_parts(store.manifest, store.fetch(INDEX, entry["bytes"], entry["sha256"]), where)
+    if colon and scheme != "file" and not os.path.exists(url):
+        raise ValueError(f"source {url!r}: scheme {scheme!r} is not accepted; a source is {ACCEPTED}")
+    store = LocalStore(os.path.abspath(url.removeprefix("file://")))
+    if not store.root.is_dir():
+        raise FileNotFoundError(f"source {url!r}: there is no folder {store.root}; a source is {ACCEPTED}")
+    has_manifest = (store.root / "manifest.json").is_file()
+    manifest = Manifest.load(store.root) if has_manifest else adopt(store.root, dataset_id)
+    if revision not in (None, manifest.sha256):
+        raise ValueError(f"source {url}: its manifest is not the one of revision {revision}: it was rebuilt")
+    return store, manifest
+
+
+def base_url(url: str, location: str) -> str:
+    """Where the base of the overlay at `url` is. Raises ValueError where a remote one names a local folder."""
+    if "://" in location:
+        return location
+    if "://" not in url or url.startswith("file://"):
+        return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
+    scheme, _, path = url.partition("://")
+    parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # the repo, or the host or bucket, stays
+    for part in location.split("/"):
+        if part == ".." and len(parts) > keep:
+            parts.pop()
+        elif part in ("..", "") or part.startswith("@"):
+            raise ValueError(f"overlay {url}: its base {location!r} is not a path inside the same {scheme} store")
+        elif part != ".":
+            parts.append(part)
+    return f"{scheme}://{'/'.join(parts)}"
+
+
+def repo_of(url: str) -> str:
+    """hf://datasets/USER/REPO of a Hub URL."""
+    return "/".join(url.split("/")[:5]).partition("@")[0]
+
+
+def check_overlay(base: Manifest, overlay: Manifest, url: str) -> None:
+    """Raises ManifestError where an overlay has not the shards of its base."""
+    for what, a, b in (
+        ("source", base.source, overlay.source),
+        ("dataset id", base.dataset_id, overlay.dataset_id),
+        ("number of shards", len(base.shards), len(overlay.shards)),
+    ):
+        if a != b:
+            raise ManifestError(f"overlay {url}: its {what} is {b}, its base's {a}")
+    for what in ("number", "samples"):
+        differ = base.index.arrays[what] != overlay.index.arrays[what]
+        if differ.any():
+            k = int(differ.argmax())
+            raise ManifestError(f"overlay {url}: {what} of {overlay.shards.name(k)} is not that of its base")
+    shapes = [np.array(m.shapes)[m.index.shape] for m in (base, overlay)]
+    if not np.array_equal(*shapes):
+        raise ManifestError(f"overlay {url}: its shards have other latent shapes than its base's")
+    if base.index.names != overlay.index.names:
+        raise ManifestError(f"overlay {url}: its shards are not named as its base's")
+
+
+def check_null(layer: Layer) -> dict[str, Tensor]:
+    """The embeddings of the empty prompt that go with a layer's texts. Raises ValueError, FileNotFoundError."""
+    manifest = layer.manifest
+    path = layer.store.fetch("null.safetensors", None, manifest.null_sha256)
+    if files.sha256(path) != manifest.null_sha256:
+        raise ValueError(f"{path}: its sha256 is not the manifest's: it is damaged, or of another source")
+    try:
+        null = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+    for name, field in manifest.groups["text"].fields.items():
+        if name not in null or tuple(null[name].shape) != field.shape:
+            has = tuple(null[name].shape) if name in null else "missing"
+            raise ValueError(f"{path}: {name} is {has}, the manifest's samples have {field.shape}")
+        if not null[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has NaN or infinity")
+    return null

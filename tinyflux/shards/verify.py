@@ -1,0 +1,172 @@
+"""Whether a source is whole, and what is done where it is not."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tinyflux.shards.discover import Found, assemble, examine, tars
+from tinyflux.shards.format import ShardError, member_name, origin_hash, parse_key
+from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.shardfile import ShardFile
+from tinyflux.shards.source import Source, check_null, open_layers
+from tinyflux.shards.store import LocalStore
+from tinyflux.util import files
+
+
+class Check:
+    """The check of one source, or of one overlay against its base; shards are checked by `workers` threads.
+
+    deep: also hash every shard and decode every tensor. `faults` has a line for each, `bad` the names of the shards
+    that have one. Raises as `open_layers` where there is nothing to check.
+    """
+
+    def __init__(self, url: str, *, deep: bool = False, workers: int = 1):
+        layers = open_layers(url)
+        self.source = Source(url, tuple(layers), {}, layers[0].manifest.dataset_id, layers[-1].manifest.sha256)
+        self.manifest, self.deep, self.workers = layers[-1].manifest, deep, workers
+        self.faults: list[str] = []
+        self.bad: set[str] = set()
+        self._keys: list[np.ndarray] = []  # of each shard the indices in its keys
+
+    def around(self) -> None:
+        """Check what lies beside the shards: the empty prompt, shards that are not listed, an overlay's index."""
+        layer = self.source.layers[-1]
+        if self.manifest.null_sha256:
+            try:
+                check_null(layer)
+            except (ValueError, FileNotFoundError) as error:
+                self.faults.append(f"null.safetensors: {error}")
+        if isinstance(layer.store, LocalStore):
+            known = {shard.path for shard in self.manifest.shards}
+            found = [path.relative_to(layer.store.root).as_posix() for path in tars(layer.store.root)]
+            self.faults += [f"{path}: not in the manifest" for path in found if path not in known]
+        base = self.source.manifest
+        if base is not self.manifest:
+            for shard, below in zip(self.manifest.shards, base.shards, strict=True):
+                if not np.array_equal(shard.origins, below.origins):
+                    self.faults.append(f"{shard.path}: the index has other origin hashes for it than the base's")
+
+    def shards(self) -> Iterator[None]:
+        """Check the shards one after the other."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            checked = pool.map(partial(check_shard, self.source, deep=self.deep), range(len(self.manifest.shards)))
+            for k, (found, keys) in enumerate(checked):
+                if found:
+                    self._blame(k, found)
+                self._keys.append(keys)
+                yield
+        self._repeated()
+
+    def _blame(self, k: int, found: list[str]) -> None:
+        shard = self.manifest.shards[k]
+        self.faults += [f"{shard.path}{fault}" for fault in found]
+        self.bad.add(shard.name)
+
+    def _repeated(self) -> None:
+        """Keys that are in two shards, which a shard that is there twice has."""
+        keys = np.concatenate([np.empty(0, np.int64), *self._keys])
+        owner = np.repeat(np.arange(len(self._keys)), [len(part) for part in self._keys])
+        order = np.argsort(keys, kind="stable")
+        for i in np.flatnonzero(keys[order][1:] == keys[order][:-1]).tolist():
+            first, second = (int(owner[order[j]]) for j in (i, i + 1))
+            if first != second and self.manifest.shards.name(second) not in self.bad:
+                key = f"{self.manifest.dataset_id:04d}_{int(keys[order[i]]):09d}"
+                self._blame(second, [f", sample {key}: is also in {self.manifest.shards[first].path}"])
+
+
+def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarray]:
+    """(the faults of one shard, each with what it is about; the indices in its keys, int64)."""
+    layer, shard = source.files(k)[-1]
+    try:
+        file = source.open(k)
+    except FileNotFoundError:
+        return [": No such file or directory"], np.empty(0, np.int64)
+    except (OSError, ShardError) as error:
+        return [f": {error.why if isinstance(error, ShardError) else error.strerror or error}"], np.empty(0, np.int64)
+    faults, indices = [f": {file.fault.why}"] if file.fault else [], []
+    for row in range(file.count):
+        try:
+            indices.append(check_sample(file, row, layer.manifest, deep))
+        except ShardError as error:
+            if not (file.fault and file.samples[row] is None):  # said already
+                faults.append(f", sample {error.key or row}: {error.why}")
+    if deep and files.sha256(file.path) != shard.sha256:
+        faults.append(": its sha256 is not the manifest's")
+    return faults, np.array(indices, np.int64)
+
+
+def check_sample(file: ShardFile, row: int, manifest: Manifest, deep: bool) -> int:
+    """The index in a row's key. Raises ShardError if it lacks a member or has one too many, or, `deep`, if one cannot
+    be used."""
+    key, members = file.sample(row)
+    captions = int(file.shard.captions[row])
+
+    def fault(why: str) -> ShardError:
+        return ShardError(file.path, key, why)
+
+    wanted = set() if file.base is not None and "text" not in manifest.groups else {"json"}
+    for name, group in manifest.groups.items():
+        wanted |= {member_name(name, i) for i in range(captions)} if group.repeated else {member_name(name)}
+    if missing := wanted - set(members):
+        raise fault(f"lacks {', '.join(sorted(missing))}")
+    if extra := set(members) - wanted - {"jpg", "json"}:
+        raise fault(f"has {', '.join(sorted(extra))}, which the manifest does not know")
+    if "text" in manifest.groups and not captions:
+        raise fault("has no caption")
+    try:
+        dataset_id, index = parse_key(key)
+    except ValueError as error:
+        raise fault(str(error)) from error
+    if dataset_id != manifest.dataset_id:
+        raise fault(f"its dataset id is {dataset_id}, the manifest's {manifest.dataset_id}")
+    if not deep:
+        return index
+    for name, group in manifest.groups.items():
+        for caption in range(captions if group.repeated else 1):
+            file.decode(row, caption=caption, groups=(name,))
+    if "json" in members:
+        meta = file.meta(row)
+        if meta.get("index") != index:
+            raise fault(f"its .json has index {meta.get('index')!r:.40}")
+        if "text" in manifest.groups and len(meta["prompts"]) != captions:
+            raise fault(f"its .json has {len(meta['prompts'])} prompts, the manifest says {captions}")
+        if origin_hash(meta["origin"]) != int(file.origins[row]):
+            raise fault("the index has another origin hash for it")
+    return index
+
+
+def set_aside(folder: Path, bad: set[str]) -> None:
+    """Move bad shards to `bad/` and take them out of the manifest; an overlay's stays as its base needs it."""
+    manifest = Manifest.load(folder)
+    (folder / "bad").mkdir(exist_ok=True)
+    for shard in manifest.shards:
+        if shard.name in bad and (folder / shard.path).exists():
+            os.replace(folder / shard.path, folder / "bad" / shard.name)
+    if manifest.base is None:
+        manifest.without(bad).save(folder)
+
+
+def rebuild(folder: Path) -> Manifest:
+    """Write the manifest again from the shards that can be read, with the producers that the notes of the build name.
+
+    Raises ValueError where there is no whole shard, FileNotFoundError without null.safetensors.
+    """
+    found: list[Found] = []
+    unreadable = []
+    for path in tars(folder):
+        try:
+            found.append(examine(path))
+        except (ValueError, OSError) as error:
+            unreadable.append(f"{path.name} ({error})")
+    if not found:
+        raise ValueError(f"{folder}: no manifest can be rebuilt: no whole shard; {', '.join(unreadable) or 'no tar'}")
+    notes = folder / ".build" / "config.json"
+    producers = json.loads(notes.read_bytes()).get("producers", {}) if notes.is_file() else {}
+    manifest = assemble(folder, found, producers=producers)
+    manifest.save(folder)
+    return manifest
