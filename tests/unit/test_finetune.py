@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,8 +22,9 @@ from tinyflux.trainer.config import fit_model
 def test_from_a_folder_to_a_picture(tmp_path):
     section = (ROOT / "README.md").read_text().split("### Fine-tune on a folder of your own\n")[1].split("\n## ")[0]
     (tmp_path / "sources.toml").write_text(re.search(r"```toml\n(.*?)```", section, re.DOTALL)[1])
-    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", "").splitlines()
-    build, train, sample = map(shlex.split, lines)
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    lines = blocks.replace("\\\n", "").replace("AbstractPhil/tinyflux-deep", "published").splitlines()
+    build, train, sample, train_lora, sample_lora = map(shlex.split, lines)
     write_images(tmp_path / "photos", 12)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 
@@ -46,10 +48,18 @@ def test_from_a_folder_to_a_picture(tmp_path):
     config = fit_model(TinyFluxConfig(**tomllib.loads(CONFIG.read_text())["model"]), set(), fields)
     torch.manual_seed(0)
     save_published(TinyFluxDeep(config), tmp_path / "published" / "model.safetensors")
-    train[train.index("--trainer.init-from") + 1] = "published"
     small = ["--trainer.zoo", "tiny", "--trainer.total-steps", "2", "--trainer.sample-every", "2", "--trainer.dtype"]
-    run(train, *small, "float32", "--data.global-batch-size", "4", "--data.micro-batch-size", "4")
+    small += ["float32", "--data.global-batch-size", "4", "--data.micro-batch-size", "4"]
+    run(train, *small)
     assert len(records(tmp_path / "runs" / "portraits")) == 2
     assert (tmp_path / "runs" / "portraits" / "samples" / "step_2.png").is_file()
-    run(sample, "--zoo", "tiny", "--steps", "2")
+    run(sample, "--steps", "2")
     assert Image.open(tmp_path / "sailor.png").size == (64, 64)
+
+    run(train_lora, *small, "--trainer.learning-rate", "1", "--trainer.warmup-steps", "0")
+    run([word.replace("step_2000", "step_2") for word in sample_lora], "--zoo", "tiny", "--steps", "2")
+    adapted = np.asarray(Image.open(tmp_path / "sailor.png"))
+    run(sample, "--checkpoint", "published", "--zoo", "tiny", "--steps", "2")
+    assert np.any(adapted != np.asarray(Image.open(tmp_path / "sailor.png")))
+    run(sample, "--checkpoint", "runs/sailors", "--steps", "2")  # the adapter is in these weights
+    assert np.array_equal(adapted, np.asarray(Image.open(tmp_path / "sailor.png")))

@@ -43,6 +43,13 @@ class TrainerConfig:
     there is one. The network's shape comes with them."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: names of modules or parameters, with * for any, such as double_blocks.* or txt_in."""
+    lora_rank: Annotated[int, AtLeast(0)] = 0
+    """Train adapters of this rank instead of the weights that init_from gives (LoRA, from peft: pip install
+    'tinyflux-deep[lora]'); 0: the weights themselves."""
+    lora_alpha: Annotated[float, Above(0)] = 16.0
+    """The adapters' products are scaled by lora_alpha / lora_rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["*_blocks.*.attn.*", "*_blocks.*mlp.*"])
+    """Linear layers that get adapters: their names, with * for any, such as single_blocks.*.attn.qkv."""
     max_epochs: Annotated[int | None, AtLeast(1)] = None
     """End earlier, when the sources' samples were seen this often; the learning rate's schedule ends there too."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tinyflux.model.lora import attach
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer.config import RunConfig
@@ -42,12 +43,21 @@ def activation_bytes(
         return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
 
 
+def network(config: RunConfig) -> TinyFluxDeep:
+    """The network that a run trains, without memory."""
+    with torch.device("meta"):
+        model = TinyFluxDeep(config.model)
+    c = config.trainer
+    if c.lora_rank:
+        attach(model, c.lora_rank, c.lora_alpha, c.lora_targets)
+    freeze(model, c.freeze)
+    return model
+
+
 def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int) -> dict[str, float]:
     """Estimated GiB on each device: `state` (weights, gradients, optimizer, EMA) in shards, `gathered` blocks,
     `activations` of a micro-batch."""
-    with torch.device("meta"):
-        model = TinyFluxDeep(config.model)
-    freeze(model, config.trainer.freeze)
+    model = network(config)
     blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.double_blocks, *model.single_blocks)]
     total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
     dtype = DTYPES[config.trainer.dtype]
@@ -85,9 +95,7 @@ def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
     """The text of a dry run. Reads the first batches of this rank; nothing is trained or written."""
     fields, world = stream.fields, dist.get_world_size()
     (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
-    with torch.device("meta"):
-        model = TinyFluxDeep(config.model)
-    freeze(model, config.trainer.freeze)
+    model = network(config)
     parts = memory(config, (height, width), text_tokens, world)
     first, rate, megabytes = measure(stream)
     peak, dtype = devices.peak_flops(device), DTYPES[config.trainer.dtype]

@@ -54,6 +54,8 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     sources = open_run_sources(config.data, groups, checkpoints)
     shapes = {name: f.at(source.shapes[0]).shape for source in sources for name, f in source.fields.items()}
     weights = None
+    if c.lora_rank and not c.init_from:
+        raise ValueError(f"trainer.lora_rank is {c.lora_rank}: give trainer.init_from, the weights that are adapted")
     if c.init_from:
         config.model, weights = starting_weights(c.init_from, checkpoints)
         given = given | {f"model.{key}" for key in config.model.to_dict()}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tinyflux.model.lora import attach
 from tinyflux.model.model import flops_per_sample
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import lock
@@ -65,6 +66,8 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.model, self.model_config = model, model.config
         fresh = any(p.is_meta for p in model.parameters())
+        if config.lora_rank:
+            weights = attach(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed, weights)
         parallel.freeze(model, config.freeze)
         parallel.distribute(
             model,

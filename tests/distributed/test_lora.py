@@ -1,0 +1,41 @@
+"""LoRA on sharded networks: the base stays as it is, and a run resumes on any number of ranks."""
+
+import pytest
+import torch
+
+from tests.training import curve, make_source, train
+from tinyflux.model.loader import load_model
+from tinyflux.model.lora import read_lora
+
+
+def test_resumes_on_another_rank_count(tmp_path):
+    source = [make_source(tmp_path / "a", 1)]
+    done = train(tmp_path / "base", source, "--trainer.total-steps", 2)
+    assert done.returncode == 0, done.stdout
+    base = load_model(tmp_path / "base", use_ema=True)
+
+    options = ["--trainer.lora-rank", 3, "--trainer.lora-targets", "*_blocks.*.attn.*", "--trainer.total-steps"]
+    options = [*options, 6, "--trainer.init-from", tmp_path / "base", "--trainer.weight-decay", 0.1]
+    done = train(tmp_path / "whole", source, *options)
+    assert done.returncode == 0, done.stdout
+    for steps, ranks in ((3, 2), (6, 1)):
+        done = train(tmp_path / "parts", source, *options, "--trainer.total-steps", steps, ranks=ranks)
+        assert done.returncode == 0, done.stdout
+    whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+
+    trained = load_model(tmp_path / "parts", use_ema=True)
+    changed = {name for name, p in base.named_parameters() if not torch.equal(p, trained.get_parameter(name))}
+    ends = ("qkv.weight", "out.weight", "out_proj.weight")
+    assert changed == {name for name, _ in base.named_parameters() if "_blocks" in name and name.endswith(ends)}
+    lora = read_lora(tmp_path / "parts/checkpoints/step_6_lora", base)
+    assert {len(a) for a, _ in lora.pairs.values()} == {3}
+    lora.add_to(base)
+    for p, q in zip(base.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+def test_weights_to_adapt_must_be_given(tmp_path):
+    done = train(tmp_path / "run", [make_source(tmp_path / "a", 1)], "--trainer.lora-rank", 2)
+    assert done.returncode == 2 and "give trainer.init_from" in done.stdout, done.stdout
