@@ -272,7 +272,9 @@ class Trainer:
         if reason := self.guard.count(pending.step, record.get("fault"), pending.keys):
             self.close()
             raise RuntimeError(reason)
-        shown = pending.step % self.config.log_every == 0 or last
+        # a save or samples of the last step have read it before the loop ends
+        ends = last or (self.finished and pending.step == self.step)
+        shown = pending.step % self.config.log_every == 0 or ends
         if shown:
             record["data"] = data_report(self.loader, pending.step, self.device)
         self.metrics.record(record)
@@ -319,7 +321,8 @@ class Trainer:
             self.save_checkpoint({"step"})
         if self.preview:
             self.preview.wait()
-        say(*data_lines(self.shown["data"]), sep="\n")
+        data = self.shown.get("data") or data_report(self.loader, self.step, self.device)
+        say(*data_lines(data), sep="\n")
         self.metrics.close()
         self.close()
 
