@@ -24,7 +24,7 @@ from tinyflux.precache.extract import whole
 from tinyflux.precache.images import Rejected
 from tinyflux.shards.format import parse_key
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.schema import fields_at, fields_of, flat
+from tinyflux.shards.schema import fields_of, flat
 from tinyflux.shards.source import open_source
 
 PHOTOS = {
@@ -74,7 +74,7 @@ def samples(out: Path) -> dict[int, dict]:
     for k in range(len(source.manifest.shards)):
         file = source.open(k)
         for row in range(file.count):
-            meta = json.loads(file.read(row, "json"))
+            meta = file.meta(row)
             found[parse_key(file.key(row))[1]] = file.decode(row) | {"meta": meta}
     return found
 
@@ -244,7 +244,7 @@ def test_bad_images_are_listed_and_the_rest_is_built(tmp_path, capsys):
     assert [shard.count for shard in Manifest.load(tmp_path / "out").shards] == [4, 8, 8]
     found = samples(tmp_path / "out")
     assert sorted(found) == list(range(4, 24)) and found[10]["meta"]["prompts"] == ["noise number 6"]
-    assert run(tmp_path, "--shard-size", 8) == 0  # finished; nothing is built again
+    assert run(tmp_path, "--shard-size", 8) == 1  # finished: nothing is built again, and the status stays
 
     assert run(tmp_path, "--out", tmp_path / "lax", "--max-rejected", 0.2, "--no-preview", "--no-sol") == 0
     sources(tmp_path, allow_empty_captions=True)
@@ -294,7 +294,7 @@ def test_inputs_that_change_are_noticed(tmp_path, capsys):
     (tmp_path / "images" / "good-03.txt").write_text("something else altogether")
     assert run(tmp_path, "--shard-size", 8) == 2
     message = capsys.readouterr().err
-    assert "1 (good-03.png) gone or changed; 2 (good-03.png, zz.png) new" in message
+    assert "1 (zz.png) new, 1 (good-03.png) changed" in message
 
 
 def test_append(tmp_path, capsys):
@@ -310,15 +310,16 @@ def test_append(tmp_path, capsys):
     for name in "ac":
         Image.new("RGB", (70, 80), (ord(name), 2 * ord(name), 9)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text(f"colour {name}")
-    assert run(tmp_path, "--shard-size", 4) == 0 and content(tmp_path / "out") == before  # complete as it is
     capsys.readouterr()
+    assert run(tmp_path, "--shard-size", 4) == 0 and content(tmp_path / "out") == before  # complete as it is
+    assert "changed since: 2 (a.png, c.png) new. --append takes in the new ones" in capsys.readouterr().out
     assert run(tmp_path, "--shard-size", 4, "--append", "--seed", 3) == 2
     assert "settings.seed: 0 against 3" in capsys.readouterr().err
 
     assert run(tmp_path, "--shard-size", 4, "--append") == 0
     after = content(tmp_path / "out")
     assert [shard.count for shard in Manifest.load(tmp_path / "out").shards] == [4, 2, 2]
-    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert all(after[name] == data for name, data in before.items() if name.endswith(".tar"))
     assert "8 samples in 3 shards" in capsys.readouterr().out
     found = samples(tmp_path / "out")
     assert {i: sample["meta"]["origin"][0] for i, sample in found.items()} == dict(
@@ -356,10 +357,11 @@ def test_one_clear_line(tmp_path, monkeypatch, capsys, args, message):
         (("--batchsize", "3"), "--batchsize"),
         (("--dtype", "int8"), "invalid choice 'int8'"),
         (("--limit", "x"), "--limit"),
-        (("--batch-size", "0"), "--batch-size must be at least 1, not 0"),
-        (("--max-rejected", "5"), "--max-rejected must be a fraction from 0 to 1, not 5"),
+        (("--batch-size", "0"), "--batch-size is 0: it must be at least 1"),
+        (("--max-rejected", "5"), "--max-rejected is 5.0: it must be in [0, 1]"),
         (("--compile", "--low-memory"), "choose one"),
-        (("--device", "gpu"), "--device 'gpu' is none that torch knows"),
+        (("--shapes", "auto", "64x64"), "square and auto stand alone"),
+        (("--shapes", "64"), "it must be square, auto or WIDTHxHEIGHT"),
         (("--zoo", "tiny"), "--source NAME is missing; --list shows the names"),
     ],
 )
@@ -389,17 +391,17 @@ def test_list_and_estimate(tmp_path, capsys):
         (
             "latents",
             lambda x: x[:, :4],
-            r"wrong shape: latents is float16 \(16, 4, 8\), the source",
+            r"wrong shape: latents are \(4, 8\), the shard has \(8, 8\)",
         ),
     ],
 )
 def test_tensors_that_must_not_be_written(name, change, reason):
     shapes = {"latents": (16, 8, 8), "t5_embeds": (4, 8), "lune": (3, 2)}
     good = {name: torch.randn(shape).half() for name, shape in shapes.items()}
-    expected = fields_at(fields_of(good), (8, 8))
-    check_tensors(good, expected)
+    expected = fields_of(good)
+    assert check_tensors(good, expected, (8, 8)) == (8, 8)
     with pytest.raises(Rejected, match=f"^{reason}"):
-        check_tensors(good | {name: change(good[name].clone())}, expected)
+        check_tensors(good | {name: change(good[name].clone())}, expected, (8, 8))
 
 
 def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
@@ -412,7 +414,7 @@ def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys)
             loads.append((name, self.loaded()))
             return super()._keep(name, *args)
 
-    monkeypatch.setattr(build, "ModelZoo", Watched)
+    monkeypatch.setattr("tinyflux.model.zoo.ModelZoo", Watched)
     args = ("--shard-size", 8, "--limit", 14)
     assert run(tmp_path, "--out", tmp_path / "plain", *args, source="drawn") == 0
     loads.clear()
@@ -462,7 +464,7 @@ def test_compiled_models_agree(tmp_path, monkeypatch, capsys):
         def compile(self):
             super().compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
 
-    monkeypatch.setattr(build, "ModelZoo", Watched)
+    monkeypatch.setattr("tinyflux.model.zoo.ModelZoo", Watched)
     args = ("--shard-size", 6, "--limit", 6)  # batches of 4 and 2
     assert run(tmp_path, "--out", tmp_path / "plain", *args, source="drawn") == 0
     assert not graphs

@@ -69,6 +69,7 @@ def test_saved_it_is_a_source(cache, tmp_path, capsys):
     before = contents(folder)
     assert set(before) == {
         "manifest.json",
+        "index.safetensors",
         "null.safetensors",
         "rejected.jsonl",
         *(f"portraits-00000{k}.tar" for k in (0, 1)),
@@ -110,7 +111,7 @@ def test_images_of_any_kind_are_the_same(zoo, cache, tmp_path):
 def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
     images = [*IMAGES[:8], torch.zeros(4, 4), IMAGES[9]]
     options = {"checkpoint_dir": tmp_path / "work", "dataset_id": 7}
-    with pytest.raises(ValueError, match=r"image 8 of 'portraits': Tensor torch.float32 4 4 is no PIL image"):
+    with pytest.raises(ValueError, match=r"input 8 of 'portraits': Tensor torch.float32 4 4 is no PIL image"):
         build_cache(zoo, images, **options)
     first = tmp_path / "work" / "portraits-000000.tar"
     stamp = first.stat().st_mtime_ns
@@ -120,11 +121,11 @@ def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
     assert contents(tmp_path / "work") == contents(Path(cache.rows.source.url))
     assert len(build_cache(zoo, **options)) == len(again) == N
 
-    with pytest.raises(ValueError, match=r"portraits-000000.tar: was made of other images or prompts than those from"):
+    with pytest.raises(ValueError, match=r"the inputs are not those that it was built of: 1 \(portraits/0\) changed"):
         build_cache(zoo, prompts=["changed", *PROMPTS[1:]], **options)
     with pytest.raises(ValueError, match=r"(?s)begun with other settings.*batch_size: 4 against 2"):
         build_cache(zoo, batch_size=2, **options)
-    with pytest.raises(ValueError, match="holds a source that was not built here"):
+    with pytest.raises(ValueError, match="holds a finished source but not the notes of its build"):
         build_cache(zoo, checkpoint_dir=make_source(tmp_path / "other"))
 
 
@@ -133,8 +134,8 @@ def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
     [
         ({"prompts": PROMPTS[:3]}, "10 images and 3 prompts"),
         ({"images": [], "prompts": []}, "0 images and 0 prompts"),
-        ({"dtype": torch.int8}, "dtype is torch.int8, must be one of float16"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"dtype": torch.int8}, "--dtype is 'int8': it must be one of float16"),
+        ({"batch_size": 0}, "--batch-size is 0: it must be at least 1"),
     ],
 )
 def test_bad_arguments(zoo, options, message):
@@ -207,7 +208,7 @@ def test_old_caches_load_and_become_sources(tmp_path, capsys):
     folder = old.save(tmp_path / "new", dataset_id=4)
     assert verify.main([str(folder), "--deep"]) == 0, capsys.readouterr().out
     new = DatasetCache.load(folder)
-    assert "converted from an old cache" in new.rows.source.groups["text"].producer["producer"]
+    assert "converted from a legacy cache" in new.rows.source.groups["text"].producer["producer"]
     rows, t = [6, 0, 3], torch.rand(3)
     for a, b in zip(
         (*old.get_sol(rows, t), old.get_lune(rows, t)), (*new.get_sol(rows, t), new.get_lune(rows, t)), strict=True
@@ -232,7 +233,7 @@ class Bomb:
         ({"lune": torch.zeros(6, 10, 6)}, "lune has 6 rows, latents have 7"),
         ({"lune": torch.zeros(7, 9, 6)}, r"has shape \[7, 9, 6\], must be \[N, K, D\] with K = 10"),
         ({"lune": torch.zeros(7, 10, 6, dtype=torch.float64)}, "is torch.float64, must be one of float16"),
-        ({"lune": {"features": torch.zeros(7, 10, 6), "t_buckets": torch.arange(10)}}, "its timestep buckets are"),
+        ({"lune": {"features": torch.zeros(7, 10, 6), "t_buckets": torch.arange(10)}}, "its timesteps are"),
         ({"sol": [1, 2]}, "sol.pt: holds a list"),
         ({"sol": {"stats": "no", "spatial": "no"}}, "stats is a str, must be a tensor"),
         ({"lune": Bomb()}, "lune.pt: refused, it holds more than tensors"),
@@ -250,7 +251,7 @@ def test_old_caches_that_are_damaged(tmp_path):
         DatasetCache.load(tmp_path / "cut")
     features = torch.zeros(7, 10, 6)
     features[3] = torch.nan
-    with pytest.raises(ValueError, match="sample 0000_000000003: lune has NaN"):
+    with pytest.raises(ValueError, match="input 3 of .portraits.: not finite: lune has NaN"):
         DatasetCache.load(make_old_cache(tmp_path / "nan", lune=features)).save(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         DatasetCache.load(tmp_path / "nothing")
@@ -258,7 +259,7 @@ def test_old_caches_that_are_damaged(tmp_path):
 
 def test_images_and_prompts_that_cannot_be(zoo):
     for images, prompts, message in (
-        ([torch.full((3, 64, 64), torch.nan)], ["a"], "image 0 of 'portraits': the tensor has NaN or infinity"),
+        ([torch.full((3, 64, 64), torch.nan)], ["a"], "input 0 of 'portraits': the tensor has NaN or infinity"),
         (IMAGES[:2], ["a", None], "prompts must be a list of texts, not NoneType at number 1"),
         (IMAGES[:2], "ab", "prompts must be a list of texts, not one text"),
     ):

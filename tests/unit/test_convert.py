@@ -34,7 +34,7 @@ def test_an_old_cache_becomes_a_source(folder, capsys):
     assert "null.safetensors is zeros" in out and "7 samples in 3 shards" in out
     assert verify.main(["data/old", "--deep"]) == 0
     source = open_source("data/old")
-    assert source.dataset_id == 4 and "old cache" in source.groups["latents"].producer["producer"]
+    assert source.dataset_id == 4 and "legacy cache" in source.groups["latents"].producer["producer"]
     for name, tensor in source.open(2).decode(0).items():
         assert torch.equal(tensor, make_tensors(6)[name])
     meta = json.loads(source.open(2).read(0, "json"))
@@ -77,10 +77,10 @@ def test_a_sample_that_cannot_be_used_is_left_out(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--kind", "cache", "--dtype", "bfloat16"), "--dtype does not apply to an old cache"),
+        (("--kind", "cache", "--dtype", "bfloat16"), "--dtype does not apply to a legacy cache"),
         (("--kind", "cache", "--estimate"), "--estimate does not apply"),
         (("--kind", "shapes"), "--kind shapes: such a source must be described in a sources.toml; known"),
-        (("--kind", "cache", "--dataset-id", -1), "dataset_id: must be a whole number"),
+        (("--kind", "cache", "--dataset-id", -1), "dataset_id is -1: it must be in [0, 9999]"),
         ((), "unknown source 'old'"),
     ],
 )  # fmt: skip
@@ -92,7 +92,7 @@ def test_bad_options(folder, capsys, args, message):
 def test_bad_keys_and_files(folder, capsys):
     table = '[old]\nkind = "cache"\nlocation = "old"\ndataset_id = 2\n'
     (folder / "sources.toml").write_text(table + 'crop = "top"\n')
-    assert run() == 2 and "unknown key 'crop'; kind 'cache' takes" in capsys.readouterr().err
+    assert run() == 2 and "unknown key 'crop' of kind 'cache': " in capsys.readouterr().err
     (folder / "sources.toml").write_text(table + 'null = "none"\n')
     assert run() == 2 and "none: no such file" in capsys.readouterr().err
     (folder / "sources.toml").write_text(table)

@@ -7,9 +7,20 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from tinyflux.precache.images import Rejected, crop_box, open_image, prepare, preview
+from tinyflux.precache.images import (
+    UNUSABLE,
+    Rejected,
+    auto_shapes,
+    crop_box,
+    nearest,
+    open_image,
+    prepare,
+    preview,
+    size_of,
+    unknown,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -134,7 +145,7 @@ REFUSED = {
 def test_rejected_with_its_reason(case):
     data, reason = REFUSED[case]
     with pytest.raises(Rejected, match=f"^{reason}"):
-        prepare(data, 64, min_side=32, max_aspect=4, max_pixels=1_000_000)
+        prepare(data, (64, 64), min_side=32, max_aspect=4, max_pixels=1_000_000)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
@@ -147,7 +158,7 @@ def test_damaged_files_are_rejected_and_nothing_else(kind):
         for _ in range(draw.randrange(10) if data else 0):
             data[draw.randrange(min(len(data), 200))] = draw.randrange(256)
         try:
-            outcomes.add(prepare(bytes(data), 32).pixels.shape)
+            outcomes.add(prepare(bytes(data), (32, 32)).pixels.shape)
         except Rejected:
             outcomes.add("rejected")
     assert outcomes <= {(32, 32, 3), "rejected"} and "rejected" in outcomes
@@ -175,7 +186,7 @@ def test_random_crop_is_keyed_and_reaches_both_ends():
 
 def test_prepare_keeps_the_picture():
     """The middle of a gradient, resized: the colours of the middle."""
-    found = prepare(encoded(gradient(120, 40), "PNG"), 64)
+    found = prepare(encoded(gradient(120, 40), "PNG"), (64, 64))
     assert found.size == (120, 40) and found.crop == (40, 0, 80, 40)
     assert found.pixels.shape == (64, 64, 3) and found.pixels.dtype == np.uint8
     expected = np.linspace(40 / 119 * 255, 79 / 119 * 255, 64)
@@ -183,9 +194,115 @@ def test_prepare_keeps_the_picture():
 
 
 def test_preview_is_small_and_repeatable():
-    pixels = prepare(encoded(gradient(300, 300), "PNG"), 256).pixels
+    pixels = prepare(encoded(gradient(300, 300), "PNG"), (256, 256)).pixels
     data = preview(pixels)
     assert data == preview(pixels) and len(data) < 8000
     image = Image.open(io.BytesIO(data))
     assert image.size == (128, 128) and image.format == "JPEG"
     assert Image.open(io.BytesIO(preview(pixels[:64, :64]))).size == (64, 64)
+
+
+def profile(gamma: float, red: tuple[float, float]) -> bytes:
+    """An ICC profile of an RGB space with that gamma and that red primary (x, y), its other colours sRGB's."""
+
+    def xyz(x: float, y: float) -> np.ndarray:
+        return np.array([x / y, 1, (1 - x - y) / y])
+
+    white = xyz(0.3457, 0.3585)  # D50
+    columns = np.stack([xyz(*red), xyz(0.30, 0.60), xyz(0.15, 0.06)], 1)
+    columns = columns * np.linalg.solve(columns, white)
+
+    def s15(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    text = b"Wide test"
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", len(text) + 1) + text + bytes(79),
+        b"wtpt": b"XYZ " + bytes(4) + b"".join(map(s15, white)),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+    }
+    for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns.T, strict=True):
+        tags[name] = b"XYZ " + bytes(4) + b"".join(map(s15, column))
+    for name in (b"rTRC", b"gTRC", b"bTRC"):
+        tags[name] = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256))
+    table, data, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, body in tags.items():
+        body += bytes(-len(body) % 4)
+        table += name + struct.pack(">II", offset + len(data), len(body))
+        data += body
+    head = struct.pack(">I4sI4s4s4s12x4s28x", 0, b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    head += b"".join(map(s15, (0.9642, 1.0, 0.8249))) + bytes(48)
+    whole = head + struct.pack(">I", len(tags)) + table + data
+    return struct.pack(">I", len(whole)) + whole[4:]
+
+
+WIDE = profile(2.2, (0.735, 0.265))
+
+
+@pytest.mark.parametrize("kind, mode", [("PNG", "RGB"), ("JPEG", "RGB"), ("PNG", "RGBA"), ("TIFF", "RGB")])
+def test_colours_of_a_wide_profile_become_srgb(kind, mode):
+    """A red that is half as strong in a wider space is stronger in sRGB; grey stays grey."""
+    image = Image.new("RGB", (16, 16), (180, 60, 60)).convert(mode)
+    red = open_image(encoded(image, kind, icc_profile=WIDE, **({"quality": 95} if kind == "JPEG" else {})))
+    r, g, _ = red.getpixel((8, 8))
+    assert r > 186 and g < 62
+    grey = open_image(encoded(Image.new("RGB", (16, 16), (128,) * 3).convert(mode), kind, icc_profile=WIDE))
+    assert np.ptp(grey.getpixel((8, 8))) <= 3 and abs(grey.getpixel((8, 8))[0] - 128) <= 4
+    assert prepare(encoded(image, kind, icc_profile=WIDE), (16, 16)).remark == ""
+
+
+def test_profiles_that_change_nothing_or_cannot_be_used():
+    image = gradient(40, 40)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = np.asarray(open_image(encoded(image, "PNG")))
+    assert np.array_equal(plain, np.asarray(open_image(encoded(image, "PNG", icc_profile=srgb))))
+    picture = prepare(encoded(image, "PNG", icc_profile=b"no profile at all"), (40, 40))
+    assert picture.remark == UNUSABLE and np.array_equal(plain, picture.pixels)
+    assert prepare(encoded(image, "PNG", icc_profile=srgb), (40, 40)).remark == ""
+
+
+def test_transparency_stays_with_a_profile():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert open_image(encoded(image, "PNG", icc_profile=WIDE)).getpixel((2, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("package, kind", [("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")])
+def test_heic_and_jpeg_xl(package, kind):
+    """Read where the plugin is installed; where it is not, the reason names it."""
+    plugin = pytest.importorskip(package)
+    if package == "pillow_heif":
+        plugin.register_heif_opener()
+    found = open_image(encoded(gradient(64, 48), kind, quality=95))
+    assert found.size == (64, 48)
+    assert np.abs(np.asarray(found, float) - np.asarray(gradient(64, 48), float)).mean() < 8
+    needs = {"HEIF": "HEIC, which needs pillow-heif", "JXL": "JPEG XL, which needs pillow-jxl-plugin"}
+    assert unknown(encoded(gradient(64, 48), kind)).startswith(needs[kind])
+
+
+def test_nine_shapes_of_about_the_area():
+    shapes = auto_shapes(512, 64)
+    assert len(shapes) == 9 and (512, 512) in shapes and {(w, h) for h, w in shapes} == set(shapes)
+    assert all(0.9 <= h * w / 512**2 <= 1.1 and 0.5 <= h / w <= 2 for h, w in shapes)
+    assert len(auto_shapes(64, 8)) == 9
+    names = {(3000, 2000): (448, 640), (2000, 3000): (640, 448), (500, 500): (512, 512), (9000, 100): (384, 704)}
+    for (width, height), shape in names.items():
+        assert shapes[nearest(width, height, shapes)] == shape
+
+
+@pytest.mark.parametrize("shape", [(448, 640), (704, 384), (64, 64)])
+def test_a_cut_has_the_aspect_of_its_shape(shape):
+    for width, height in ((301, 200), (200, 301), (64, 64), (400, 100)):
+        for rule in ("center", "top", "random"):
+            left, top, right, bottom = crop_box(width, height, rule, 7, shape)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert (right - left, bottom - top)[width * shape[0] > height * shape[1]] in (width, height)
+            assert abs((right - left) * shape[0] - (bottom - top) * shape[1]) <= max(shape)
+    assert prepare(encoded(gradient(301, 200), "PNG"), shape).pixels.shape == (*shape, 3)
+
+
+def test_size_by_the_header():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert size_of(encoded(gradient(60, 40), "JPEG", exif=exif)) == (40, 60)
+    assert size_of(encoded(NOISE, "JPEG")[:2000]) == (80, 80)
+    assert size_of(b"hello") is None

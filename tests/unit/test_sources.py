@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.listed import inputs_of
 from tinyflux.precache.images import Rejected
-from tinyflux.precache.inputs import caption
-from tinyflux.precache.readers import READERS, list_inputs
-from tinyflux.precache.sources import KINDS, SourceError, find_source, load_sources, table
+from tinyflux.precache.kinds import KINDS, kind_of
+from tinyflux.precache.kinds.base import SourceError
+from tinyflux.precache.listing import Counted
+from tinyflux.precache.sources import find_source, load_sources, table
 
 
 def written(folder: Path, text: str) -> Path:
@@ -31,21 +33,6 @@ def image(path: Path, colour="red", size=(40, 40)) -> None:
     Image.new("RGB", size, colour).save(path)
 
 
-def origins(spec) -> list[str]:
-    return [item.origin for item in list_inputs(spec, 64, 0)]
-
-
-def captions(spec, seed=0) -> dict[str, str]:
-    """Origin -> caption, or the reason why not."""
-    found = {}
-    for item in list_inputs(spec, 64, 0):
-        try:
-            found[item.origin] = caption(spec, item, seed)
-        except Rejected as reason:
-            found[item.origin] = f"rejected: {reason}"
-    return found
-
-
 def test_packaged_file_is_found_and_the_local_one_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_sources()["shapes"].kind == "shapes"
@@ -55,39 +42,46 @@ def test_packaged_file_is_found_and_the_local_one_comes_first(tmp_path, monkeypa
     assert "mine" in text and "3 rendered images" in text
 
 
-def test_every_kind_has_a_reader():
-    assert set(KINDS) == {*READERS, "cache"}  # an old cache has no images
+def test_every_kind_says_what_it_takes():
+    for kind in KINDS:
+        assert set(kind_of(kind).required()) <= set(kind_of(kind).keys()) and kind_of(kind).__doc__
 
 
 REFUSED = {
     "unknown kind": (
         '[a]\nkind = "folder"\ndataset_id = 1',
-        r"\[a\] kind: must be one of .*imagefolder.*; it is 'folder'",
+        r"\[a\] kind is 'folder': it must be one of imagefolder, ",
     ),
     "unknown key": (
         '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\ncuont = 2',
-        r"\[a\]: unknown key 'cuont'; kind 'shapes' takes .*count",
+        r"\[a\]: unknown key 'cuont' of kind 'shapes': did you mean count\?",
     ),
     "key of another kind": (
         '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\nlocation = "x"',
         "unknown key 'location'",
     ),
-    "missing id": ('[a]\nkind = "shapes"\ncount = 2', r"\[a\]: dataset_id is missing; it must be a whole number"),
+    "missing id": ('[a]\nkind = "shapes"\ncount = 2', r"\[a\]: dataset_id is missing"),
     "missing location": ('[a]\nkind = "imagefolder"\ndataset_id = 1', r"\[a\]: location is missing"),
     "bad crop": (
         '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\ncrop = "left"',
-        r"\[a\] crop: must be one of center, top, random; it is 'left'",
+        r"\[a\] crop is 'left': it must be one of center, top, random",
     ),
     "bad id": (
         '[a]\nkind = "shapes"\ndataset_id = 10000\ncount = 2',
-        "dataset_id: must be a whole number from 0 to 9999",
+        r"dataset_id is 10000: it must be in \[0, 9999\]",
     ),
-    "true is no number": ('[a]\nkind = "shapes"\ndataset_id = true\ncount = 2', "dataset_id: must be a whole number"),
-    "no images": ('[a]\nkind = "shapes"\ndataset_id = 1\ncount = 0', "count: must be a whole number >= 1; it is 0"),
-    "bad weight": ('[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\nweight = nan', "weight: must be a number > 0"),
+    "true is no number": (
+        '[a]\nkind = "shapes"\ndataset_id = true\ncount = 2',
+        "dataset_id is True: it must be a whole number",
+    ),
+    "no images": ('[a]\nkind = "shapes"\ndataset_id = 1\ncount = 0', "count is 0: it must be at least 1"),
+    "bad weight": (
+        '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\nweight = nan',
+        "weight is nan: it must be more than 0",
+    ),
     "odd size": (
         '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\nsize = 100',
-        "size: must be a multiple of 64; it is 100",
+        "size is 100: it must be a multiple of 64",
     ),
     "bad name": ('["a.b"]\nkind = "shapes"\ndataset_id = 1\ncount = 2', "made of letters, digits, - and _"),
     "no table": ("dataset_id = 1", "'dataset_id' stands outside a table"),
@@ -118,112 +112,29 @@ def test_unknown_source_lists_the_known(tmp_path):
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"\[photos\] location: .*images: no such folder"):
-        list_inputs(source(tmp_path), 64, 0)
+        inputs_of(source(tmp_path))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "readme.md").write_text("none")
     with pytest.raises(SourceError, match="no images found"):
-        list_inputs(source(tmp_path), 64, 0)
+        Counted(tmp_path / "listing", source(tmp_path), 0, part_size=4).begin()
     (tmp_path / "file").write_text("x")
     with pytest.raises(SourceError, match="is a file, kind 'imagefolder' wants a folder"):
-        list_inputs(source(tmp_path, location="file"), 64, 0)
+        inputs_of(source(tmp_path, location="file"))
 
 
 def test_inputs_are_ordered_by_path_bytes(tmp_path):
     for name in ("b.png", "a/z.JPG", "a.png", "B.webp", "ä.png", ".hidden.png", "a/.x/y.png", "notes.md"):
         image(tmp_path / "images" / name) if not name.endswith("md") else (tmp_path / "images" / name).write_text("")
-    assert origins(source(tmp_path)) == ["B.webp", "a.png", "a/z.JPG", "b.png", "ä.png"]
+    found = sorted(item.origin for item in inputs_of(source(tmp_path)))
+    assert found == ["B.webp", "a.png", "a/z.JPG", "b.png", "ä.png"]
 
 
 def test_shapes_are_as_many_as_asked_for(tmp_path):
     spec = source(tmp_path, kind="shapes", location=None, count=5)
-    inputs = list_inputs(spec, 64, 3)
-    assert len(inputs) == 5 and inputs[4].image().size == (64, 64)
-    assert all(" on a" in caption(spec, item, 0) for item in inputs)
-    assert len({item.image().tobytes() for item in inputs}) == 5
-
-
-def test_captions_beside_the_images(tmp_path):
-    for name in "abcde":
-        image(tmp_path / "images" / f"{name}.png")
-    (tmp_path / "images" / "a.txt").write_text("  a red\nsquare ")
-    (tmp_path / "images" / "b.txt").write_text(" \n")
-    (tmp_path / "images" / "c.txt").write_bytes(b"\xff\xfe\xff")
-    (tmp_path / "images" / "e.txt").write_bytes("\ufeffein rötliches Quadrat".encode())
-    expected = {
-        "a.png": "a red square",
-        "b.png": "rejected: empty caption",
-        "c.png": "rejected: caption is not UTF-8: invalid start byte",
-        "d.png": "rejected: missing caption",
-        "e.png": "ein rötliches Quadrat",
-    }
-    assert captions(source(tmp_path)) == expected
-    allowed = expected | {"b.png": "", "d.png": ""}
-    assert captions(source(tmp_path, allow_empty_captions=True)) == allowed
-
-
-def test_captions_in_prompts_txt(tmp_path):
-    for name in ("a.png", "sub/b c.png", "c.png"):
-        image(tmp_path / "images" / name)
-    prompts = tmp_path / "images" / "prompts.txt"
-    prompts.write_text("a.png\ta cat: sleeping\n\nsub/b c.png: a dog\nghost.png: nobody\n")
-    found = captions(source(tmp_path))
-    assert found["a.png"] == "a cat: sleeping" and found["sub/b c.png"] == "a dog"
-    assert found["c.png"] == "rejected: missing caption"
-    ghost = next(item for item in list_inputs(source(tmp_path), 64, 0) if item.origin == "ghost.png")
-    with pytest.raises(Rejected, match="unreadable file: No such file"):
-        ghost.image()
-    prompts.write_text("a.png a cat\n")
-    with pytest.raises(SourceError, match=r"prompts.txt, line 1: must be an image's path, a tab or a colon"):
-        list_inputs(source(tmp_path), 64, 0)
-
-
-def test_captions_in_metadata_jsonl(tmp_path):
-    for name in "abcdef":
-        image(tmp_path / "images" / f"{name}.png")
-    rows = [
-        {"file_name": "a.png", "text": "one"},
-        {"file_name": "b.png", "text": ["first", "the second"]},
-        {"file_name": "c.png", "text": None},
-        {"file_name": "d.png", "text": 5},
-        {"file_name": "./e.png", "text": "\ud800"},
-        {"file_name": "f.png"},
-    ]
-    metadata = tmp_path / "images" / "metadata.jsonl"
-    metadata.write_text("\n".join(map(json.dumps, rows)))
-    found = captions(source(tmp_path))
-    assert found["a.png"] == "one" and found["b.png"] == "first"
-    assert found["c.png"] == found["f.png"] == "rejected: missing caption"
-    assert found["d.png"] == "rejected: caption is not a text: metadata.jsonl is [5]"
-    assert found["e.png"].startswith("rejected: caption is not UTF-8")
-    with pytest.raises(SourceError, match="no record has the field 'caption'; the first has file_name, text"):
-        list_inputs(source(tmp_path, caption="caption"), 64, 0)
-    (tmp_path / "images" / "prompts.txt").write_text("a.png: x")
-    with pytest.raises(SourceError, match=r"has metadata.jsonl and prompts.txt"):
-        list_inputs(source(tmp_path), 64, 0)
-    (tmp_path / "images" / "prompts.txt").unlink()
-    for line, message in (("{", "line 1: not JSON"), ("[1]", "must be an object with a text under 'file_name'")):
-        metadata.write_text(line)
-        with pytest.raises(SourceError, match=message):
-            list_inputs(source(tmp_path), 64, 0)
-
-
-@pytest.mark.parametrize("rule", ["first", "longest", "random", "all"])
-def test_several_captions(tmp_path, rule):
-    image(tmp_path / "images" / "a.png")
-    (tmp_path / "images" / "a.txt").write_text("one\n\nthe longest of all\nthree\n")
-    spec = source(tmp_path, captions=rule)
-    inputs = list_inputs(spec, 64, 0)
-    found = [caption(spec, item, seed=5) for item in inputs]
-    assert {item.origin for item in inputs} == {"a.png"}
-    if rule == "first":
-        assert found == ["one"]
-    elif rule == "longest":
-        assert found == ["the longest of all"]
-    elif rule == "all":
-        assert found == ["one", "the longest of all", "three"]
-    else:
-        drawn = {caption(spec, inputs[0], seed) for seed in range(50)}
-        assert drawn == {"one", "the longest of all", "three"} and found == [caption(spec, inputs[0], seed=5)]
+    inputs = inputs_of(spec, seed=3)
+    assert len(inputs) == 5 and spec.read_image(inputs[4]).size == (64, 64)
+    assert all(" on a" in spec.prompts(item, 0)[0] for item in inputs)
+    assert len({spec.read_image(item).tobytes() for item in inputs}) == 5
 
 
 def test_nothing_leaves_the_folder(tmp_path):
@@ -236,12 +147,13 @@ def test_nothing_leaves_the_folder(tmp_path):
         "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in names)
     )
     outcomes = {}
-    for item in list_inputs(source(tmp_path), 64, 0):
+    spec = source(tmp_path)
+    for item in inputs_of(spec):
         try:
-            outcomes[item.origin] = len(item.image()) > 0
+            outcomes[item.origin] = len(spec.read_image(item)) > 0
         except Rejected as reason:
             outcomes[item.origin] = str(reason)
     assert outcomes == {name: f"outside the folder: {name}" for name in names[:3]} | {"inside.png": True, "a.png": True}
     os.symlink(tmp_path, tmp_path / "images" / "up")
     with pytest.raises(SourceError, match="images/up: is a link to a folder"):
-        list_inputs(source(tmp_path), 64, 0)
+        inputs_of(source(tmp_path))

@@ -1,4 +1,4 @@
-"""The one pass of a build: read and resize in threads, encode on the device, compress and write in threads.
+"""The one pass of a build: read in threads, encode on the device, pack and write in threads.
 
 Batches hold the accepted inputs of one shard in order and never cross into the next, so their composition, and with
 it every bit of the result, depends neither on ranks nor on restarts.
@@ -6,46 +6,58 @@ it every bit of the result, depends neither on ranks nor on restarts.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from threading import Lock
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from tinyflux.precache.extract import Batch
-from tinyflux.precache.images import Picture, Rejected, prepare, preview
-from tinyflux.precache.inputs import Input, caption
-from tinyflux.precache.ledger import Job
-from tinyflux.precache.sources import SourceSpec
-from tinyflux.shards.format import encode_sample, sample_key
-from tinyflux.shards.manifest import shard_name
-from tinyflux.shards.schema import Field, fields_at, fields_of, shape_of
+from tinyflux.precache.images import Picture, Rejected
+from tinyflux.precache.ledger import Ledger
+from tinyflux.shards.schema import Field, fields_of, shape_of
 from tinyflux.shards.writer import write_shard
-from tinyflux.util import rng
 
-Encode = Callable[[list[Batch]], list[dict[str, Tensor]]]
-"""Batches -> the tensors of each, on the CPU."""
+if TYPE_CHECKING:
+    from tinyflux.precache.recipe import Recipe
 
 
 class Ready(NamedTuple):
-    """An input that is read, captioned and cut to size; without a picture where only its caption is wanted."""
+    """An input that is read: what models take of it, and what of it is known already."""
 
     index: int
     origin: str
-    seed: int
+    seed: int = 0
     """Its key for everything random, signed 64-bit."""
-    prompt: str
-    picture: Picture | None
-    members: dict[str, bytes] = {}
-    """What is kept of a sample that is there already, by extension."""
+    prompts: Sequence[str] = ()
+    picture: Picture | None = None
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+    meta: Mapping = MappingProxyType({})
+    """What its .json has, where it is a sample already."""
+    content: str | None = None
+    """A hash of image and captions, as they were read."""
+
+
+class Task(NamedTuple):
+    """An input of a shard. `read`, called in a thread, gives it ready to be encoded or raises Rejected."""
+
+    index: int
+    origin: str
+    read: Callable[[], Ready]
+
+
+class Work(NamedTuple):
+    """A shard to be made."""
+
+    number: int
+    tasks: Sequence[Task]
+    shape: tuple[int, int] | None = None
+    """(h, w) of its latents, None where the tensors tell."""
 
 
 class Stages:
@@ -67,15 +79,12 @@ class Stages:
 
 @dataclass
 class Engine:
-    """Turns the inputs of one source into shards."""
+    """Turns the inputs of a recipe into shards."""
 
-    spec: SourceSpec
-    encode: Encode
-    size: int
+    recipe: "Recipe"
+    ledger: Ledger
     batch_size: int
-    seed: int
     workers: int
-    with_preview: bool = True
     whole_shards: bool = False
     """Encode all batches of a shard in one call: for models that are loaded one at a time."""
     stages: Stages = field(default_factory=Stages)
@@ -83,139 +92,37 @@ class Engine:
     """Inputs done with so far, rejects included."""
     rejects: int = 0
     """Inputs left out of the shards written so far."""
+    _expected: dict[str, Field] = field(default_factory=dict)
+    """Fields that all samples have: those of the first."""
 
-    def read(self, index: int, item: Input) -> Ready | Rejected:
-        """One input, in a thread: its caption by the rule, its image cut to size."""
-        seed = rng.signed_key(self.seed, self.spec.dataset_id, index)
-        with self.stages.time("decode"):
-            try:
-                prompt = caption(self.spec, item, seed)
-                picture = self.cut(item, seed)
-            except Rejected as reason:
-                return reason
-        return Ready(index, item.origin, seed, prompt, picture)
+    def run(self, progress: Callable[[], None]) -> None:
+        """Build what this process can claim. `progress` is called after each batch and each shard.
 
-    def cut(self, item: Input, seed: int) -> Picture:
-        """An input's image, cut to size by the source's rules. Raises Rejected."""
-        spec = self.spec
-        limits = {"min_side": spec.min_side, "max_aspect": spec.max_aspect, "max_pixels": spec.max_pixels}
-        return prepare(item.image(), self.size, crop=spec.crop, seed=seed, **limits)
-
-    def tasks(self, shards: Iterable[int], inputs: list, shard_size: int) -> Iterator[tuple]:
-        """(shard, index, origin, what reads it), in order."""
-        for k in shards:
-            for index in range(k * shard_size, min((k + 1) * shard_size, len(inputs))):
-                if (item := inputs[index]) is not None:
-                    yield k, index, item.origin, partial(self.read, index, item)
-
-    def ahead(self, pool: ThreadPoolExecutor, tasks: Iterator[tuple]) -> Iterator[tuple]:
-        """(shard, index, origin, Ready or Rejected) in order, two batches and more read ahead."""
-        queue: deque[tuple[int, int, str, Future]] = deque()
-        window = 2 * self.batch_size + 2 * self.workers
-        for k, index, origin, read in tasks:
-            queue.append((k, index, origin, pool.submit(read)))
-            if len(queue) > window:
-                yield self._next(queue)
-        while queue:
-            yield self._next(queue)
-
-    def _next(self, queue: deque) -> tuple:
-        k, index, origin, future = queue.popleft()
-        with self.stages.time("wait for decode"):
-            return k, index, origin, future.result()
-
-    def batches(self, entries: Iterable[tuple], rejected: list[dict]) -> Iterator[list[Ready]]:
-        """Full batches of what was accepted, the last one maybe short; the rest is added to `rejected`."""
-
-        def accepted():
-            for _, index, origin, result in entries:
-                if isinstance(result, Rejected):
-                    rejected.append({"index": index, "origin": origin, "reason": str(result)})
-                    self.images += 1
-                else:
-                    yield result
-
-        stream = accepted()
-        while batch := list(islice(stream, self.batch_size)):
-            yield batch
-
-    def groups(self, batches: Iterator[list[Ready]]) -> Iterator[list[list[Ready]]]:
-        """The batches of a shard that are encoded in one call."""
-        if not self.whole_shards:
-            yield from ([batch] for batch in batches)
-        elif group := list(batches):
-            yield group
-
-    def encode_group(self, group: list[list[Ready]]) -> list[dict[str, Tensor]]:
-        """The tensors of each batch, on the CPU, batched."""
-        with self.stages.time("encode"):
-            return self.encode([as_batch(batch) for batch in group])
-
-    def compress(self, ready: Ready, tensors: dict[str, Tensor], expected: dict[str, Field]) -> dict | Rejected:
-        """One sample as tar members, in a thread; Rejected where its tensors are not fit to be trained on."""
-        with self.stages.time("compress"):
-            try:
-                check_tensors(tensors, expected)
-            except Rejected as reason:
-                return reason
-            return self.members(ready, tensors)
-
-    def members(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
-        """One sample as tar members."""
-        meta = {
-            "prompts": [ready.prompt],
-            "source": self.spec.name,
-            "dataset_id": self.spec.dataset_id,
-            "index": ready.index,
-            "origin": ready.origin,
-            "size": ready.picture.size,
-            "crop": ready.picture.crop,
-        }
-        picture = preview(ready.picture.pixels) if self.with_preview else None
-        return encode_sample(sample_key(self.spec.dataset_id, ready.index), tensors, meta, picture)
-
-    def finish(self, job: Job, k: int, pending: list, rejected: list[dict], fields: dict[str, Field]) -> None:
-        """Write shard k and its note, in a thread."""
-        samples = []
-        for index, origin, future in pending:
-            result = future.result()
-            if isinstance(result, Rejected):
-                rejected.append({"index": index, "origin": origin, "reason": str(result)})
-            else:
-                samples.append(result)
-        rejected.sort(key=itemgetter("index"))
-        self.rejects += len(rejected)
-        with self.stages.time("write"):
-            shard = write_shard(job.out / shard_name(job.source, k), samples) if samples else None
-            job.note(k, shard, fields, rejected)
-
-    def run(self, job: Job, shards: Iterable[int], inputs: list[Input | None], progress: Callable[[], None]) -> None:
-        """Build these shards. `progress` is called after each batch and each shard.
-
-        Raises OSError where a shard cannot be written; the finished ones stay.
+        Raises OSError where a shard cannot be written, ValueError where the recipe accepts no rejects and there is
+        one; the finished shards stay.
         """
-        pools = [ThreadPoolExecutor(n, name) for n, name in ((self.workers, "decode"), (self.workers, "compress"))]
-        writer = ThreadPoolExecutor(1, "write")
-        decode, compress = pools
+        decode, compress = (ThreadPoolExecutor(self.workers, name) for name in ("decode", "compress"))
+        lister, writer = ThreadPoolExecutor(1, "list"), ThreadPoolExecutor(1, "write")
         writing: deque[Future] = deque()
-        fields: dict[str, Field] = {}
-        expected: dict[str, Field] = {}
-        tasks = self.tasks(shards, inputs, job.shard_size)
         try:
-            for k, entries in groupby(self.ahead(decode, tasks), key=itemgetter(0)):
-                rejected, pending = [], []
-                for group in self.groups(self.batches(entries, rejected)):
-                    for batch, tensors in zip(group, self.encode_group(group), strict=True):
-                        rows = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(batch))]
-                        fields = fields or fields_of(rows[0])
-                        expected = expected or fields_at(fields, shape_of(rows[0]) or (1, 1))
-                        pending += [
-                            (ready.index, ready.origin, compress.submit(self.compress, ready, row, expected))
-                            for ready, row in zip(batch, rows, strict=True)
-                        ]
+            for _, entries in groupby(self._ahead(decode, lister), key=itemgetter(0)):
+                first = next(entries)
+                part, work, last = first[1]
+                rejected, pending, contents = [], [], {}
+                for group in self._groups(self._batches(chain([first], entries), rejected)):
+                    with self.stages.time("encode"):
+                        encoded = self.recipe.encode(group)
+                    for batch, tensors in zip(group, encoded, strict=True):
+                        for i, ready in enumerate(batch):
+                            row = {name: tensor[i] for name, tensor in tensors.items()}
+                            self._expected = self._expected or fields_of(row)
+                            pending.append((ready, compress.submit(self._pack, ready, row, work.shape)))
+                            if ready.content:
+                                contents[ready.index] = ready.content
                         self.images += len(batch)
                     progress()
-                writing.append(writer.submit(self.finish, job, k, pending, rejected, fields if pending else {}))
+                done = writer.submit(self._finish, work, pending, rejected, contents, part if last else None)
+                writing.append(done)
                 while len(writing) > 1:  # one shard is written while the next is encoded, no more
                     with self.stages.time("wait for write"):
                         writing.popleft().result()
@@ -224,24 +131,134 @@ class Engine:
                 with self.stages.time("wait for write"):
                     writing.popleft().result()
         finally:
-            for pool in (*pools, writer):
+            writer.shutdown()  # first: it waits for what is being compressed
+            for pool in (decode, compress, lister):
                 pool.shutdown(cancel_futures=True)
 
+    def _works(self, lister: ThreadPoolExecutor) -> Iterator[tuple[int, Work, bool]]:
+        """(part, shard to be made, whether it is the part's last); the next part is listed while one is built."""
+        parts = self.ledger.claim()
 
-def as_batch(batch: list[Ready]) -> Batch:
-    """Inputs that are read, as the models take them."""
-    pictures = [ready.picture for ready in batch]
-    pixels = None if pictures[0] is None else torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
-    return Batch(pixels, [ready.prompt for ready in batch], torch.tensor([ready.seed for ready in batch]))
+        def following() -> tuple[int, list[Work]] | None:
+            part = next(parts, None)
+            if part is None:
+                return None
+            with self.stages.time("list"):
+                return part, [work for work in self.recipe.works(part) if not self.ledger.finished(work.number)]
+
+        coming = lister.submit(following)
+        while (found := coming.result()) is not None:
+            coming = lister.submit(following)
+            part, works = found
+            for work in works:
+                yield part, work, work is works[-1]
+            if not works:
+                self._release(part)
+
+    def _release(self, part: int) -> None:
+        self.recipe.done_with(part)
+        self.ledger.release(part)
+
+    def _ahead(self, pool: ThreadPoolExecutor, lister: ThreadPoolExecutor) -> Iterator[tuple]:
+        """(shard, (part, work, last), task, Ready or Rejected) in order, two batches and more read ahead."""
+        queue: deque[tuple] = deque()
+        window = 2 * self.batch_size + 2 * self.workers
+        for place in self._works(lister):
+            number = place[1].number
+            for task in place[1].tasks:
+                queue.append((number, place, task, pool.submit(self._read, task)))
+                if len(queue) > window:
+                    yield self._next(queue)
+        while queue:
+            yield self._next(queue)
+
+    def _read(self, task: Task) -> Ready | Rejected:
+        with self.stages.time("decode"):
+            try:
+                return task.read()
+            except Rejected as reason:
+                return reason
+
+    def _next(self, queue: deque) -> tuple:
+        *place, future = queue.popleft()
+        with self.stages.time("wait for decode"):
+            return *place, future.result()
+
+    def _batches(self, entries: Iterable[tuple], rejected: list[dict]) -> Iterator[list[Ready]]:
+        """Full batches of what was accepted, the last one maybe short; the rest is added to `rejected`."""
+
+        def accepted():
+            for _, _, task, result in entries:
+                if isinstance(result, Rejected):
+                    rejected.append(self.recipe.rejected(task.index, task.origin, result))
+                    self.images += 1
+                else:
+                    yield result
+
+        stream = accepted()
+        while batch := list(islice(stream, self.batch_size)):
+            yield batch
+
+    def _groups(self, batches: Iterator[list[Ready]]) -> Iterator[list[list[Ready]]]:
+        """The batches of a shard that are encoded in one call."""
+        if not self.whole_shards:
+            yield from ([batch] for batch in batches)
+        elif group := list(batches):
+            yield group
+
+    def _pack(self, ready: Ready, tensors: dict[str, Tensor], shape: tuple[int, int] | None):
+        """(shape, members) of a sample, in a thread; Rejected where its tensors are not fit to be trained on."""
+        with self.stages.time("compress"):
+            try:
+                found = check_tensors(tensors, self._expected, shape)
+            except Rejected as reason:
+                return reason
+            return found, self.recipe.pack(ready, tensors)
+
+    def _finish(self, work: Work, pending: list, rejected: list[dict], contents: dict, part: int | None) -> None:
+        """Write a shard and its note, in a thread; with its last shard a part is released."""
+        samples, shape, cut, remarks = [], work.shape, [0, 0], Counter()
+        for ready, future in pending:
+            result = future.result()
+            if isinstance(result, Rejected):
+                rejected.append(self.recipe.rejected(ready.index, ready.origin, result))
+            else:
+                found, sample = result
+                shape = shape or found
+                samples.append(sample)
+                if (picture := ready.picture) is not None:
+                    left, top, right, bottom = picture.crop
+                    cut[0] += (right - left) * (bottom - top)
+                    cut[1] += picture.size[0] * picture.size[1]
+                    remarks.update([picture.remark] if picture.remark else ())
+        rejected.sort(key=itemgetter("index"))
+        self.rejects += len(rejected)
+        with self.stages.time("write"):
+            shard = write_shard(self.ledger.path(work.number), samples, shape) if samples else None
+            self.ledger.note(
+                work.number,
+                shard=shard,
+                fields=self._expected if samples else {},
+                rejected=rejected,
+                contents=contents,
+                pixels=cut,
+                remarks=remarks,
+            )
+        if part is not None:
+            self._release(part)
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Field]) -> None:
-    """Raises Rejected where a sample's tensors have NaN or infinity, another shape, or latents that are all equal.
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: dict[str, Field], shape: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """The latent shape (h, w) of a sample's tensors, if they have one.
 
-    expected: the fields that the samples must have, "h" and "w" in numbers.
+    Raises Rejected where they have NaN or infinity, other fields or another shape, or latents that are all equal.
     """
-    for name, tensor in tensors.items():
-        found = Field(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    found_shape = shape_of(tensors)
+    if shape is not None and found_shape not in (None, shape):
+        raise Rejected(f"wrong shape: latents are {found_shape}, the shard has {shape}")
+    for name, found in fields_of(tensors).items():
         if found != expected.get(name):
             wanted = expected[name].shape if name in expected else "nothing"
             raise Rejected(f"wrong shape: {name} is {found.dtype} {found.shape}, the source has {wanted}")
@@ -250,3 +267,4 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Field]) -> Non
     latents = tensors.get("latents")
     if latents is not None and (latents == latents.flatten()[0]).all():
         raise Rejected("constant latents: every element is the same")
+    return found_shape

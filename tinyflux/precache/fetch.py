@@ -1,30 +1,65 @@
-"""Remote files, downloaded once to the user's cache folder."""
+"""Remote files of a source: tars, kept while they are worked on, and single images."""
 
-import fcntl
 import hashlib
 import http.client
-import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-import fsspec
+from tinyflux.precache.images import Rejected
+from tinyflux.precache.inputs import FILE_LIMIT
+from tinyflux.precache.kinds.base import SourceError
+from tinyflux.util.files import cache_folder, locked, replaced
 
-from tinyflux.precache.sources import SourceError
+TRIES = 4
+TIMEOUT = 60  # seconds without a byte
+_FAULTS = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept: TINYFLUX_CACHE, or ~/.cache/tinyflux."""
-    return Path(os.environ.get("TINYFLUX_CACHE") or Path.home() / ".cache" / "tinyflux")
+def is_url(name: str) -> bool:
+    """Whether a list names an image by a URL that is read here."""
+    return name.startswith(("http://", "https://"))
+
+
+def read_url(url: str) -> bytes:
+    """An image at a URL, of at most FILE_LIMIT bytes; tried again where the server or the network fails.
+
+    Raises Rejected.
+    """
+    for attempt in range(TRIES):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as stream:
+                data = stream.read(FILE_LIMIT + 1)
+                length = stream.headers.get("Content-Length")
+        except _FAULTS as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
+                raise Rejected(f"cannot be fetched: {error}") from error
+            if attempt == TRIES - 1:
+                raise Rejected(f"cannot be fetched: {error}, {TRIES} times") from error
+        else:
+            if len(data) > FILE_LIMIT:
+                raise Rejected(f"unreadable file: more than {FILE_LIMIT} bytes")
+            if length is None or len(data) == int(length):
+                return data
+        time.sleep(0.2 * 2**attempt)
+    raise Rejected(f"cannot be fetched: ends before its {length} bytes, {TRIES} times")
 
 
 def _open(url: str):
     """(binary stream, its length if the server tells)."""
-    if url.startswith(("http://", "https://")):
-        stream = urllib.request.urlopen(url, timeout=60)  # seconds without a byte
+    if is_url(url):
+        stream = urllib.request.urlopen(url, timeout=TIMEOUT)
         return stream, stream.headers.get("Content-Length")
+    import fsspec
+
     return fsspec.open(url, "rb").open(), None
+
+
+def _place(url: str) -> Path:
+    name = url.rpartition("/")[2].partition("?")[0]
+    return cache_folder() / "sources" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
 def download(url: str) -> Path:
@@ -32,23 +67,29 @@ def download(url: str) -> Path:
 
     Processes that want the same file wait for one of them.
     """
-    name = url.rpartition("/")[2].partition("?")[0]
-    path = cache_folder() / "sources" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(name + ".lock"), "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    path = _place(url)
+    if path.is_file():
+        return path
+    with locked(path.with_name(path.name + ".lock"), what=f"the download of {url}"):
         if path.is_file():
             return path
-        part = path.with_name(name + ".part")
         try:
-            stream, length = _open(url)
-            with stream, open(part, "wb") as file:
-                shutil.copyfileobj(stream, file, 1 << 20)
+            with replaced(path, path.with_name(path.name + ".part")) as part:
+                stream, length = _open(url)
+                with stream, open(part, "wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+                if length is not None and part.stat().st_size != int(length):
+                    size = part.stat().st_size
+                    raise SourceError(f"{url}: the download ended at {size} of {length} bytes; run again")
+        except SourceError:
+            raise
         except ImportError as error:
             raise SourceError(f"{url}: {error}") from error
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        except _FAULTS as error:
             raise SourceError(f"{url}: cannot be downloaded: {error}") from error
-        if length is not None and part.stat().st_size != int(length):
-            raise SourceError(f"{url}: the download ended at {part.stat().st_size} of {length} bytes; run again")
-        os.replace(part, path)
     return path
+
+
+def forget(url: str) -> None:
+    """Remove the local copy of a file."""
+    _place(url).unlink(missing_ok=True)

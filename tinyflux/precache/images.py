@@ -1,28 +1,41 @@
-"""Image files of any kind -> upright RGB squares, or a reason why not.
+"""Image files of any kind -> upright sRGB pictures of a shape, or a reason why not.
 
-Rules: EXIF orientation is applied; transparency is flattened on white; 16-bit grey is scaled to 8; palette, grey and
-CMYK become RGB. Rejected: what cannot be decoded in full, animations (a frame of one rarely is what the caption says;
+Rules: EXIF orientation is applied; colours of an ICC profile become sRGB's; transparency is flattened on white; 16-bit
+grey is scaled to 8; palette, grey and CMYK become RGB.
+
+Rejected: what cannot be decoded in full, animations (a frame of one rarely is what the caption says;
 the extra frames of MPO photographs and TIFF pages are ignored instead), too many pixels (checked before decoding),
 too short a side, too long a shape.
 """
 
+import hashlib
 import io
+import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from tinyflux.util import rng
 
-EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif jp2 ppm pgm".split())
+EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif jp2 ppm pgm heic heif jxl".split())
+"""What is read; .heic, .heif and .jxl where their plugins are installed."""
+PICTURES = EXTENSIONS | frozenset("cr2 cr3 nef nrw arw dng raf orf rw2 pef psd svg eps exr hdr tga".split())
+"""What pictures are called; those that are not read are rejected if they have captions."""
+PLUGINS = {"heic": "pillow_heif", "heif": "pillow_heif", "jxl": "pillow_jxl"}
 ANIMATED = frozenset(("GIF", "PNG", "WEBP", "AVIF"))
 # what Pillow's decoders raise on damaged data
 DAMAGE = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, ArithmeticError,
     RuntimeError,
 )  # fmt: skip
+PROFILE_FAULTS = (*DAMAGE, ImageCms.PyCMSError)
+UNUSABLE = "have an ICC profile that cannot be used: their colours are taken as sRGB"
+COLOURS = "sRGB of ICC profiles"
 
 
 class Rejected(Exception):
@@ -31,18 +44,45 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """A square image, ready to encode, and where it was cut from."""
+    """An image cut to a shape, ready to encode, and where it was cut from."""
 
     pixels: np.ndarray
-    """uint8 [size, size, 3]."""
+    """uint8 [H, W, 3]."""
     size: tuple[int, int]
     """Width and height of the upright original."""
     crop: tuple[int, int, int, int]
-    """Left, top, right, bottom of the square in the upright original."""
+    """Left, top, right, bottom of the cut in the upright original."""
+    remark: str = ""
+    """What was odd about the image though it was taken."""
+
+
+@lru_cache(maxsize=1)
+def register_plugins() -> None:
+    """Have Pillow read HEIC and JPEG XL where their plugins are installed (the extra [images])."""
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    try:
+        import pillow_jxl  # noqa: F401  registers itself
+    except ImportError:
+        pass
+
+
+def unknown(data: bytes) -> str:
+    """What a file is that Pillow does not know."""
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "HEIC, which needs pillow-heif: pip install tinyflux-deep[images]"
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL, which needs pillow-jxl-plugin: pip install tinyflux-deep[images]"
+    return "not an image file of a known kind"
 
 
 def open_image(data: bytes | Image.Image, max_pixels: int = 100_000_000) -> Image.Image:
     """The whole image, upright, mode RGB. Raises Rejected."""
+    register_plugins()
     try:
         image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         width, height = image.size
@@ -53,14 +93,44 @@ def open_image(data: bytes | Image.Image, max_pixels: int = 100_000_000) -> Imag
         image.load()
         return _rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
-        raise Rejected("unreadable image: not an image file of a known kind") from error
+        raise Rejected(f"unreadable image: {unknown(data)}") from error
     except (Image.DecompressionBombError, MemoryError) as error:
         raise Rejected(f"too many pixels: {error}") from error
     except DAMAGE as error:
-        raise Rejected(f"unreadable image: {str(error) or type(error).__name__}") from error
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise Rejected(f"unreadable image: {why}") from error
+
+
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform of a profile's colours to sRGB, None where it has these already. Raises what ImageCms raises."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "srgb" in ImageCms.getProfileDescription(source).lower():
+        return None
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def uses_profile(image: Image.Image) -> bool | None:
+    """Whether the colours of an image need its ICC profile; None where the profile cannot be used."""
+    if (profile := image.info.get("icc_profile")) and image.mode in ("RGB", "RGBA", "P", "CMYK", "L", "LA"):
+        try:
+            return _to_srgb(profile, _flat(image).mode) is not None
+        except PROFILE_FAULTS:
+            return None
+    return False
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """The image in a mode that colour transforms take, without its transparency."""
+    return image.convert({"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if uses_profile(image):
+        colours = ImageCms.applyTransform(_flat(image), _to_srgb(image.info["icc_profile"], _flat(image).mode))
+        if image.has_transparency_data:
+            colours.putalpha(image.convert("RGBA").getchannel("A"))
+        image = colours
     if image.mode.startswith("I"):  # I;16, I;16B, I: convert() would clip to 255 instead of scaling
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -74,25 +144,65 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_box(width: int, height: int, rule: str, seed: int) -> tuple[int, int, int, int]:
-    """The largest square of an image: left, top, right, bottom.
+def crop_box(
+    width: int, height: int, rule: str, seed: int, shape: tuple[int, int] = (1, 1)
+) -> tuple[int, int, int, int]:
+    """The largest part of an image with the aspect of `shape`, (height, width): left, top, right, bottom.
 
-    `rule` center, top (of tall images; wide ones are centred) or random, which `seed` decides.
+    `rule` center, top (of images that are cut in height; others are centred) or random, which `seed` decides.
     """
-    side = min(width, height)
-    slack = max(width, height) - side
+    tall, wide = shape
+    across = width * tall > height * wide  # it is cut in width
+    if across:
+        cut = max(1, round(height * wide / tall)), height
+    else:
+        cut = width, max(1, round(width * tall / wide))
+    slack = width - cut[0] if across else height - cut[1]
     offset = slack // 2
     if rule == "random":
         offset = rng.key(seed, "crop") % (slack + 1)
-    elif rule == "top" and height > width:
+    elif rule == "top" and not across:
         offset = 0
-    left, top = (offset, 0) if width > height else (0, offset)
-    return left, top, left + side, top + side
+    left, top = (offset, 0) if across else (0, offset)
+    return left, top, left + cut[0], top + cut[1]
+
+
+def auto_shapes(side: int, step: int) -> list[tuple[int, int]]:
+    """Shapes (height, width) in steps of `step` pixels, from 1:2 to 2:1, of a square's area give or take a tenth."""
+    n = side // step
+    sides = range(1, 2 * n + 1)
+    fits = [(h, w) for h in sides for w in sides if max(h, w) <= 2 * min(h, w) and abs(h * w / n**2 - 1) <= 0.1]
+    return [(h * step, w * step) for h, w in fits]
+
+
+def nearest(width: int, height: int, shapes: Sequence[tuple[int, int]]) -> int:
+    """The number of the shape (height, width) whose aspect is nearest to an image's, by its logarithm."""
+    aspect = math.log(width / height)
+    return min(range(len(shapes)), key=lambda i: abs(math.log(shapes[i][1] / shapes[i][0]) - aspect))
+
+
+def size_of(data: bytes | Image.Image) -> tuple[int, int] | None:
+    """Width and height of the upright image, from its header alone; None where it has no readable one."""
+    register_plugins()
+    try:
+        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+    except (*DAMAGE, Image.DecompressionBombError):
+        return None
+
+
+def content_hash(image: bytes | Image.Image, prompts: Sequence[str]) -> str:
+    """A hash of an image file, or of an image that can be loaded, and its captions."""
+    found = hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=8)
+    for prompt in prompts:
+        found.update(b"\0" + prompt.encode(errors="surrogateescape"))
+    return found.hexdigest()
 
 
 def prepare(
     data: bytes | Image.Image,
-    size: int,
+    shape: tuple[int, int],
     *,
     crop: str = "center",
     seed: int = 0,
@@ -100,21 +210,22 @@ def prepare(
     max_aspect: float = float("inf"),
     max_pixels: int = 100_000_000,
 ) -> Picture:
-    """The image cut to its largest square by the crop rule and resized to `size` with Lanczos.
+    """The image cut by the crop rule to the aspect of `shape`, (height, width), and resized to it with Lanczos.
 
-    Cutting first gives what a resize of the short side and then a crop gives, and touches fewer pixels.
+    Cutting first gives what a resize of the image to cover the shape and then a cut gives, and touches fewer pixels.
     Raises Rejected.
     """
     image = open_image(data, max_pixels)
+    remark = UNUSABLE if image.info.get("icc_profile") and uses_profile(image) is None else ""
     width, height = image.size
     short, long = sorted((width, height))
     if short < min_side:
         raise Rejected(f"too small: {width}x{height}, the short side must be at least {min_side}")
     if long > max_aspect * short:
         raise Rejected(f"extreme aspect: {width}x{height}, at most {max_aspect:g}:1 is accepted")
-    box = crop_box(width, height, crop, seed)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
-    return Picture(pixels, (width, height), box)
+    box = crop_box(width, height, crop, seed, shape)
+    pixels = np.asarray(image.resize(shape[::-1], Image.Resampling.LANCZOS, box=box))
+    return Picture(pixels, (width, height), box, remark)
 
 
 def preview(pixels: np.ndarray, side: int = 128) -> bytes:

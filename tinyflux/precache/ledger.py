@@ -1,245 +1,302 @@
 """A build in progress: what lies under `.build/` in the output folder, and how ranks share it.
 
-config.json        settings and producer fingerprint; a rerun must agree with them
-inputs.jsonl.zst   one line an input, in the order of their ordinals: [origin, stamp], or null where none is
+config.json        settings and fingerprint; a rerun must agree with them
+inputs/            what it is made of: see listing.py
+plans/000012.json  how part 12 is cut into shards, where that is not known beforehand
 000012.json        shard 12 is finished: its manifest entry, its fields, and the inputs it left out
-locks              byte k + 1 is locked by the process that writes shard k, byte 0 while the files above are changed
+locks              byte k + 1 is locked by the process that writes part k, byte 0 while the files above are changed
 
-Ranks need no process group: each takes its own shards first, then whatever nobody has finished or holds. The kernel
-drops a dead process's locks, so its shards are free again. Whoever finishes the last shard writes the manifest.
+Ranks need no process group: each takes its own parts first, then whatever nobody has finished or holds. The kernel
+drops a dead process's locks, so its parts are free again. Whoever finishes the last part writes the manifest. On a
+file system without locks each rank keeps to its own parts.
 """
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import zstandard
-
-from tinyflux.precache.inputs import Input
-from tinyflux.shards.manifest import Manifest, ManifestError, diff_fingerprints, shard_name
+from tinyflux.shards.manifest import Base, Manifest, ManifestError, diff_fingerprints, shard_path
 from tinyflux.shards.schema import Field, grouped
 from tinyflux.shards.writer import Shard
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.files import atomic_write, sha256
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-class JobError(ValueError):
+
+class LedgerError(ValueError):
     """The output folder cannot be built into as asked; the message says what differs."""
 
 
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-class Job:
+class Ledger:
     """The output folder of one source."""
 
-    def __init__(self, out: Path, source: str, dataset_id: int):
-        self.out, self.source, self.dataset_id = out, source, dataset_id
+    def __init__(self, out: Path, source: str, dataset_id: int, rank: int = 0, world: int = 1):
+        self.out, self.source, self.dataset_id, self.rank, self.world = out, source, dataset_id, rank, world
         self.notes = out / ".build"
-        self._done: dict[int, dict] = {}
+        self.parts: Sequence[int] = ()
+        """Numbers of the parts that ranks share; set by whoever knows them."""
+        self.per_part = 1
+        """Numbers that the shards of a part have; with more than one, a plan tells how many shards there are."""
+        self.subfolders = False
+        self.locks = True
+        self.total: int | None = None
+        """Inputs of all parts, None where that is not known beforehand."""
+        self._done: dict[int, tuple[int, int]] = {}  # finished shards: samples and rejects
         self._fd = -1
 
     @property
     def manifest(self) -> Path:
         return self.out / "manifest.json"
 
+    def path(self, number: int) -> Path:
+        """The file of a shard."""
+        return self.out / shard_path(self.source, number, self.subfolders)
+
     def config(self) -> dict | None:
-        """The settings and fingerprint that this folder was begun with, if it was. Raises JobError."""
+        """The settings and fingerprint that this folder was begun with, if it was. Raises LedgerError."""
         path = self.notes / "config.json"
         if path.is_file():
             return json.loads(path.read_bytes())
         if self.manifest.exists():
-            raise JobError(
+            raise LedgerError(
                 f"{self.out}: holds a finished source but not the notes of its build ({path}), so nothing can be "
                 "added to it here; choose another --out"
             )
         return None
 
     def check(self, asked: dict) -> None:
-        """Raises JobError that lists how settings and fingerprint differ from those the build was begun with."""
+        """Raises LedgerError that lists how settings and fingerprint differ from those the build was begun with.
+
+        A build that has finished no shard starts over instead.
+        """
         begun = self.config() or asked
         if differences := diff_fingerprints({key: begun.get(key) for key in asked}, asked):
+            if self.begun_nothing():
+                return
             lines = "\n  ".join(differences)
-            raise JobError(
+            raise LedgerError(
                 f"{self.out}: was begun with other settings (there, against those asked for now):\n  {lines}\n"
                 "Ask for the same ones, or choose another --out"
             )
 
-    def begin(self, config: dict, inputs: list[Input], shard_size: int, append: bool = False) -> list[Input | None]:
-        """Start the build, or go on with one of the same config and inputs. Returns the inputs by ordinal.
+    def begun_nothing(self) -> bool:
+        """Whether no shard is finished yet."""
+        return not self.manifest.exists() and next(self.notes.glob("[0-9]*.json"), None) is None
 
-        `append` takes inputs that are new since then: they go last, from the next shard on, so that no finished shard
-        changes; the ordinals that this skips have None. Raises JobError where config or inputs differ.
-        """
-        self._open()
-        with self.lock():
-            if self.config() is None:
-                self._write_inputs([(item.origin, item.stamp) for item in inputs])
-                atomic_write(self.notes / "config.json", json.dumps(config, indent=1).encode())
+    def start_over(self) -> None:
+        """Forget a build that has finished no shard. Must be called under the lock."""
+        for name in ("inputs", "plans"):
+            shutil.rmtree(self.notes / name, ignore_errors=True)
+        (self.notes / "config.json").unlink(missing_ok=True)
+
+    def begin(self, config: dict) -> None:
+        """Note the config of a new build, or check that of one to resume. Must be called under the lock."""
+        begun = self.config()
+        if begun is not None and diff_fingerprints({key: begun.get(key) for key in config}, config):
             self.check(config)
-            ordered = self._order(inputs, shard_size if append else 0)
-        self.sizes = [
-            sum(item is not None for item in ordered[start : start + shard_size])
-            for start in range(0, len(ordered), shard_size)
-        ]
-        self.shard_size, self.shards, self.total = shard_size, len(self.sizes), sum(self.sizes)
-        return ordered
-
-    def begin_like(self, config: dict, sizes: list[int], inputs: bytes | None) -> None:
-        """Start, or go on with, a build that follows another's: `sizes` of its shards, the notes of its inputs.
-
-        Raises JobError where the config differs.
-        """
-        self._open()
-        with self.lock():
-            if self.config() is None:
-                if inputs is not None:
-                    atomic_write(self.notes / "inputs.jsonl.zst", inputs)
-                atomic_write(self.notes / "config.json", json.dumps(config, indent=1).encode())
-            self.check(config)
-        self.shard_size, self.sizes, self.shards, self.total = 0, sizes, len(sizes), sum(sizes)
-
-    def _open(self) -> None:
-        self.notes.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.notes / "locks", os.O_RDWR | os.O_CREAT, 0o666)
-
-    def _write_inputs(self, rows: list[tuple[str, str] | None]) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        atomic_write(self.notes / "inputs.jsonl.zst", zstandard.compress(text.encode()))
-
-    def read_inputs(self) -> list[tuple[str, str] | None]:
-        """(origin, stamp) of each input by ordinal, None where none is. Raises JobError where that was not noted."""
-        path = self.notes / "inputs.jsonl.zst"
-        if not path.is_file():
-            raise JobError(f"{self.out}: has no {path.name} in {self.notes}: it can be read, but not be added to")
-        text = zstandard.decompress(path.read_bytes()).decode()
-        return [row and tuple(row) for row in map(json.loads, text.splitlines())]
-
-    def _order(self, inputs: list[Input], append_from: int) -> list[Input | None]:
-        now: dict[tuple[str, str], list[Input]] = {}
-        for item in inputs:
-            now.setdefault((item.origin, item.stamp), []).append(item)
-        ordered, gone = [], []
-        for row in self.read_inputs():
-            if row is not None and not now.get(row):
-                gone.append(row[0])
-            else:
-                ordered.append(row and now[row].pop(0))
-        unused = {id(item) for items in now.values() for item in items}
-        new = [item for item in inputs if id(item) in unused]
-        if gone or new and not append_from:
-            names = [item.origin for item in new]
-            found = [f"{_some(names)} {what}" for names, what in ((gone, "gone or changed"), (names, "new")) if names]
-            hint = "choose another --out" if gone else "take them in with --append"
-            raise JobError(
-                f"{self.out}: the inputs are not those that the build was begun with: {'; '.join(found)}. "
-                f"Put them back as they were, or {hint}"
-            )
-        if new:
-            ordered += [None] * (-len(ordered) % append_from) + new
-            self._write_inputs([item and (item.origin, item.stamp) for item in ordered])
-        return ordered
+            self.start_over()
+            begun = None
+        if begun is None:
+            atomic_write(self.notes / "config.json", json.dumps(config, indent=1))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held by one process at a time, for what is not a shard."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, 0)
+        if self._fd < 0:
+            self.notes.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.notes / "locks", os.O_RDWR | os.O_CREAT, 0o666)
+        self._try(fcntl.LOCK_EX, 0)
+        if not self.locks and self.rank and not (self.notes / "config.json").exists():
+            self._wait_for(self.notes / "config.json")
         try:
             yield
         finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0)
+            self._try(fcntl.LOCK_UN, 0)
 
-    def finished(self, k: int) -> dict | None:
-        """The note of shard k, if it is finished and its file is there."""
-        if k not in self._done:
-            path = self.notes / f"{k:06d}.json"
-            if not path.is_file():
-                return None
-            note = json.loads(path.read_bytes())
-            file = self.out / shard_name(self.source, k)
-            if note["shard"] and not (file.is_file() and file.stat().st_size == note["shard"]["bytes"]):
-                return None
-            self._done[k] = note
-        return self._done[k]
-
-    def complete(self, shard_size: int) -> bool:
-        """Whether there is nothing left to do: all shards are finished, there, and in the manifest."""
-        if not self.manifest.exists():
-            return False
-        return self.complete_of(-(-len(self.read_inputs()) // shard_size))
-
-    def complete_of(self, shards: int) -> bool:
-        """The same of so many shards."""
-        if not self.manifest.exists():
-            return False
-        notes = [self.finished(k) for k in range(shards)]
+    def _try(self, how: int, byte: int) -> bool:
+        """Lock or unlock a byte; whether it is held. Where the file system has no locks, says so once."""
+        if not self.locks:
+            return True
         try:
-            listed = [shard.to_dict() for shard in Manifest.load(self.out).shards]
-        except ManifestError:
+            fcntl.lockf(self._fd, how, 1, byte)
+        except BlockingIOError:
             return False
-        return all(notes) and listed == [note["shard"] for note in notes if note["shard"]]
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.locks = False
+            if self.world > 1:
+                print(f"{self.out}: this file system has no locks: each of the {self.world} ranks keeps to its share")
+        return True
 
-    def claim(self, rank: int, world: int) -> Iterator[int]:
-        """Shards for this process to write, its own share first; each stays locked until it is noted."""
-        own = [k for k in range(self.shards) if k % world == rank]
-        # from the far end: the other ranks begin at the near one
-        others = [k for k in reversed(range(self.shards)) if k % world != rank]
-        for k in own + others:
-            if self.finished(k):
-                continue
-            try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, k + 1)
-            except BlockingIOError:
-                continue
-            if not self.finished(k):
-                yield k
+    def _wait_for(self, path: Path, seconds: float = 3600) -> None:
+        """Wait until rank 0 has begun the build. Raises LedgerError."""
+        end = time.monotonic() + seconds
+        while not path.exists():
+            if time.monotonic() > end:
+                raise LedgerError(f"{self.out}: rank 0 has not begun the build in {seconds:g} s; is it running?")
+            time.sleep(0.2)
 
-    def note(self, k: int, shard: Shard | None, fields: dict[str, Field], rejected: list[dict]) -> None:
-        """Record shard k as finished; `shard` None where all its inputs were rejected."""
+    def plan(self, part: int) -> dict | None:
+        """How a part is cut into shards, if that was noted."""
+        path = self.notes / "plans" / f"{part:06d}.json"
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def note_plan(self, part: int, plan: dict) -> None:
+        """Note how a part is cut: {"shards": how many, ...}."""
+        path = self.notes / "plans" / f"{part:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, json.dumps(plan))
+
+    def shards_of(self, part: int) -> range | None:
+        """The numbers of a part's shards, None where its plan is not made yet."""
+        if self.per_part == 1:
+            return range(part, part + 1)
+        plan = self.plan(part)
+        return plan and range(part * self.per_part, part * self.per_part + plan["shards"])
+
+    def note_of(self, number: int) -> dict | None:
+        """The note of a shard, if it is finished and its file is there."""
+        path = self.notes / f"{number:06d}.json"
+        if not path.is_file():
+            return None
+        note = json.loads(path.read_bytes())
+        file = self.path(number)
+        if note["shard"] and not (file.is_file() and file.stat().st_size == note["shard"]["bytes"]):
+            return None
+        return note
+
+    def finished(self, number: int) -> bool:
+        """Whether a shard is finished and its file is there."""
+        if number not in self._done:
+            if (note := self.note_of(number)) is None:
+                return False
+            self._done[number] = (note["shard"]["count"] if note["shard"] else 0, len(note["rejected"]))
+        return True
+
+    def part_finished(self, part: int) -> bool:
+        """Whether all shards of a part are."""
+        numbers = self.shards_of(part)
+        return numbers is not None and all(self.finished(number) for number in numbers)
+
+    def unfinished(self) -> list[int]:
+        """The parts that are not finished."""
+        return [part for part in self.parts if not self.part_finished(part)]
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Samples and rejects of the shards that are known to be finished."""
+        return sum(samples for samples, _ in self._done.values()), sum(rejects for _, rejects in self._done.values())
+
+    def look(self) -> None:
+        """Take notice of what other ranks have finished."""
+        noted = {int(path.stem) for path in self.notes.glob("[0-9]*.json")}
+        for number in noted - self._done.keys():
+            self.finished(number)
+
+    def complete(self) -> bool:
+        """Whether there is nothing left to do: all parts are finished, there, and in the manifest."""
+        if not self.manifest.exists() or self.unfinished():
+            return False
+        try:
+            listed = {shard.name: shard.sha256 for shard in Manifest.load(self.out).shards}
+        except (ManifestError, FileNotFoundError):
+            return False
+        return listed == {note["shard"]["name"]: note["shard"]["sha256"] for note in self.all_notes() if note["shard"]}
+
+    def claim(self) -> Iterator[int]:
+        """Parts for this process to work on, its own share first; each stays locked until `release`."""
+        own, others = [], []
+        for i, part in enumerate(self.parts):
+            (own if i % self.world == self.rank else others).append(part)
+        yield from filter(self._take, own)
+        if self.locks:
+            yield from filter(self._take, reversed(others))  # from the far end: the other ranks begin at the near one
+
+    def _take(self, part: int) -> bool:
+        if self.part_finished(part) or not self._try(fcntl.LOCK_EX | fcntl.LOCK_NB, part + 1):
+            return False
+        if self.part_finished(part):
+            self.release(part)
+            return False
+        return True
+
+    def release(self, part: int) -> None:
+        """Let go of a part."""
+        self._try(fcntl.LOCK_UN, part + 1)
+
+    def note(
+        self,
+        number: int,
+        *,
+        shard: Shard | None,
+        fields: dict[str, Field],
+        rejected: list[dict],
+        contents: dict[int, str],
+        pixels: list[int],
+        remarks: dict[str, int],
+    ) -> None:
+        """Record a shard as finished; `shard` None where all its inputs were rejected.
+
+        contents: hashes of its inputs by number. pixels: how many of its images were kept, and how many they had.
+        remarks: what was odd about images, and of how many.
+        """
         note = {
             "shard": shard and shard.to_dict(),
             "fields": {name: asdict(field) for name, field in fields.items()},
             "rejected": rejected,
+            "contents": contents,
+            "pixels": pixels,
+            "remarks": remarks,
         }
-        atomic_write(self.notes / f"{k:06d}.json", json.dumps(note).encode())
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, k + 1)
+        atomic_write(self.notes / f"{number:06d}.json", json.dumps(note))
 
-    def unfinished(self) -> list[int]:
-        return [k for k in range(self.shards) if not self.finished(k)]
+    def all_notes(self) -> Iterator[dict]:
+        """The notes of all shards, in order."""
+        for part in self.parts:
+            for number in self.shards_of(part):
+                yield json.loads((self.notes / f"{number:06d}.json").read_bytes())
 
-    def rejected(self) -> list[dict]:
-        """What the finished shards left out: index, origin and reason of each input."""
-        return [entry for k in sorted(self._done) for entry in self._done[k]["rejected"]]
+    def merge(self, producers: dict[str, dict], base: Base | None = None) -> Manifest | None:
+        """Write rejected.jsonl and, last, the manifest from the notes of all shards; None if all was rejected.
 
-    def merge(self, producers: dict[str, dict]) -> Manifest | None:
-        """Write rejected.jsonl and, last, manifest.json from the notes of all shards; None if all was rejected.
-
-        producers: the fingerprint of each group.
+        producers: the fingerprint of each group. Raises LedgerError where shards have other fields than the first.
         """
         with self.lock():
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.rejected())
-            atomic_write(self.out / "rejected.jsonl", lines.encode())
-            done = [self._done[k] for k in range(self.shards) if self._done[k]["shard"]]
-            if not done:
-                return None
-            fields = done[0]["fields"]
-            for note in done:
+            fields, shards, rejected = None, [], []
+            for note in self.all_notes():
+                rejected += note["rejected"]
+                if not note["shard"]:
+                    continue
+                fields = fields or note["fields"]
                 if note["fields"] != fields:
-                    raise JobError(f"{note['shard']['name']}: has fields {note['fields']}, the first shard {fields}")
+                    raise LedgerError(f"{note['shard']['name']}: has fields {note['fields']}, the first shard {fields}")
+                shards.append(Shard.from_dict(note["shard"]))
+            rejected.sort(key=lambda entry: entry["index"])
+            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
+            atomic_write(self.out / "rejected.jsonl", lines)
+            if not shards:
+                return None
             fields = {name: Field(field["dtype"], tuple(field["shape"])) for name, field in fields.items()}
+            null = self.out / "null.safetensors"
             manifest = Manifest.of(
                 self.source,
                 self.dataset_id,
                 grouped(fields, BUCKETS, producers),
-                [Shard.from_dict(note["shard"]) for note in done],
-                null_sha256=sha256(self.out / "null.safetensors"),
+                shards,
+                null_sha256=sha256(null) if null.is_file() else None,
+                base=base,
+                subfolders=self.subfolders,
             )
-            for leftover in (*self.out.glob(".*.tmp"), *self.notes.glob(".*.tmp")):  # of writers that were killed
+            for leftover in self.out.rglob(".*.tmp"):  # of writers that were killed
                 leftover.unlink()
             manifest.save(self.out)
             return manifest

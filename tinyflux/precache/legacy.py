@@ -1,4 +1,4 @@
-"""Old caches: folders of encodings.pt, lune.pt and sol.pt, which the package kept before it had shards."""
+"""Legacy caches: folders of encodings.pt, lune.pt and sol.pt, from before there were shards; and their conversion."""
 
 import pickle
 from pathlib import Path
@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import check_name
 from tinyflux.shards.schema import DTYPES, SCHEMA, Field, fields_of
 from tinyflux.util.buckets import BUCKETS
 
-FILES = {  # and the groups that each holds
-    "encodings.pt": ("latents", "text"),
-    "lune.pt": ("lune",),
-    "sol.pt": ("sol",),
+FILES = {  # file -> its fields
+    "encodings": ("latents", "t5_embeds", "clip_pooled"),
+    "lune": ("lune",),
+    "sol": ("sol_stats", "sol_spatial"),
 }
 NAMES = {  # what a field is called in those files; a file of one tensor needs no name
     "latents": ("latents", "latent"),
@@ -25,23 +24,31 @@ NAMES = {  # what a field is called in those files; a file of one tensor needs n
     "sol_stats": ("stats", "sol_stats"),
     "sol_spatial": ("spatial", "sol_spatial"),
 }
-FINGERPRINT = {"producer": "unknown: converted from an old cache"}
+SHAPES = {
+    "latents": "[N, C, H, W]",
+    "t5_embeds": "[N, L, D]",
+    "clip_pooled": "[N, D]",
+    "lune": "[N, K, D]",
+    "sol_stats": "[N, K, 3]",
+    "sol_spatial": "[N, K, h, w]",
+}
+PRODUCER = {"producer": "unknown: converted from a legacy cache"}
 
 
-class OldCacheError(ValueError):
-    """A file of an old cache that cannot be used; the message names it and the key."""
+class LegacyError(ValueError):
+    """A file of a legacy cache that cannot be used; the message names it and the key."""
 
 
-def is_old_cache(folder: str | Path) -> bool:
-    """Whether a folder holds an old cache and no shards."""
+def is_legacy(folder: str | Path) -> bool:
+    """Whether a folder holds a legacy cache and no shards."""
     folder = Path(folder)
     return (folder / "encodings.pt").is_file() and not (folder / "manifest.json").exists()
 
 
-class OldCache:
-    """The rows of an old cache, read through a memory map: `read` touches what it is asked for and no more.
+class LegacyCache:
+    """The rows of a legacy cache, read through a memory map: `read` touches what it is asked for and no more.
 
-    Raises FileNotFoundError without encodings.pt, OldCacheError where a file is damaged, holds more than plain data,
+    Raises FileNotFoundError without encodings.pt, LegacyError where a file is damaged, holds more than plain data,
     or does not fit the others.
     """
 
@@ -49,38 +56,38 @@ class OldCache:
         self.folder, self.timesteps, self.prompts = Path(folder), BUCKETS, None
         self.tensors: dict[str, Tensor] = {}
         if not (self.folder / "encodings.pt").is_file():
-            raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is no old cache")
-        for file, groups in FILES.items():
-            if (self.folder / file).is_file():
-                self._add(groups, self.folder / file)
+            raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is no legacy cache")
+        for file in FILES:
+            if (self.folder / f"{file}.pt").is_file():
+                self._add(file, self.folder / f"{file}.pt")
         self.name = self._name()
         self.count = len(self.tensors["latents"])
         for name, tensor in self.tensors.items():
             if len(tensor) != self.count:
-                raise OldCacheError(f"{self.folder}: {name} has {len(tensor)} rows, latents have {self.count}")
+                raise LegacyError(f"{self.folder}: {name} has {len(tensor)} rows, latents have {self.count}")
         if not self.count:
-            raise OldCacheError(f"{self.folder}: the cache is empty")
+            raise LegacyError(f"{self.folder}: the cache is empty")
         if self.prompts is not None and len(self.prompts) != self.count:
-            raise OldCacheError(f"{self.folder}: {len(self.prompts)} prompts for {self.count} samples")
+            raise LegacyError(f"{self.folder}: {len(self.prompts)} prompts for {self.count} samples")
 
-    def _add(self, groups: tuple[str, ...], path: Path) -> None:
-        content, names = _load(path), [name for group in groups for name in SCHEMA[group].fields]
-        if isinstance(content, Tensor) and len(names) == 1:
-            content = {names[0]: content}
+    def _add(self, file: str, path: Path) -> None:
+        content = _load(path)
+        if isinstance(content, Tensor) and len(FILES[file]) == 1:
+            content = {file: content}
         if not isinstance(content, dict):
-            raise OldCacheError(f"{path}: holds a {type(content).__name__}, must be a dictionary of tensors")
-        for name in names:
+            raise LegacyError(f"{path}: holds a {type(content).__name__}, must be a dictionary of tensors")
+        for name in FILES[file]:
             key = next((key for key in NAMES[name] if key in content), None)
             if key is None:
                 found = ", ".join(map(str, content)) or "nothing"
-                raise OldCacheError(f"{path}: no {name}, which may be called {', '.join(NAMES[name])}; it has {found}")
+                raise LegacyError(f"{path}: no {name}, which may be called {', '.join(NAMES[name])}; it has {found}")
             self.tensors[name] = _checked(content[key], name, f"{path}: {key}")
         grid = content.get("t_buckets", content.get("buckets"))
-        if grid is not None and any(SCHEMA[group].on_grid for group in groups):
+        if file != "encodings" and grid is not None:
             grid = [round(float(t), 4) for t in torch.as_tensor(grid).float()]
-            if grid != list(self.timesteps):
-                raise OldCacheError(f"{path}: its timestep buckets are {grid}, must be {list(self.timesteps)}")
-        if "text" in groups and isinstance(content.get("prompts"), list):
+            if grid != list(BUCKETS):
+                raise LegacyError(f"{path}: its timesteps are {grid}, must be {list(BUCKETS)}")
+        if file == "encodings" and isinstance(content.get("prompts"), list):
             self.prompts = [str(prompt) for prompt in content["prompts"]]
 
     def _name(self) -> str:
@@ -108,14 +115,9 @@ class OldCache:
         """All tensors of a sample."""
         return {name: tensor[i].clone() for name, tensor in self.tensors.items()}
 
-    def meta(self, i: int, source: str, dataset_id: int) -> dict:
-        """What is known of a sample, for its json."""
-        prompt = self.prompts[i] if self.prompts else ""
-        return {"prompts": [prompt], "source": source, "dataset_id": dataset_id, "index": i, "origin": f"{source}/{i}"}
-
-    def sample(self, i: int, source: str, dataset_id: int) -> dict:
-        """A sample as tar members. Raises ValueError where it has NaN or infinity."""
-        return encode_sample(sample_key(dataset_id, i), self.row(i), self.meta(i, source, dataset_id))
+    def prompt(self, i: int) -> str:
+        """The caption of a sample."""
+        return self.prompts[i] if self.prompts else ""
 
     def null(self) -> dict[str, Tensor]:
         """Zeros for the empty prompt, which is what the old trainer's text dropout put in its place."""
@@ -126,22 +128,22 @@ def _load(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise OldCacheError(
+        raise LegacyError(
             f"{path}: refused, it holds more than tensors and plain values, which could run code when read "
             f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise OldCacheError(f"{path}: damaged, cut short or not written by torch.save: {error}") from error
+        raise LegacyError(f"{path}: damaged, cut short or not written by torch.save: {error}") from error
 
 
 def _checked(tensor, name: str, where: str) -> Tensor:
-    group = next(entry for entry in SCHEMA.values() if name in entry.fields)
-    wanted = f"[N, {', '.join(map(str, group.fields[name]))}]"
+    wanted = SHAPES[name]
     if not isinstance(tensor, Tensor):
-        raise OldCacheError(f"{where} is a {type(tensor).__name__}, must be a tensor {wanted}")
+        raise LegacyError(f"{where} is a {type(tensor).__name__}, must be a tensor {wanted}")
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-        raise OldCacheError(f"{where} is {tensor.dtype}, must be one of {', '.join(DTYPES)}")
-    if tensor.ndim != len(group.fields[name]) + 1 or group.on_grid and tensor.shape[1] != len(BUCKETS):
-        grid = f" with {len(BUCKETS)} timesteps" if group.on_grid else ""
-        raise OldCacheError(f"{where} has shape {list(tensor.shape)}, must be {wanted}{grid}")
+        raise LegacyError(f"{where} is {tensor.dtype}, must be one of {', '.join(DTYPES)}")
+    buckets = name in ("lune", "sol_stats", "sol_spatial")
+    if tensor.ndim != wanted.count(",") + 1 or buckets and tensor.shape[1] != len(BUCKETS):
+        with_buckets = f" with K = {len(BUCKETS)} timestep buckets" if buckets else ""
+        raise LegacyError(f"{where} has shape {list(tensor.shape)}, must be {wanted}{with_buckets}")
     return tensor

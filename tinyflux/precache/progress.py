@@ -3,42 +3,48 @@
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from tinyflux.precache.convert import Converter
-from tinyflux.precache.engine import Engine
-from tinyflux.precache.inputs import Input
-from tinyflux.precache.ledger import Job, JobError
-from tinyflux.shards.manifest import Manifest
+from tinyflux.precache.ledger import Ledger, LedgerError
+from tinyflux.precache.listing import Few
+from tinyflux.shards.manifest import Base, Manifest
+from tinyflux.util.cli import table
+
+if TYPE_CHECKING:
+    from tinyflux.precache.engine import Engine
+    from tinyflux.precache.from_images import FromImages
 
 
 class Progress:
     """The bar: images of all ranks, images/s, time left, rejects."""
 
-    def __init__(self, job: Job, engine: Engine | Converter, show: bool):
-        self.job, self.engine = job, engine
-        self.before = self._finished()
+    def __init__(self, ledger: Ledger, engine: "Engine", show: bool):
+        self.ledger, self.engine = ledger, engine
+        ledger.look()
+        self.before, self.left_out = sum(ledger.done), ledger.done[1]
         tty = sys.stderr.isatty()
         self.bar = tqdm(
-            total=job.total,
+            total=ledger.total,
             initial=self.before,
-            desc=job.source,
+            desc=ledger.source,
             unit="image",
             disable=not show,
             mininterval=0.2 if tty else 30,  # a log file wants few lines
         )
         self.others, self.looked = 0, time.monotonic()
 
-    def _finished(self) -> int:
-        return sum(size for k, size in enumerate(self.job.sizes) if self.job.finished(k))
-
     def __call__(self) -> None:
         if time.monotonic() - self.looked > 5:  # seconds; a look at the notes of the other ranks
-            self.others = max(self.others, self._finished() - self.before - self.engine.images)
+            self.ledger.look()
+            self.others = max(self.others, sum(self.ledger.done) - self.before - self.engine.images)
+            self.left_out = max(self.left_out, self.ledger.done[1])
             self.looked = time.monotonic()
-        self.bar.set_postfix_str(f"{self.engine.rejects} rejected", refresh=False)
+        self.bar.set_postfix_str(f"{max(self.left_out, self.engine.rejects)} rejected", refresh=False)
         self.bar.update(self.before + self.others + self.engine.images - self.bar.n)
 
     def close(self) -> None:
@@ -46,49 +52,21 @@ class Progress:
         self.bar.close()
 
 
-def estimate(engine: Engine, inputs: list[Input], world: int, shard_size: int) -> None:
-    """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
-    batch = shard_size if engine.whole_shards else engine.batch_size
-    with tempfile.TemporaryDirectory(prefix="tinyflux-estimate-") as folder:
-        job = Job(Path(folder), engine.spec.name, engine.spec.dataset_id)
-        few = job.begin({}, inputs[: (2 if engine.whole_shards else 4) * batch], shard_size=batch)
-        marks = []
-        engine.run(job, job.claim(0, 1), few, lambda: marks.append((time.perf_counter(), engine.images)))
-        notes = [job.finished(k)["shard"] for k in range(job.shards)]
-    made = sum(shard["count"] for shard in notes if shard)
-    if not made:
-        raise JobError(f"all of the first {len(few)} inputs are rejected: {job.rejected()[0]['reason']}, ...")
-    (start, warm), (end, images) = marks[0], marks[-1]  # the first batch pays for warming up
-    if images == warm:
-        option = "--shard-size" if engine.whole_shards else "--batch-size"
-        raise JobError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
-    rate = (images - warm) / (end - start)
-    each = sum(shard["bytes"] for shard in notes if shard) / made
-    kept = made / len(few)
-    hours, name = len(inputs) / rate / 3600, engine.spec.name
-    print(f"{name}: {len(inputs)} inputs at {rate:.1f} images/s a rank, from {images - warm} of them")
-    print(f"  time  {hours:.2f} hours on 1 rank, {hours / world:.2f} on {world}")
-    print(f"  disk  {len(inputs) * kept * each / 1e9:.2f} GB, {each / 1e3:.1f} kB a sample; {1 - kept:.1%} rejected")
-    print(f"  feed  a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
+def say_complete(ledger: Ledger, max_rejected: float, changes: str, *, quiet: bool = False) -> int:
+    """Say that there is nothing left to do, and what has changed since. Returns the exit status."""
+    manifest = Manifest.load(ledger.out)
+    if not quiet:
+        print(f"{ledger.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
+        if changes:
+            print(f"{ledger.out}: {changes}")
+    return _status(ledger, max_rejected)
 
 
-def already(job: Job, shard_size: int) -> int | None:
-    """0, having said so, where there is nothing left to do."""
-    return say_complete(job) if job.complete(shard_size) else None
-
-
-def say_complete(job: Job) -> int:
-    """Say that there is nothing left to do: status 0."""
-    manifest = Manifest.load(job.out)
-    print(f"{job.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
-    return 0
-
-
-def say_speed(engine: Engine, seconds: float) -> None:
+def say_speed(engine: "Engine", seconds: float) -> None:
     """Print where the time of this run went."""
     spent = engine.stages.seconds
     if engine.images:
-        work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("decode", "compress", "write"))
+        work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("list", "decode", "compress", "write"))
         waits = spent["wait for decode"] + spent["wait for write"]
         print(
             f"this run: {engine.images} images in {seconds:.1f} s, {engine.images / seconds:.1f} images/s: "
@@ -96,19 +74,89 @@ def say_speed(engine: Engine, seconds: float) -> None:
         )
 
 
-def finish(job: Job, producers: dict[str, dict], max_rejected: float) -> int:
-    """Merge if all shards are done, print the summary, and return the exit status."""
-    if left := job.unfinished():
-        print(f"{job.out}: {len(left)} of {job.shards} shards are still being written by other ranks; the last merges")
+def finish(
+    ledger: Ledger, producers: dict[str, dict], max_rejected: float, *, base: Base | None = None, quiet: bool = False
+) -> int:
+    """Merge if all parts are done, print the summary, and return the exit status."""
+    if left := ledger.unfinished():
+        print(f"{ledger.out}: {len(left)} of {len(ledger.parts)} parts are still being made by others; the last merges")
         return 0
-    manifest = job.merge(producers)
-    rejected = len(job.rejected())
-    listed = f"{rejected} of {job.total} inputs rejected, see {job.out / 'rejected.jsonl'}"
+    manifest = ledger.merge(producers, base)
+    samples, rejected = ledger.done
+    listed = f"{rejected} of {samples + rejected} inputs rejected, see {ledger.out / 'rejected.jsonl'}"
     if manifest is None:
-        raise JobError(f"{job.out}: no sample is left, {listed}")
-    size = f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:.1f} MB"
-    print(f"{job.out}: {manifest.count} samples in {size}; {listed}")
-    if rejected > max_rejected * job.total:
-        print(f"error: more than --max-rejected {max_rejected:.1%} of the inputs were rejected", file=sys.stderr)
-        return 1
+        raise LedgerError(f"{ledger.out}: no sample is left, {listed}")
+    if not quiet:
+        size = manifest.bytes / 1e6
+        _say_shapes(ledger)
+        print(f"{ledger.out}: {manifest.count} samples in {len(manifest.shards)} shards, {size:.1f} MB; {listed}")
+    return _status(ledger, max_rejected)
+
+
+def _say_shapes(ledger: Ledger) -> None:
+    """Print the pictures of each shape, if there are several, and how many of them were odd."""
+    shapes: dict[tuple, list[int]] = {}
+    remarks: Counter[str] = Counter()
+    for note in ledger.all_notes():
+        remarks.update(note["remarks"])
+        if shard := note["shard"]:
+            row = shapes.setdefault(tuple(shard["shape"]), [0, 0, 0])
+            for i, value in enumerate((shard["count"], *note["pixels"])):
+                row[i] += value
+    if len(shapes) > 1:
+        rows = [("latents", "pictures", "pixels cut")]
+        for (h, w), (pictures, kept, whole) in sorted(shapes.items()):
+            rows.append((f"{w}x{h}", pictures, f"{1 - kept / whole:.1%}" if whole else ""))
+        print(table(rows, right=True))
+    for remark, n in remarks.items():
+        print(f"{ledger.out}: {n} images {remark}")
+
+
+def _status(ledger: Ledger, max_rejected: float) -> int:
+    samples, rejected = ledger.done
+    if rejected <= max_rejected * (samples + rejected):
+        return 0
+    print(f"error: more than --max-rejected {max_rejected:.1%} of the inputs were rejected", file=sys.stderr)
+    return 1
+
+
+def estimate(recipe: "FromImages", world: int) -> int:
+    """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
+    from tinyflux.precache.engine import Engine
+    from tinyflux.precache.models import workers_of
+
+    config = recipe.config
+    batch = config.shard_size if config.low_memory else config.batch_size
+    recipe.asked({})
+    recipe.probe()
+    recipe.load({})
+    name = recipe.source.name
+    with tempfile.TemporaryDirectory(prefix="tinyflux-estimate-") as folder:
+        recipe.ledger = ledger = Ledger(Path(folder), name, recipe.source.dataset_id)
+        with ledger.lock():
+            recipe.take_inputs()
+        count = ledger.total
+        recipe.config = replace(config, shard_size=batch)
+        recipe.listing, ledger.parts = Few(recipe.listing, (2 if config.low_memory else 4) * batch), range(1)
+        ledger.per_part, marks = 1000, []
+        engine = Engine(recipe, ledger, config.batch_size, workers_of(config, recipe.place), config.low_memory)
+        engine.run(lambda: marks.append((time.perf_counter(), engine.images)))
+        notes = [note for number in range(1000) if (note := ledger.note_of(number))]
+    shards = [note["shard"] for note in notes if note["shard"]]
+    made = sum(shard["count"] for shard in shards)
+    if not made:
+        reason = notes[0]["rejected"][0]["reason"] if notes else "there are none"
+        raise LedgerError(f"all of the first {engine.images} inputs are rejected: {reason}, ...")
+    (start, warm), (end, images) = marks[0], marks[-1]  # the first batch pays for warming up
+    if images == warm:
+        option = "--shard-size" if config.low_memory else "--batch-size"
+        raise LedgerError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
+    rate = (images - warm) / (end - start)
+    each, kept = sum(shard["bytes"] for shard in shards) / made, made / engine.images
+    inputs, n = (f"{count} inputs", count) if count is not None else ("for each million inputs", 10**6)
+    hours = n / rate / 3600
+    print(f"{name}: {inputs} at {rate:.1f} images/s a rank, from {images - warm} of them")
+    print(f"  time  {hours:.2f} hours on 1 rank, {hours / world:.2f} on {world}")
+    print(f"  disk  {n * kept * each / 1e9:.2f} GB, {each / 1e3:.1f} kB a sample; {1 - kept:.1%} rejected")
+    print(f"  feed  a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
     return 0

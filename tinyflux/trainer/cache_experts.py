@@ -2,7 +2,7 @@
 
     cache = DatasetCache.build(zoo, images, prompts, name="portraits")
     cache.save("cache/portraits")                  # a source: launch/train.py and sharding.verify take it too
-    cache = DatasetCache.load("cache/portraits")   # or a URL, or the folder of an old cache (encodings.pt, ...)
+    cache = DatasetCache.load("cache/portraits")   # or a URL, or the folder of a legacy cache (encodings.pt, ...)
     lune = cache.get_lune(indices, t)
 
 Random access opens and scans a shard for samples of shards that are not open; the stream of launch/train.py goes
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyflux.precache.legacy import OldCache, is_old_cache
+from tinyflux.precache.legacy import LegacyCache, is_legacy
 from tinyflux.shards.format import bits
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import DTYPES, Field, fields_at
@@ -69,7 +69,7 @@ def _reopen(url: str, revision: str) -> ShardRows:
     return ShardRows(open_source(url, revision=revision))
 
 
-Rows = ShardRows | OldCache
+Rows = ShardRows | LegacyCache
 
 
 class _View:
@@ -180,19 +180,30 @@ class DatasetCache:
         """Extract everything from images and prompts; the zoo loads what it has not.
 
         images: PIL images, paths, uint8 arrays [H, W, 3] or tensors [3, H, W]. checkpoint_dir: the folder that shards
-        are written to as they are done; the same call goes on there after an interruption. Without it they go to a
+        are written to as they are done; after an interruption the same call resumes there. Without it they go to a
         temporary folder that lasts as long as the cache: `save` it. dataset_id: what the sample keys begin with.
         Samples are those that `sharding.build` makes of the same images, prompts, id and seed.
         Raises ValueError naming the image that cannot be read, or how checkpoint_dir differs from what is asked for.
         """
-        from tinyflux.precache.cache_build import CacheBuild  # its libraries take seconds to import
+        from tinyflux.precache.cache_build import build_cache  # its libraries take seconds to import
+        from tinyflux.precache.config import BuildConfig
 
         folder = Path(checkpoint_dir or tempfile.mkdtemp(prefix=f"tinyflux-{name}-".replace(os.sep, "_")))
-        options = {"name": name, "dataset_id": dataset_id, "lune": build_lune, "sol": build_sol, "seed": seed}
-        options |= {"batch_size": batch_size, "dtype": dtype, "teacher_input": teacher_input, "shard_size": shard_size}
+        config = BuildConfig(
+            source=name,
+            dataset_id=dataset_id,
+            zoo="",
+            lune=build_lune,
+            sol=build_sol,
+            batch_size=batch_size,
+            dtype=str(dtype).removeprefix("torch."),
+            teacher_input=teacher_input,
+            seed=seed,
+            shard_size=shard_size,
+        )
         rows = None
         try:
-            CacheBuild(folder, zoo, images, prompts, **options).run()
+            build_cache(folder, zoo, images, prompts, config)
             rows = ShardRows(open_source(folder))
         finally:
             if checkpoint_dir is None and rows is None:
@@ -203,27 +214,27 @@ class DatasetCache:
 
     @classmethod
     def load(cls, location: str | Path) -> "DatasetCache":
-        """A source's folder or URL, or the folder of an old cache. Reads no sample yet.
+        """A source's folder or URL, or the folder of a legacy cache. Reads no sample yet.
 
         Raises FileNotFoundError, ValueError saying what is wrong with which file.
         """
-        if is_old_cache(location):
-            return cls(OldCache(location))
+        if is_legacy(location):
+            return cls(LegacyCache(location))
         return cls(ShardRows(open_source(location)))
 
     def save(self, folder: str | Path, *, dataset_id: int = 0) -> Path:
         """Write the cache as a source. Returns the folder.
 
-        Shards are linked where the file system can, else copied. dataset_id: of an old cache's samples, which have
+        Shards are linked where the file system can, else copied. dataset_id: of a legacy cache's samples, which have
         none of their own. Raises FileExistsError where the folder holds another source.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.rows, OldCache):
+        if isinstance(self.rows, LegacyCache):
             from tinyflux.precache.cache_build import convert
 
             _refuse_other(folder, None)
-            convert(self.rows, folder, self.name, dataset_id)
+            convert(self.rows.folder, folder, self.name, dataset_id)
             return folder
         source = self.rows.source
         _refuse_other(folder, source.manifest)
@@ -237,7 +248,7 @@ class DatasetCache:
         return folder
 
     def null(self) -> dict[str, Tensor]:
-        """The empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]; zeros in an old cache."""
+        """The empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]; zeros in a legacy cache."""
         return self.rows.null()
 
     def get_encodings(self, i: int) -> tuple[Tensor, Tensor, Tensor]:

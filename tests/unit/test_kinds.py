@@ -13,16 +13,16 @@ import pytest
 import webdataset
 from PIL import Image
 
+from tests.listed import inputs_of
 from tinyflux.precache.images import Rejected, open_image
-from tinyflux.precache.inputs import caption
-from tinyflux.precache.readers import list_inputs
-from tinyflux.precache.sources import SourceError, SourceSpec
+from tinyflux.precache.kinds import kind_of
+from tinyflux.precache.kinds.base import ImageSource, SourceError
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
 
 
-def spec(folder: Path, kind: str, location: str, **keys) -> SourceSpec:
-    return SourceSpec("photos", kind, 7, location=location, base=folder, **keys)
+def spec(folder: Path, kind: str, location: str, **keys) -> ImageSource:
+    return kind_of(kind)(name="photos", kind=kind, dataset_id=7, location=location, base=folder, **keys)
 
 
 def png(colour: str) -> bytes:
@@ -31,12 +31,12 @@ def png(colour: str) -> bytes:
     return out.getvalue()
 
 
-def contents(source: SourceSpec) -> list[tuple[str, str]]:
-    """(caption, colour) of all inputs in order; reasons in the place of what is rejected."""
+def contents(source: ImageSource) -> list[tuple]:
+    """(captions, colour) of all inputs by origin; reasons in the place of what is rejected."""
     found = []
-    for item in list_inputs(source, 64, 0):
+    for item in sorted(inputs_of(source)):
         row = []
-        for read in (lambda i=item: caption(source, i, 0), lambda i=item: colour_of(i.image())):
+        for read in (lambda i=item: source.prompts(i, 0), lambda i=item: colour_of(source.read_image(i))):
             try:
                 row.append(read())
             except Rejected as reason:
@@ -50,7 +50,7 @@ def colour_of(data) -> str:
     return next(name for name in COLOURS if pixel == Image.new("RGB", (1, 1), name).getpixel((0, 0)))
 
 
-ALL = [(f"a {colour} square", colour) for colour in COLOURS]
+ALL = [([f"a {colour} square"], colour) for colour in COLOURS]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
@@ -69,17 +69,17 @@ def test_lists_of_paths_and_captions(tmp_path, kind):
         comma = {"csv": ",", "tsv": "\t"}[kind]
         path.write_text("".join(f'"{a}"{comma}{b}\n' for a, b in [("path", "prompt"), *(r.values() for r in rows)]))
     kind = "jsonl" if kind == "jsonl" else "csv"
-    source = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption="prompt")
-    expected = [("outside", "rejected: outside the folder: ../lists.png"), *ALL]
-    assert contents(source) == [*expected, ("none", "rejected: unreadable file: No such file or directory")]
-    elsewhere = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption="prompt", root="other")
+    source = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption=["prompt"])
+    expected = [(["outside"], "rejected: outside the folder: ../lists.png"), *ALL]
+    assert contents(source) == [*expected, (["none"], "rejected: unreadable file: No such file or directory")]
+    elsewhere = spec(tmp_path, kind, f"lists/{path.name}", image="path", caption=["prompt"], root="other")
     assert {colour for _, colour in contents(elsewhere)} > {"rejected: outside the folder: ../lists/images/0.png"}
     with pytest.raises(SourceError, match="no record has the field 'text'; the first has path, prompt"):
-        list_inputs(spec(tmp_path, kind, f"lists/{path.name}", image="path"), 64, 0)
+        inputs_of(spec(tmp_path, kind, f"lists/{path.name}", image="path", caption=["text"]))
     with pytest.raises(SourceError, match="text under 'image'" if kind == "jsonl" else "nothing in column 'image'"):
-        list_inputs(spec(tmp_path, kind, f"lists/{path.name}", caption="prompt"), 64, 0)
+        inputs_of(spec(tmp_path, kind, f"lists/{path.name}", caption=["prompt"]))
     with pytest.raises(FileNotFoundError, match="no such file"):
-        list_inputs(spec(tmp_path, kind, "lists/other"), 64, 0)
+        inputs_of(spec(tmp_path, kind, "lists/other"))
 
 
 @pytest.fixture
@@ -99,17 +99,27 @@ def tars(tmp_path) -> Path:
 def test_webdataset_folder_and_pattern(tmp_path, tars):
     assert contents(spec(tmp_path, "webdataset", "tars")) == ALL
     assert contents(spec(tmp_path, "webdataset", "tars/{00001..00001}.tar")) == ALL[3:]
-    assert [text for text, _ in contents(spec(tmp_path, "webdataset", "tars", caption="alt"))] == COLOURS
-    both = spec(tmp_path, "webdataset", "tars", caption="alt", captions="all")
-    assert [text for text, _ in contents(both)][:4] == ["red", "x", "green", "x"]
-    origins = [item.origin for item in list_inputs(both, 64, 0)]
-    assert origins[:3] == ["00000.tar/000000000", "00000.tar/000000000", "00000.tar/000000001"]
+    alt = spec(tmp_path, "webdataset", "tars", caption=["alt"])
+    assert [texts for texts, _ in contents(alt)] == [[colour, "x"] for colour in COLOURS]
+    assert [item.origin for item in inputs_of(alt)][:2] == ["00000.tar/000000000", "00000.tar/000000001"]
     with pytest.raises(FileNotFoundError, match="no such tar"):
-        list_inputs(spec(tmp_path, "webdataset", "none-{0..1}.tar"), 64, 0)
+        inputs_of(spec(tmp_path, "webdataset", "none-{0..1}.tar"))
     data = (tars / "00001.tar").read_bytes()
     (tars / "00001.tar").write_bytes(data[:3000])
-    with pytest.raises(ValueError, match="00001.tar.*(cut short|not a readable tar)"):
-        list_inputs(spec(tmp_path, "webdataset", "tars"), 64, 0)
+    found = contents(spec(tmp_path, "webdataset", "tars"))
+    assert found[:3] == ALL[:3] and found[3][1].startswith("rejected: damaged tar, what follows in it is lost: ")
+
+
+def test_tars_of_one_name_in_several_folders(tmp_path, tars):
+    """img2dataset names them all 00000.tar, ...: origins are paths below the common folder."""
+    (tmp_path / "two" / "b").mkdir(parents=True)
+    (tars / "00000.tar").rename(tmp_path / "two" / "00000.tar")
+    (tars / "00001.tar").rename(tmp_path / "two" / "b" / "00000.tar")
+    for location in ("two", "two/{.,b}/00000.tar"):
+        source = spec(tmp_path, "webdataset", location)
+        assert contents(source) == ALL
+        origins = [item.origin for item in inputs_of(source)]
+        assert len(set(origins)) == 6 and origins[0].startswith("00000.tar/") and origins[3].startswith("b/00000.tar/")
 
 
 def test_webdataset_by_url(tmp_path, tars, monkeypatch):
@@ -128,10 +138,50 @@ def test_webdataset_by_url(tmp_path, tars, monkeypatch):
             assert contents(spec(tmp_path, "webdataset", url + "/{00000..00001}.tar")) == ALL
         assert asked == ["/00000.tar", "/00001.tar"]  # once each
         with pytest.raises(SourceError, match="00002.tar: cannot be downloaded: HTTP Error 404"):
-            list_inputs(spec(tmp_path, "webdataset", url + "/00002.tar"), 64, 0)
+            inputs_of(spec(tmp_path, "webdataset", url + "/00002.tar"))
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_lists_of_urls(tmp_path, monkeypatch):
+    """Images are fetched when they are read, again after an error of the server, and not for ever."""
+    monkeypatch.setattr("tinyflux.precache.fetch.time.sleep", lambda _: None)
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            status = {"/gone.png": 404, "/broken.png": 500}.get(self.path, 200)
+            if self.path == "/shaky.png" and asked.count(self.path) < 3:
+                status = 503
+            body = png("red")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body) + (self.path == "/cut.png")))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        names = ["good.png", "shaky.png", "gone.png", "broken.png", "cut.png"]
+        (tmp_path / "list.jsonl").write_text(
+            "".join(
+                json.dumps({"image": f"http://127.0.0.1:{server.server_port}/{name}", "text": name}) + "\n"
+                for name in names
+            )
+        )
+        found = {texts[0]: outcome for texts, outcome in contents(spec(tmp_path, "jsonl", "list.jsonl"))}
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found["good.png"] == found["shaky.png"] == "red"
+    assert found["gone.png"].startswith("rejected: cannot be fetched: HTTP Error 404") and asked.count("/gone.png") == 1
+    assert "500" in found["broken.png"] and asked.count("/broken.png") == asked.count("/cut.png") == 4
+    assert found["cut.png"].startswith("rejected: cannot be fetched: ")
 
 
 @pytest.fixture
@@ -162,17 +212,24 @@ def test_hf_layouts(tmp_path, rows, layout):
         keys |= {"streaming": True, "count": 6}
     assert contents(spec(tmp_path, "hf", "set", **keys)) == ALL
     if layout == "parquet streamed":
-        inputs = list_inputs(spec(tmp_path, "hf", "set", **keys), 64, 0)
-        assert [colour_of(inputs[i].image()) for i in (4, 5, 1, 0)] == ["black", "orange", "green", "red"]
-        inputs = list_inputs(spec(tmp_path, "hf", "set", **keys | {"count": 7}), 64, 0)
+        source = spec(tmp_path, "hf", "set", **keys)
+        inputs = inputs_of(source)
+        assert [colour_of(source.read_image(inputs[i])) for i in (4, 5, 1, 0)] == ["black", "orange", "green", "red"]
+        source = spec(tmp_path, "hf", "set", **keys | {"count": 7})
+        inputs = inputs_of(source)
         with pytest.raises(SourceError, match="count: 7 rows asked for, set ends before row 7"):
-            inputs[6].image()
-        with pytest.raises(SourceError, match="streaming: needs count"):
-            list_inputs(spec(tmp_path, "hf", "set", streaming=True), 64, 0)
+            source.read_image(inputs[6])
+        with pytest.raises(ValueError, match="streaming needs count"):
+            inputs_of(spec(tmp_path, "hf", "set", streaming=True))
     with pytest.raises(SourceError, match=r"image: no column 'image'; .* has picture, text"):
-        list_inputs(spec(tmp_path, "hf", "set"), 64, 0)
-    with pytest.raises(SourceError, match="image: column 'text' is .*string.*, must be an Image"):
-        list_inputs(spec(tmp_path, "hf", "set", image="text", caption="picture"), 64, 0)
+        inputs_of(spec(tmp_path, "hf", "set"))
+    bare = rows.cast_column("picture", datasets.Image(decode=False))
+    binary = datasets.Dataset.from_dict({"picture": [cell["bytes"] for cell in bare["picture"]], "text": rows["text"]})
+    (tmp_path / "raw").mkdir()
+    binary.to_parquet(tmp_path / "raw" / "train.parquet")
+    assert contents(spec(tmp_path, "hf", "raw", image="picture")) == ALL
+    with pytest.raises(SourceError, match="image: column 'text' is .*string.*, must be an Image or binary"):
+        inputs_of(spec(tmp_path, "hf", "set", image="text", caption=["picture"]))
 
 
 def test_hf_imagefolder(tmp_path):
@@ -185,4 +242,4 @@ def test_hf_imagefolder(tmp_path):
     assert contents(spec(tmp_path, "hf", "images")) == ALL
     assert contents(spec(tmp_path, "imagefolder", "images")) == ALL
     with pytest.raises(SourceError, match="cannot be loaded as a dataset"):
-        list_inputs(spec(tmp_path, "hf", os.fspath(tmp_path / "nothing")), 64, 0)
+        inputs_of(spec(tmp_path, "hf", os.fspath(tmp_path / "nothing")))

@@ -1,0 +1,202 @@
+"""Kind "imagefolder": all images of a folder and its subfolders, with captions beside them or in lists."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tinyflux.precache.images import EXTENSIONS, PICTURES, Rejected
+from tinyflux.precache.inputs import HEAD, lines_of, printable, read_file, records, table_rows
+from tinyflux.precache.kinds.base import ImageSource, Input, SourceError, Text, captions_in, digest, texts
+
+BESIDE = ("txt", "caption", "tags", "json")  # the first that there is
+LISTS = ("metadata.jsonl", "metadata.csv", "prompts.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(ImageSource):
+    """All images of a folder and its subfolders.
+
+    The captions of a/b.png are in a metadata.jsonl, metadata.csv or prompts.txt of a folder above it, else in a/b.txt,
+    .caption, .tags or .json, or a/b.png.txt and so on; in upper case, too.
+    """
+
+    location: Text
+    caption: list[str] | None = None
+    """Fields of the captions in metadata.jsonl, metadata.csv and .json; None means "text", "caption" or "prompt"."""
+
+    @cached_property
+    def ignored(self) -> Counter[str]:
+        """How many files of other extensions were passed over, as they were listed."""
+        return Counter()
+
+    def records(self, size: int, seed: int) -> Iterator[list]:
+        """[stem, what, name, ...] of each image, caption file and line of a list."""
+        self.ignored.clear()
+        folders = [""]
+        while folders:
+            below = folders.pop()
+            yield from self._records_of(self.folder(), below, folders)
+
+    def _records_of(self, root: Path, below: str, folders: list[str]) -> Iterator[list]:
+        lists, pictures = [], 0
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{below}{entry.name}/")
+                    continue
+                if entry.is_symlink() and entry.is_dir():
+                    raise SourceError(
+                        f"{entry.path}: is a link to a folder, these are not followed; copy it or mount it"
+                    )
+                name, extension = below + entry.name, entry.name.rpartition(".")[2].lower()
+                if entry.name in LISTS:
+                    lists.append(entry.name)
+                elif extension in PICTURES:
+                    pictures += extension in EXTENSIONS
+                    yield [stem_of(printable(name)), "image", name, _stamp(entry)]
+                elif extension in BESIDE:
+                    yield [stem_of(printable(name)), "beside", name, _stamp(entry)]
+                else:
+                    self.ignored[f".{extension}" if "." in entry.name else "without one"] += 1
+        if len(lists) > 1:
+            raise SourceError(
+                f"[{self.name}] {root / below}: has {' and '.join(sorted(lists))}; captions must be in one of them"
+            )
+        for name in lists:
+            for image, values in self._listed(root / below, name, pictures):
+                path = os.path.normpath(below + image)
+                yield [stem_of(printable(path)), "listed", path, values]
+
+    def _listed(self, folder: Path, name: str, pictures: int) -> Iterator[tuple[str, list]]:
+        """(image, captions) of the lines of a list. Raises SourceError."""
+        path = folder / name
+        if name == "prompts.txt":
+            yield from _prompts(path, pictures)
+            return
+        rows = (record for _, record in records(path, "file_name")) if name == "metadata.jsonl" else table_rows(path)
+        found, first = False, None
+        for row in rows:
+            first = first or row
+            if not row.get("file_name"):
+                raise SourceError(f"{path}: each row must have a file_name; one has {', '.join(map(str, row))}")
+            values = captions_in(row, self.caption)
+            found = found or values is not None
+            yield row["file_name"], values or []
+        if first is not None and not found:
+            wanted = " or ".join(map(repr, self.caption or ("text", "caption", "prompt")))
+            raise SourceError(f"{path}: no record has the field {wanted}; the first has {', '.join(map(str, first))}")
+
+    def stem(self, item: Input) -> str:
+        return stem_of(item.origin)
+
+    def join(self, stem: str, rows: Iterable[list]) -> Iterator[Input]:
+        images, beside, listed = {}, {}, {}
+        for _, what, name, value in rows:
+            if what == "listed":
+                listed.setdefault(name, []).extend(value)
+            else:
+                (images if what == "image" else beside)[name] = value
+        readable = any(name.rpartition(".")[2].lower() in EXTENSIONS for name in images)
+        for name in sorted(images.keys() | listed.keys()):
+            captions = listed.get(name)
+            file = None if captions is not None else _beside(name, beside)
+            if readable and name.rpartition(".")[2].lower() not in EXTENSIONS and captions is None:
+                self.ignored[f".{name.rpartition('.')[2].lower()}"] += 1  # a raw file beside its picture
+            elif images.get(name) is not None and name.rpartition(".")[2].lower() in EXTENSIONS or captions or file:
+                stamp = f"{images.get(name)} {beside.get(file) if file else digest(captions)}"
+                yield Input(printable(name), stamp, [name, file], captions)
+            else:
+                self.ignored[f".{name.rpartition('.')[2].lower()}"] += 1
+
+    def read_image(self, item: Input) -> bytes:
+        return read_file(self.path, item.place[0])
+
+    def read_head(self, item: Input) -> bytes:
+        return read_file(self.path, item.place[0], HEAD)
+
+    def read_texts(self, item: Input) -> list[str]:
+        name, file = item.place
+        if item.captions is not None:
+            return texts(item.captions, "the list")
+        if file is None:
+            return []
+        data = read_file(self.path, file)
+        if file.lower().endswith(".json"):
+            try:
+                record = json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise Rejected(f"caption's .json is damaged: {error}") from error
+            return texts(captions_in(record if isinstance(record, dict) else {}, self.caption), printable(file))
+        text = data.decode("utf-8-sig")
+        return text.splitlines() if self.captions else [text]
+
+    def sought(self, item: Input) -> str:
+        name = item.place[0]
+        if item.captions is not None:
+            return "the list has none for it"
+        folder, _, file = name.rpartition("/")
+        stem = file.rpartition(".")[0]
+        try:
+            names = [each for each in os.listdir(self.path / folder) if each.startswith(stem) and each != file]
+        except OSError:
+            names = []
+        some = ", ".join(sorted(map(printable, names))[:3])
+        there = f"beside it: {some}" if names else "nothing of its name beside it"
+        return f"no {printable(stem)}.txt, .caption, .tags or .json and no list has it; {there}"
+
+
+def stem_of(name: str) -> str:
+    """A name without the extensions of images and captions: what an image and its caption file have in common."""
+    for extensions in (BESIDE, PICTURES):
+        stem, dot, extension = name.rpartition(".")
+        if dot and extension.lower() in extensions:
+            name = stem
+    return name
+
+
+def _stamp(entry: os.DirEntry) -> str:
+    try:
+        status = entry.stat()  # of what a link leads to
+    except OSError:
+        return "gone"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _beside(name: str, files: dict[str, str]) -> str | None:
+    """The caption file of an image among files of its stem."""
+    stems = (name, name.rpartition(".")[0])
+    for extension in BESIDE:
+        for file in sorted(files):
+            if file.rpartition(".")[0] in stems and file.rpartition(".")[2].lower() == extension:
+                return file
+    return None
+
+
+def _prompts(path: Path, pictures: int) -> Iterator[tuple[str, list]]:
+    """(image, captions) of a prompts.txt: `a.png<TAB>a caption` or `a.png: a caption`, or a line for each image."""
+    lines = list(lines_of(path))
+    named = [_named(line) for _, line in lines]
+    if all(named):
+        for name, text in named:
+            yield name.strip(), [text]
+        return
+    if len(lines) != pictures:
+        number = lines[named.index(None)][0]
+        raise SourceError(
+            f"{path}, line {number}: must be an image's path, a tab or a colon, and its caption; or the file must have "
+            f"a line for each image of its folder, in the order of their names: it has {len(lines)} for {pictures}"
+        )
+    images = (e for e in os.listdir(path.parent) if e.rpartition(".")[2].lower() in EXTENSIONS and e[0] != ".")
+    for name, (_, line) in zip(sorted(images, key=os.fsencode), lines, strict=True):
+        yield name, [line]
+
+
+def _named(line: str) -> tuple[str, str] | None:
+    name, separator, text = line.partition("\t" if "\t" in line else ":")
+    return (name, text) if separator and name.strip().rpartition(".")[2].lower() in PICTURES else None

@@ -1,0 +1,36 @@
+"""Kind "shapes": rendered coloured shapes, to try things out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated
+
+from PIL import Image
+
+from tinyflux.model.tiny.shapes import render
+from tinyflux.precache.kinds.base import ImageSource, Input
+from tinyflux.util.settings import AtLeast
+
+_draw = lru_cache(maxsize=64)(render)  # an image and its caption are asked for separately
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes(ImageSource):
+    """Rendered coloured shapes, as many as `count`."""
+
+    count: Annotated[int, AtLeast(1)]
+    keeps_order = True
+
+    @property
+    def where(self) -> str:
+        return f"{self.count} rendered images"
+
+    def inputs(self, size: int, seed: int) -> Iterator[Input]:
+        for i in range(self.count):
+            yield Input(f"shapes/{i}", f"{seed}", (i, seed, size))
+
+    def read_image(self, item: Input) -> Image.Image:
+        return _draw(*item.place)[0]
+
+    def read_texts(self, item: Input) -> list[str]:
+        return [_draw(*item.place)[1]]

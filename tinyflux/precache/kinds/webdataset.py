@@ -1,0 +1,115 @@
+"""Kind "webdataset": raw tars of images and captions, as img2dataset writes them."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tinyflux.precache.fetch import download, forget
+from tinyflux.precache.images import EXTENSIONS, Rejected
+from tinyflux.precache.inputs import HEAD
+from tinyflux.precache.kinds.base import ImageSource, Input, Text, captions_in, digest, texts
+from tinyflux.shards.tar import read_member, scan
+
+CAPTIONS = ("txt", "caption", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebDataset(ImageSource):
+    """Raw tars of images with .txt, .caption or .json beside them: a folder of tars, files or URLs. Each is a part."""
+
+    location: Text
+    caption: list[str] | None = None
+    """Fields of the captions in the .json; None means that a .txt comes first, then "text", "caption" or "prompt"."""
+    keeps_order = True
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Files or URLs of the tars by their names below their common folder. Raises FileNotFoundError."""
+        from webdataset.shardlists import expand_urls
+
+        if "://" in self.location:
+            found = list(expand_urls(self.location))
+            top = found[0].rpartition("/")[0] if len(found) == 1 else os.path.commonpath(found)
+            top = top if "://" in top else found[0].partition("://")[0] + "://"
+            return {url[len(top) :].lstrip("/"): url for url in found}
+        if self.path.is_dir():
+            return {path.relative_to(self.path).as_posix(): str(path) for path in sorted(self.path.rglob("*.tar"))}
+        found = [Path(path) for path in expand_urls(str(self.path))]
+        for path in found:
+            if not path.is_file():
+                raise FileNotFoundError(f"[{self.name}] location: {path}: no such tar or folder of tars")
+        top = os.path.commonpath([path.parent for path in found])
+        return {path.relative_to(top).as_posix(): str(path) for path in found}
+
+    def parts(self) -> list[tuple[str, str]]:
+        return [(name, _stamp(place)) for name, place in self.places.items()]
+
+    def inputs_of(self, part: str) -> Iterator[Input]:
+        path = self._local(part)
+        with open(path, "rb") as file:
+            samples, fault = scan(file.fileno(), part)
+        for sample in samples:
+            picture = next((x for x in sample.members if x.rpartition(".")[2].lower() in EXTENSIONS), None)
+            if picture is None:
+                continue
+            wanted = {kind: sample.members[kind] for kind in CAPTIONS if kind in sample.members}
+            place = (part, sample.members[picture], wanted)
+            yield Input(f"{part}/{sample.key}", digest(sample.members[picture]), place)
+        if fault is not None:
+            yield Input(part, "", (part, None, str(fault.why)))
+
+    def done_with(self, part: str) -> None:
+        """Forget a tar that was downloaded, once its shards are written."""
+        if "://" in self.places[part]:
+            forget(self.places[part])
+
+    def _local(self, part: str) -> Path:
+        place = self.places[part]
+        return download(place) if "://" in place else Path(place)
+
+    def read_image(self, item: Input) -> bytes:
+        part, place, why = item.place
+        if place is None:
+            raise Rejected(f"damaged tar, what follows in it is lost: {why}")
+        return self._slice(part, place)
+
+    def sought(self, item: Input) -> str:
+        return "no .txt or .caption beside it, and no such field in a .json"
+
+    def read_head(self, item: Input) -> bytes:
+        part, place, _ = item.place
+        return b"" if place is None else self._slice(part, (place[0], min(place[1], HEAD)))
+
+    def read_texts(self, item: Input) -> list[str]:
+        part, place, members = item.place
+        if place is None:
+            return [part]
+        kind = next((kind for kind in CAPTIONS if kind in members and (kind == "json" or not self.caption)), None)
+        if kind is None:
+            return []
+        data = self._slice(part, members[kind])
+        if kind != "json":
+            text = data.decode("utf-8-sig")
+            return text.splitlines() if self.captions else [text]
+        try:
+            record = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise Rejected(f"caption's .json is damaged: {error}") from error
+        return texts(captions_in(record if isinstance(record, dict) else {}, self.caption), "the .json")
+
+    def _slice(self, part: str, place: tuple[int, int]) -> bytes:
+        try:
+            with open(self._local(part), "rb") as file:
+                return read_member(file.fileno(), *place)
+        except OSError as error:
+            raise Rejected(f"unreadable file: {error.strerror}") from error
+
+
+def _stamp(place: str) -> str:
+    if "://" in place:
+        return ""
+    status = os.stat(place)
+    return f"{status.st_size} {status.st_mtime_ns}"

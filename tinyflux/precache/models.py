@@ -1,0 +1,94 @@
+"""The models of a build: on which device, at which revisions, and what a source's manifest says of them."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from tinyflux.precache.config import BuildConfig, Place
+from tinyflux.precache.ledger import LedgerError
+from tinyflux.shards.manifest import diff_fingerprints
+
+if TYPE_CHECKING:  # the zoo's libraries take seconds to import
+    from tinyflux.model.zoo import ModelZoo
+
+
+def device_and_threads(config: BuildConfig, begun: dict, place: Place) -> dict:
+    """Kind of device and threads of a build; if not asked for, they stay as the build was begun."""
+    device = config.device and torch.device(config.device).type
+    device = device or begun.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    cores = place.cores if device == "cpu" and config.zoo != "tiny" else 1
+    return {"threads": config.threads or begun.get("threads") or cores, "device": device}
+
+
+def device_of(config: BuildConfig, settings: dict, place: Place) -> str:
+    """The device of this rank. Raises RuntimeError where the build needs one that isn't there."""
+    device = config.device or settings["device"]
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("the build needs cuda, and torch sees no such device")
+    return f"cuda:{place.local_rank % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def pinned(producers: dict[str, dict]) -> dict[str, str]:
+    """The models' revisions in the fingerprints of a source's groups."""
+    found = {}
+    for producer in producers.values():
+        for name, model in producer.items():
+            if isinstance(model, dict) and "revision" in model:
+                found[name] = model["revision"]
+            if isinstance(model, dict) and "revision" in model.get("config", {}):
+                found["unet"] = model["config"]["revision"]  # out of a single file, with the config of another repo
+    return found
+
+
+def zoo_of(config: BuildConfig, device: str, producers: dict[str, dict]) -> "ModelZoo":
+    """The zoo, none of its models loaded yet, at the revisions asked for, else those of `producers`.
+
+    Raises ValueError for a model that it doesn't have.
+    """
+    from tinyflux.model import zoo
+
+    dtypes = {name: getattr(torch, dtype) for name, dtype in config.model_dtype.items()}
+    revisions = pinned(producers) | config.revision
+    made = zoo.ModelZoo(device=device, dtype=dtypes, zoo=config.zoo, revision=revisions)
+    made.one_at_a_time = config.low_memory
+    return made
+
+
+def check_revisions(config: BuildConfig, producers: dict[str, dict], where: object) -> None:
+    """Raises LedgerError where revisions are asked for that are not the commits that a source was built with."""
+    if not config.revision:
+        return
+    from tinyflux.model import zoo
+
+    there, found = pinned(producers), zoo.ModelZoo(zoo=config.zoo, revision=config.revision)
+    asked = {name: rev if rev == there.get(name) else found.revision(name) for name, rev in config.revision.items()}
+    was, now = ({name: {"revision": each.get(name)} for name in asked} for each in (there, asked))
+    if differing := diff_fingerprints(was, now):
+        lines = "\n  ".join(differing)
+        raise LedgerError(
+            f"{where}: was built with other models (there, against those asked for now):\n  {lines}\n"
+            "Leave out --revision, or choose another --out"
+        )
+
+
+def producers_of(zoo: "ModelZoo", groups: Iterable[str], pictures: dict, config: BuildConfig) -> dict[str, dict]:
+    """What made each group, all that decides what its tensors mean; `pictures`: how images were cut and resized.
+
+    The models of these groups must have been loaded.
+    """
+    from tinyflux.precache.extract import EXTRACTORS, producers
+
+    dtype = getattr(torch, config.dtype)
+    made = producers(zoo, groups, dtype, teacher_input=config.teacher_input, seed=config.seed)
+    return {name: each | pictures if EXTRACTORS[name].of_image else each for name, each in made.items()}
+
+
+def step_of(zoo: "ModelZoo") -> int:
+    """Pixels that the sides of an image are multiples of: what the VAEs and the teachers' UNets halve."""
+    return max(1, zoo.image_size // 8)
+
+
+def workers_of(config: BuildConfig, place: Place) -> int:
+    """Threads that read images, and as many that compress."""
+    return config.workers or min(16, place.cores)
