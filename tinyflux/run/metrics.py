@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tinyflux.shards.stream import Stream
 from tinyflux.util import devices
-from tinyflux.util.files import atomic_write
+from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
 RETRY = 60.0
@@ -74,6 +74,9 @@ class Board:
                     return
                 from torch.utils.tensorboard import SummaryWriter
 
+                with replaced(self.folder / ".room") as probe:  # its thread would tell each failure in twenty lines
+                    probe.write_bytes(bytes(1 << 16))
+                (self.folder / ".room").unlink()
                 self.writer = SummaryWriter(str(self.folder))
             getattr(self.writer, f"add_{kind}")(name, value, step)
         except OSError as error:
