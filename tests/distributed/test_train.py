@@ -99,10 +99,13 @@ def test_resume_on_another_rank_count_and_hsdp(one_rank, sources, tmp_path):
     options = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 5)
     done = train(tmp_path / "run", sources, *options, "--trainer.max-epochs", 1, ranks=2)
     assert done.returncode == 0 and len(curve(tmp_path / "run")) == 8, done.stdout  # 64 samples, 8 a step
+    assert len(list((tmp_path / "run/checkpoints/step_8").glob("*.distcp"))) == 2
     done = train(tmp_path / "run", sources, *options, "--parallel.shard-size", 1, ranks=2)
     assert done.returncode == 0 and "resuming at step 8" in done.stdout, done.stdout
     for a, b in zip(one_rank, curve(tmp_path / "run"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    # of two replicas the first one saves
+    assert [path.name for path in (tmp_path / f"run/checkpoints/step_{STEPS}").glob("*.distcp")] == ["__0_0.distcp"]
 
 
 def test_fine_tuning_starts_from_weights_and_leaves_the_frozen_ones(one_rank_dir, sources, tmp_path):
@@ -122,6 +125,7 @@ def test_fine_tuning_starts_from_weights_and_leaves_the_frozen_ones(one_rank_dir
 def test_validation_epochs_and_exports(sources, tmp_path):
     options = ("--data.val-fraction", 0.2, "--trainer.validate-every", 3, "--trainer.total-steps", 16)
     keep = ("--trainer.save-every-epochs", 1, "--trainer.keep-last-n-epochs", 1, "--trainer.save-pt")
+    keep += ("--trainer.save-every-minutes", 0)
     done = train(tmp_path / "one", sources, *options, *keep)
     assert done.returncode == 0, done.stdout
     done = train(tmp_path / "two", sources, *options, ranks=2)

@@ -8,7 +8,8 @@ import signal
 import pytest
 
 from launch.train import main
-from tests.training import command, curve, make_source, start, train, train_until, wait_for
+from tests.training import command, curve, make_source, records, start, train, train_until, wait_for
+from tinyflux.model.dcp import read_metadata
 from tinyflux.run.folders import lock
 
 STEPS = 24
@@ -134,6 +135,34 @@ def test_changed_data_is_said(sources, tmp_path):
     assert done.returncode == 0, done.stdout
     done = train(tmp_path / "run", sources[:1], "--trainer.total-steps", 3)
     assert done.returncode == 0 and "WARNING: sources was" in done.stdout, done.stdout
+
+
+def test_saved_by_the_clock_and_epochs_no_faster(sources, tmp_path):
+    """An epoch is 8 steps here. A checkpoint of one would be made at steps 8, 16 and 24, were it not for the clock."""
+    run_dir, options = tmp_path / "run", ("--trainer.total-steps", STEPS, "--trainer.save-every-epochs", 1)
+    done = train(run_dir, sources, *options)
+    assert done.returncode == 0, done.stdout
+    assert {path.name for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir()} == {"step_24"}
+    assert read_metadata(run_dir / "checkpoints" / "step_24")["reasons"] == ["epoch", "step"]
+    every = ("--trainer.save-every-minutes", 1e-9, "--trainer.keep-last-n-steps", 0)
+    done = train(tmp_path / "often", sources, *options, *every)
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "often/checkpoints").glob("step_*") if path.is_dir())
+    assert done.returncode == 0 and 6 < len(saved) < STEPS and saved[-1] == STEPS, done.stdout
+
+
+def test_a_second_run_over_what_remains(sources, tmp_path):
+    options = ("--trainer.total-steps", 2)
+    assert train(tmp_path / "run", sources, *options).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")
+    done = train(tmp_path / "run", sources, *options)
+    assert done.returncode == 2 and "what remains of a run" in done.stdout, done.stdout
+    assert len(curve(tmp_path / "run")) == 2
+    done = train(tmp_path / "run", sources, *options, "--start-over", "--trainer.shift", 1.0)
+    assert done.returncode == 0 and "metrics.1.jsonl" in done.stdout, done.stdout
+    done = train(tmp_path / "run", sources, "--trainer.total-steps", 3, "--start-over")
+    assert done.returncode == 0 and "resuming at step 2" in done.stdout, done.stdout
+    assert "WARNING: since this checkpoint trainer.shift was 1.0, is now 3.0" in done.stdout
+    assert [record["step"] for record in records(tmp_path / "run") if "resumed" in record] == [3]
 
 
 BAD = {

@@ -54,7 +54,7 @@ def _names(root: Path) -> list[str]:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        return stat.S_ISREG(os.stat(folder / METADATA).st_mode) or os.path.islink(folder / METADATA)
+        return stat.S_ISREG(os.stat(folder / METADATA).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
 

@@ -122,8 +122,11 @@ class TrainerConfig:
     """Steps between checkpoints; 0 saves none by step."""
     keep_last_n_steps: Annotated[int, AtLeast(0)] = 3
     """Step checkpoints kept; 0 keeps all."""
+    save_every_minutes: Annotated[float, AtLeast(0)] = 15.0
+    """Minutes between checkpoints, and the fewest between those that epochs ask for; 0 saves none by the clock."""
     save_every_epochs: Annotated[int, AtLeast(0)] = 1
-    """Epochs between checkpoints; 0 saves none by epoch."""
+    """Epochs between checkpoints; 0 saves none by epoch. Where an epoch is shorter than save_every_minutes, that long
+    between them."""
     keep_last_n_epochs: Annotated[int, AtLeast(0)] = 3
     """Epoch checkpoints kept; 0 keeps all."""
     save_pt: bool = False
@@ -135,7 +138,8 @@ class TrainerConfig:
     upload_every_steps: Annotated[int, AtLeast(0)] = 0
     """Steps between uploads; 0 uploads none by step."""
     upload_every_epochs: Annotated[int, AtLeast(0)] = 1
-    """Epochs between uploads; 0 uploads none by epoch. The end of the run is always uploaded."""
+    """Epochs between uploads, which come with checkpoints; 0 uploads none by epoch. The end of the run is always
+    uploaded."""
     upload_wait: Annotated[int, AtLeast(0)] = 600
     """Seconds that the end of a run waits for the last upload."""
     validate_every: Annotated[int, AtLeast(0)] = 1000
@@ -159,6 +163,8 @@ class TrainerConfig:
     """Steps between sample grids; 0 draws none."""
     sample_prompts: list[str] = field(default_factory=list)
     """Prompts of the sample grids, encoded once at the start."""
+    sample_raw: bool = True
+    """Draw each grid with the trained weights too, beside the averaged ones."""
     sample_dir: str = "samples"
     """Where sample grids go, relative to the run folder."""
     sample_steps: Annotated[int, AtLeast(1)] = 28
@@ -208,6 +214,8 @@ class RunConfig:
     """How the model is spread over ranks."""
     run_dir: str = "runs/tinyflux"
     """Folder of the run. One that holds checkpoints is resumed."""
+    start_over: bool = False
+    """Begin at step 0 in a folder that has what remains of a run but no checkpoint; one that has is resumed."""
     dry_run: bool = False
     """Say what would run, with sizes, memory, the first batch and the speed of the data, and stop."""
 

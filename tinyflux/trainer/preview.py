@@ -1,6 +1,6 @@
 """Pictures of a run while it trains: prompts encoded once, sampled on all ranks, decoded beside the training."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyflux.run.metrics import Metrics
+from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.sampling import Prompts, Sampler, image_grid, save_samples
 from tinyflux.util.log import say
 
@@ -15,9 +16,19 @@ from tinyflux.util.log import say
 class Preview:
     """Sample grids of fixed prompts and noise. Building one is a collective: rank 0 alone loads the encoders."""
 
-    def __init__(self, sampler: Sampler, texts: list[str], folder: Path, device: torch.device, seed: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        texts: list[str],
+        folder: Path,
+        device: torch.device,
+        seed: int,
+        *,
+        raw: bool = True,
+    ):
+        self.raw, self.texts = raw, list(texts)
         self.sampler, self.folder, self.device, self.seed = sampler, folder, device, seed
-        self.executor, self.pending = ThreadPoolExecutor(1, "preview"), None
+        self.executor, self.stopped = ThreadPoolExecutor(1, "preview"), False
         encoded = [None]
         if dist.get_rank() == 0:
             encoded = [Prompts.encode(sampler.zoo, texts)]
@@ -27,27 +38,49 @@ class Preview:
         self.prompts: Prompts = encoded[0]
         self.pending: Future | None = None
 
-    def draw(self, model: nn.Module, step: int, metrics: Metrics) -> None:
-        """Sample the prompts, each rank its share; rank 0 then decodes in a thread. A collective."""
+    def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics) -> None:
+        """Sample the prompts with the averaged weights, and with the trained ones where `raw`, each rank its share;
+        rank 0 then decodes in a thread. While it still decodes the grid before, this one is left out. Must be called
+        on all ranks."""
+        busy = [self.pending is not None and not self.pending.done()]
+        dist.broadcast_object_list(busy, src=0)
+        if busy[0]:
+            say(f"no samples of step {step}: those before are still being decoded (trainer.sample_every)")
+            return
+        with ema.average_parameters():
+            drawn = {"": self._latents(model)}
+        if self.raw:
+            drawn["_raw"] = self._latents(model)
+        if dist.get_rank() == 0:
+            self.pending = self.executor.submit(self._decode, drawn, step, metrics)
+
+    def _latents(self, model: nn.Module) -> Tensor:
         rank, world, count = dist.get_rank(), dist.get_world_size(), len(self.prompts)
         # every rank draws equally many, for the forwards of a sharded model are collectives
         mine = (torch.arange(-(-count // world)) * world + rank) % count
         latents = self.sampler.latents(model, self.prompts, seed=self.seed, indices=mine, device=self.device)
         everyone = [torch.empty_like(latents) for _ in range(world)]
         dist.all_gather(everyone, latents.contiguous())
-        if rank == 0:
-            self.wait()
-            latents = torch.stack(everyone, 1).flatten(0, 1)[:count].cpu()
-            self.pending = self.executor.submit(self._decode, latents, step, metrics)
+        return torch.stack(everyone, 1).flatten(0, 1)[:count].cpu()
 
-    def _decode(self, latents: Tensor, step: int, metrics: Metrics) -> None:
-        images = self.sampler.decode(latents)
-        path = save_samples(images, self.folder / f"step_{step}.png")
-        metrics.image("samples", image_grid(images), step)
-        say(f"samples of step {step}: {path}")
+    def _decode(self, drawn: dict[str, Tensor], step: int, metrics: Metrics) -> None:
+        try:
+            for kind, latents in drawn.items():
+                decoded = []
+                for one in latents.split(1):
+                    if self.stopped:
+                        return
+                    decoded.append(self.sampler.decode(one))
+                images = torch.cat(decoded)
+                path = self.folder / f"step_{step}{kind}.png"
+                save_samples(images, path, parameters={"prompts": self.texts, "height": images.shape[2]})
+                metrics.image(f"samples{kind}", image_grid(images), step)
+            say(f"samples of step {step}: {self.folder / f'step_{step}.png'}")
+        except (RuntimeError, OSError, ValueError) as error:  # such as too little memory, or a full disk
+            say(f"WARNING: no samples of step {step}: {error}")
 
-    def wait(self) -> None:
-        """Wait for the grid that is being decoded; raises what went wrong there."""
+    def wait(self, patience: float | None = None) -> None:
+        """Wait for the grid that is being decoded, for at most `patience` seconds: then it is given up."""
         if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+            wait([self.pending], patience)
+            self.stopped = True

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.run.checkpoint import starting_weights
+from tinyflux.run.identity import agree, software
 from tinyflux.run.sources import data_identity, open_run_sources
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
@@ -48,6 +49,7 @@ def start(config: RunConfig, given: set[str]) -> int:
 def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     """Build the stream, the model and the trainer, and train. Returns the exit status."""
     c, seed = config.trainer, config.data.seed
+    agree({**config.to_dict(), "version": software()})
     check_accumulation(config, dist.get_world_size())
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
     groups = tuple(term.group for term in terms.enabled(c) if term.group)
@@ -114,5 +116,6 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
             sampler=sampler,
             identity=data_identity(stream),
             training_config=config.to_dict(),
+            start_over=config.start_over,
         )
         return trainer.train()

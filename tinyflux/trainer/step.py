@@ -46,7 +46,8 @@ class Stepper:
     """Takes the optimizer steps of a run.
 
     All that a step has to agree on between ranks is one vector, summed once: the losses, the main loss by timestep, the
-    squared gradient norm, whether a rank was told to stop, and of each rank how late it began and waited for data.
+    squared gradient norm, whether a rank was told to stop, whether rank 0 wants a save, and of each rank how late it
+    began and waited for data.
     """
 
     def __init__(
@@ -63,14 +64,16 @@ class Stepper:
         self.model, self.config, self.device = objective.model, objective.config, device
         self.keep_gathered = keep_gathered
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.parts = [len(objective.names), 2 * T_BINS, 1, 1, self.world, self.world]
+        self.parts = [len(objective.names), 2 * T_BINS, 1, 1, 1, self.world, self.world]
         self.read_at = time.perf_counter()  # when the step before was read, which all ranks do at about the same time
 
-    def __call__(self, batches: Iterator[Batch], step: int, accumulation: int, lr: float, told: bool) -> Pending:
-        """Launch the step that is counted from 0. told: whether this rank was told to stop. Must be called on all
-        ranks."""
+    def __call__(
+        self, batches: Iterator[Batch], step: int, accumulation: int, *, lr: float, told: bool, save: bool
+    ) -> Pending:
+        """Launch the step that is counted from 0. told: whether this rank was told to stop; save: whether it wants a
+        save. Must be called on all ranks."""
         packed = torch.zeros(sum(self.parts), device=self.device)
-        losses, by_t, squared_norm, stop, late, wait = packed.split(self.parts)
+        losses, by_t, squared_norm, stop, wanted, late, wait = packed.split(self.parts)
         keys, waited, began = [], 0.0, None
         for i in range(accumulation):
             now = time.perf_counter()
@@ -89,6 +92,7 @@ class Stepper:
         squared_norm += parallel.squared_norm(self.model, gradients)
         # numbers as arguments of kernels: a tensor of them would be copied from pageable memory, which waits
         stop.fill_(float(told))
+        wanted.fill_(float(save))
         late[self.rank].fill_(began - self.read_at)
         wait[self.rank].fill_(waited)
         dist.all_reduce(packed)
@@ -124,10 +128,11 @@ class Stepper:
             pending.seconds = self.read_at - before
         return pending.seconds
 
-    def read(self, pending: Pending) -> tuple[dict, bool]:
-        """The record of a step, and whether a rank was told to stop. Waits for the device to finish it."""
+    def read(self, pending: Pending) -> tuple[dict, bool, bool]:
+        """The record of a step, whether a rank was told to stop, whether one wants a save. Waits for the device to
+        finish it."""
         seconds = self.wait(pending)
-        losses, by_t, _, stop, late, wait, rest = (x.tolist() for x in pending.numbers.split([*self.parts, 3]))
+        losses, by_t, _, stop, wanted, late, wait, rest = (x.tolist() for x in pending.numbers.split([*self.parts, 3]))
         norm, skipped, median = rest
         record = {"step": pending.step}
         record |= {name: x / pending.samples for name, x in zip(self.objective.names, losses, strict=True)}
@@ -139,7 +144,7 @@ class Stepper:
         record["slowest"] = {"rank": slowest, "late_s": late[slowest], "data_wait_s": wait[slowest]}
         if skipped:
             record["fault"] = self.guard.fault(record["loss"], norm, median)
-        return record | pending.extra, stop[0] > 0
+        return record | pending.extra, stop[0] > 0, wanted[0] > 0
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step was finished out of the next one's time."""

@@ -16,6 +16,7 @@ from tinyflux.model.lora import attach
 from tinyflux.model.model import flops_per_sample
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import lock
+from tinyflux.run.identity import agree
 from tinyflux.run.metrics import Metrics, data_lines, data_report, scalars
 from tinyflux.run.report import write_report
 from tinyflux.run.upload import Uploader
@@ -38,6 +39,9 @@ from tinyflux.trainer.step import Pending, Stepper
 from tinyflux.trainer.validation import validate
 from tinyflux.util import cli, devices
 from tinyflux.util.log import say
+
+STOP_PATIENCE = 20.0
+"""Seconds that a run which was told to stop, and is saved, waits for exports and pictures."""
 
 
 class Trainer:
@@ -95,7 +99,10 @@ class Trainer:
         )
         self.step, self.last_step, self.best_loss = 0, config.total_steps, float("inf")
         self.pending: Pending | None = None  # the step that was launched and not read yet
-        self.stopping = False  # what all ranks agreed on
+        # what all ranks agreed on
+        self.stopping = self.save_wanted = False
+        self.owed: set[str] = set()  # reasons for a checkpoint that wait for the next one
+        self.saved_step = -1  # of the save that was begun last
         self.signals = StopSignals()
         self.profiler = Profiler(config.profile_at if self.rank == 0 else 0, config.profile_steps, self.run_dir)
         # what `setup` gives
@@ -122,6 +129,7 @@ class Trainer:
         val_loader: Iterable[Batch] | None = None,
         identity: dict | None = None,
         training_config: dict | None = None,
+        start_over: bool = False,
     ) -> None:
         """Give the trainer its data, and resume the newest checkpoint of the run folder if there is one.
 
@@ -130,7 +138,8 @@ class Trainer:
         `config.sample_prompts`. tensorboard_dir: instead of the config's. val_loader: batches of `HeldOut`, the same
         number on every rank; the best checkpoint is by their main loss.
         identity: what the data order depends on; where a resumed run has another one, it says what changed.
-        training_config: written beside the checkpoints.
+        training_config: written beside the checkpoints. start_over: begin at step 0 in a folder that has what remains
+        of a run but no checkpoint; ValueError otherwise, and where ranks have different data.
         """
         c = self.config
         if isinstance(train_loader, DataLoader):
@@ -139,6 +148,7 @@ class Trainer:
             train_loader = CacheLoader(train_loader, cache, c, seed=self.seed)
             identity = identity or train_loader.identity
         self.loader, self.identity = train_loader, identity or {}
+        agree({"data": self.identity})
         self.tensorboard_dir = self.run_dir / (tensorboard_dir or c.tensorboard_dir)
         self.val_loader = val_loader if c.validate_every else None
         self.training_config = training_config or self.training_config
@@ -161,13 +171,14 @@ class Trainer:
             keep_epochs=c.keep_last_n_epochs,
             save_pt=c.save_pt,
             upload=self.uploader.add if self.uploader else None,
+            every=60 * c.save_every_minutes,
         )
         self.checkpointer.write_configs(self.training_config)
-        self.load_checkpoint()
+        self.load_checkpoint(start_over)
         self.checkpointer.prepare(self.state_dict())
         if sampler and c.sample_prompts and c.sample_every:
             folder = self.run_dir / c.sample_dir
-            self.preview = Preview(sampler, c.sample_prompts, folder, self.device, self.seed)
+            self.preview = Preview(sampler, c.sample_prompts, folder, self.device, self.seed, raw=c.sample_raw)
             found = self.preview.prompts.t5.shape[-1]
             if found != text_width:
                 raise ValueError(
@@ -180,11 +191,12 @@ class Trainer:
         optimizer = optimizer_state(self.model, self.optimizer)
         return {"model": self.model.state_dict(), "optimizer": optimizer, "ema": self.ema.shadow}
 
-    def load_checkpoint(self) -> bool:
-        """Resume the newest sound checkpoint of the run folder; `setup` does so. Returns whether there was one."""
+    def load_checkpoint(self, start_over: bool = False) -> bool:
+        """Resume the newest sound checkpoint of the run folder; `setup` does so. Returns whether there was one. Raises
+        as `Checkpointer.load_newest`."""
         if self.checkpointer is None:
             raise RuntimeError("call setup() first: it opens the run folder, and resumes what is there")
-        metadata = self.checkpointer.load_newest(self.state_dict())
+        metadata = self.checkpointer.load_newest(self.state_dict(), start_over=start_over)
         if metadata is None:
             return False
         self.ema.updates = metadata["ema_updates"]
@@ -208,7 +220,8 @@ class Trainer:
             "epoch": self.loader.epoch(self.step),
             "losses": self.guard.losses,
         }
-        self.checkpointer.save(self.step, self.state_dict(), metadata, reasons)
+        self.checkpointer.save(self.step, self.state_dict(), metadata, reasons | self.owed)
+        self.owed, self.save_wanted, self.saved_step = set(), False, self.step
 
     @property
     def finished(self) -> bool:
@@ -244,7 +257,12 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Launch an optimizer step over one global batch, then record the one before."""
         launched = self.stepper(
-            batches, self.step, self.loader.accumulation, lr=self._learning_rate(), told=self.signals.told
+            batches,
+            self.step,
+            self.loader.accumulation,
+            lr=self._learning_rate(),
+            told=self.signals.told,
+            save=self.rank == 0 and self.checkpointer.overdue,
         )
         self.step += 1
         self._read()
@@ -267,7 +285,8 @@ class Trainer:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        record, told = self.stepper.read(pending)
+        record, told, wanted = self.stepper.read(pending)
+        self.save_wanted |= wanted and pending.step > self.saved_step  # rank 0 asks until it sees the save
         self.stopping = self.stopping or told  # as soon as one rank was told, all stop at the same step
         if reason := self.guard.count(pending.step, record.get("fault"), pending.keys):
             self.close()
@@ -300,37 +319,44 @@ class Trainer:
             if losses["val_loss"] < self.best_loss:
                 self.best_loss = losses["val_loss"]
                 reasons.add("best")
-        saves = zip(("step", "epoch"), due(c.save_every_steps, c.save_every_epochs), strict=True)
-        reasons |= {reason for reason, is_due in saves if is_due}
-        if c.hf_repo_id and any(due(c.upload_every_steps, c.upload_every_epochs)):
-            reasons.add("upload")
-        if reasons:
+        by_step, by_epoch = due(c.save_every_steps, c.save_every_epochs)
+        upload_by_step, upload_by_epoch = due(c.upload_every_steps, c.upload_every_epochs) if c.hf_repo_id else (0, 0)
+        reasons |= {name for name, is_due in (("step", by_step), ("upload", upload_by_step)) if is_due}
+        self.owed |= {name for name, is_due in (("epoch", by_epoch), ("upload", upload_by_epoch)) if is_due}
+        if self.save_wanted:
+            reasons.add("step")
+        if reasons or (self.owed and not c.save_every_minutes):
             self.save_checkpoint(reasons)
         if self.preview and any(due(c.sample_every)):
             say(f"drawing samples at step {self.step}")
             self._read()
-            with self.ema.average_parameters():
-                self.preview.draw(self.model, self.step, self.metrics)
+            self.preview.draw(self.model, self.ema, self.step, self.metrics)
         if self.pending is None or self.pending.seconds is not None:
             self.stepper.restart_clock()
 
     def _save_the_end(self) -> None:
-        """Save the last step if it is not saved, and finish what threads are at."""
+        """Save the last step if it is not saved, then finish what threads are at: little where the run was told to
+        stop, for it may be killed soon."""
         self.checkpointer.wait()
         if self.checkpointer.newest != self.step:
             self.save_checkpoint({"step"})
+            self.checkpointer.wait()
+        patience = None if self.finished else STOP_PATIENCE
         if self.preview:
-            self.preview.wait()
+            self.preview.wait(patience)
         data = self.shown.get("data") or data_report(self.loader, self.step, self.device)
         say(*data_lines(data), sep="\n")
         self.metrics.close()
-        self.close()
+        self.close(patience)
 
     def _conclude(self) -> int:
         """Report and upload. Returns the exit status."""
         c = self.config
         if self.rank == 0:
-            say(f"report: {write_report(self.run_dir, self.training_config, c.sample_dir)}")
+            try:
+                say(f"report: {write_report(self.run_dir, self.training_config, c.sample_dir)}")
+            except (OSError, ValueError) as error:
+                say(f"WARNING: no report: {error}")
         if self.checkpointer.newest != self.step:
             say(f"error: step {self.step} could not be saved; run the same command again once that is put right")
             return cli.FAILED
@@ -343,8 +369,9 @@ class Trainer:
         say(f"stopped by a signal at step {self.step} of {self.last_step}: saved; run the same command to resume")
         return cli.SAVED
 
-    def close(self) -> None:
-        """Finish the checkpoint in flight and let go of the run folder."""
-        self.checkpointer.close()
+    def close(self, patience: float | None = None) -> None:
+        """Finish the checkpoint in flight, wait for exports for at most `patience` seconds, and let go of the run
+        folder."""
+        self.checkpointer.close(patience)
         if self.lock:
             self.lock.close()
