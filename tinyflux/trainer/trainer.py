@@ -117,7 +117,6 @@ class Trainer:
         self.uploader: Uploader | None = None
         self.preview: Preview | None = None
         self.metrics: Metrics | None = None
-        self.shown: dict = {}  # the record that was shown last
 
     def setup(
         self,
@@ -300,7 +299,6 @@ class Trainer:
         if shown:
             self.metrics.progress(record)
             self.metrics.scalars(scalars(record, self.world, self.device, **self.work_per_sample), pending.step)
-            self.shown = record
 
     def _after_step(self) -> None:
         """What happens between steps: validation, checkpoints and samples."""
@@ -344,8 +342,7 @@ class Trainer:
         patience = None if self.finished else STOP_PATIENCE
         if self.preview:
             self.preview.wait(patience)
-        data = self.shown.get("data") or data_report(self.loader, self.step, self.device)
-        say(*data_lines(data), sep="\n")
+        say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         self.metrics.close()
         self.close(patience)
 
