@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -132,7 +133,8 @@ class Stepper:
         """The record of a step, whether a rank was told to stop, whether one wants a save. Waits for the device to
         finish it."""
         seconds = self.wait(pending)
-        losses, by_t, _, stop, wanted, late, wait, rest = (x.tolist() for x in pending.numbers.split([*self.parts, 3]))
+        numbers = iter(pending.numbers.tolist())
+        losses, by_t, _, stop, wanted, late, wait, rest = ([*islice(numbers, n)] for n in (*self.parts, 3))
         norm, skipped, median = rest
         record = {"step": pending.step}
         record |= {name: x / pending.samples for name, x in zip(self.objective.names, losses, strict=True)}

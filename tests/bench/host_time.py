@@ -1,0 +1,124 @@
+"""What a training step costs the host, beside the arithmetic: the time of its parts, operations launched, collectives,
+and reads that wait for the device.
+
+    OMP_NUM_THREADS=1 python tests/bench/host_time.py            the full depth, 15 + 25 blocks, as narrow as can be
+
+The network is so narrow that nearly all of a CPU's time is that of Python and of dispatch, which a GPU's host has as
+well. A read is `item`, `tolist`, `float`, `bool`, ... of a tensor in the code of a step: on a GPU each waits until all
+that was launched is done, but for the one list of numbers that was copied to pinned memory a step before.
+"""
+
+import argparse
+import collections
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.training import make_source
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer.cache_experts import DatasetCache
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.trainer.data import CachedDataset, collate_fn
+from tinyflux.trainer.trainer import Trainer
+
+READS = {"item", "tolist", "__float__", "__int__", "__bool__", "__index__", "cpu", "numpy"}
+NARROW = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+NARROW |= {"lune_hidden_dim": 16, "sol_hidden_dim": 8, "in_channels": 4, "joint_attention_dim": 24}
+NARROW |= {"pooled_projection_dim": 24, "lune_expert_dim": 24}
+
+
+class Reads(TorchFunctionMode):
+    """Counts what reads values of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: collections.Counter = collections.Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if (name := getattr(func, "__name__", "")) in READS:
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Timed:
+    """A callable whose calls are timed."""
+
+    def __init__(self, call):
+        self.call, self.seconds = call, []
+
+    def __call__(self, *args, **kwargs):
+        began = time.perf_counter()
+        result = self.call(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - began)
+        return result
+
+
+def trainer_of(folder: Path, steps: int, accumulation: int) -> Trainer:
+    torch.manual_seed(0)
+    cache = DatasetCache.load(make_source(folder / "source", 1, samples=16))
+    loader = DataLoader(CachedDataset(cache), 2, collate_fn=collate_fn, shuffle=True)
+    config = TrainerConfig(
+        total_steps=steps,
+        gradient_accumulation=accumulation,
+        dtype="float32",
+        log_every=10**6,
+        save_every_steps=0,
+        save_every_epochs=0,
+    )
+    trainer = Trainer(TinyFluxDeep(TinyFluxConfig(**NARROW)), config, device="cpu", run_dir=folder / "run")
+    trainer.setup(loader, cache)
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
+    args = parser.parse_args()
+    begun, profiled, reads = [], {}, Reads()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(Path(folder), args.steps, args.accumulation)
+        trainer.optimizer.step = optimizer = Timed(trainer.optimizer.step)
+        trainer.ema.update = ema = Timed(trainer.ema.update)
+        plain, at = trainer.train_step, args.steps * 2 // 3  # the later steps are profiled
+
+        def step(batches):
+            begun.append(time.perf_counter())
+            number = len(begun)
+            if number == at:
+                profiled["profile"] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+                profiled["profile"].__enter__()
+            if number == at + 3:
+                profiled["profile"].__exit__(None, None, None)
+            if not at + 3 <= number < at + 6:
+                return plain(batches)
+            ready = iter([next(batches) for _ in range(args.accumulation)])  # what the loader reads is on the host
+            with reads:
+                return plain(ready)
+
+        trainer.train_step = step
+        assert trainer.train() == 0
+    seconds = [b - a for a, b in zip(begun, begun[1:], strict=False)][3 : at - 2]
+    events = collections.Counter(event.name for event in profiled["profile"].events())
+    names = ("c10d::allreduce_", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+    top = sum(1 for e in profiled["profile"].events() if e.name.startswith("aten::") and e.cpu_parent is None)
+    print(f"torch {torch.__version__}, {args.accumulation} micro-batches a step")
+    print(f"{'a step':24}{median(seconds) * 1e3:.1f} ms")
+    print(f"{'optimizer':24}{median(optimizer.seconds[3:at]) * 1e3:.2f} ms")
+    print(f"{'average of the weights':24}{median(ema.seconds[3:at]) * 1e3:.2f} ms")
+    print(f"{'operations launched':24}{top / 3:.0f}")
+    for name in names:
+        print(f"{name:24}{events[name] / 3:.0f}")
+    print(f"{'reads':24}{sum(reads.count.values()) / 3:.1f}: {dict(reads.count)} in 3 steps")
+
+
+if __name__ == "__main__":
+    main()
