@@ -1,6 +1,7 @@
 """Caches for notebooks: built, saved as sources, read lazily, several at once, and those of old."""
 
 import gc
+import json
 import pickle
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from sharding import build, verify
+from tests.listed import inputs_of
 from tests.make_source import make_old_cache, make_source, make_tensors
 from tests.store_server import store_server
 from tests.training import train
 from tinyflux.model.tiny.shapes import render
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.sources import find_source
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.source import open_source
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
@@ -41,13 +44,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_built_from_the_same_images_as_a_source_it_is_the_same(zoo, cache, tmp_path):
+def test_built_from_the_same_images_as_a_source_it_is_the_same(zoo, tmp_path):
     threads = torch.get_num_threads()
     (tmp_path / "images").mkdir()
-    for i, (image, prompt) in enumerate(zip(IMAGES, PROMPTS, strict=True)):
-        image.save(tmp_path / "images" / f"{i:02d}.png")
-        (tmp_path / "images" / f"{i:02d}.txt").write_text(prompt)
-    (tmp_path / "s.toml").write_text('[portraits]\nkind = "imagefolder"\nlocation = "images"\ndataset_id = 7\n')
+    with open(tmp_path / "list.jsonl", "w") as file:
+        for i, (image, prompt) in enumerate(zip(IMAGES, PROMPTS, strict=True)):
+            image.save(tmp_path / "images" / f"{i:02d}.png")
+            file.write(json.dumps({"image": f"images/{i:02d}.png", "text": prompt}) + "\n")
+    (tmp_path / "s.toml").write_text('[portraits]\nkind = "jsonl"\nlocation = "list.jsonl"\ndataset_id = 7\n')
+    order = [int(item.origin[7:9]) for item in inputs_of(find_source("portraits", tmp_path / "s.toml"))]
+    cache = build_cache(zoo, [IMAGES[i] for i in order], [PROMPTS[i] for i in order], dataset_id=7)
     args = f"--source portraits --sources {tmp_path}/s.toml --out {tmp_path}/out --zoo tiny --batch-size 4"
     try:
         assert build.main([*args.split(), "--shard-size", "6", "--threads", str(threads)]) == 0
@@ -155,7 +161,7 @@ def test_features_at_t(tmp_path):
     latents, t5, clip = cache.get_encodings(11)
     assert torch.equal(latents, make_tensors(11)["latents"]) and t5.shape == (6, 8) and clip.shape == (8,)
     for bad in (-1, 12):
-        with pytest.raises(IndexError, match=f"index {bad} is out of range: cache 'portraits' has 12 samples"):
+        with pytest.raises(IndexError, match=f"index {bad} is out of range: cache '{tmp_path.name}' has 12 samples"):
             cache.get_lune([0, bad], 0.5)
     with pytest.raises(ValueError, match=r"t has shape \[3\] for 2 indices"):
         cache.get_lune([0, 1], torch.rand(3))
@@ -170,7 +176,7 @@ def test_of_a_url_only_what_is_read_is_fetched(tmp_path, monkeypatch):
         remote = DatasetCache.load(server.url)
         assert len(remote) == 12 and not any(name.endswith(".tar") for name in server.bodies)
         assert torch.equal(remote.get_lune([6], 0.4), local.get_lune([6], 0.4))
-        assert [name for name in server.bodies if name.endswith(".tar")] == ["portraits-000001.tar"]
+        assert [name for name in server.bodies if name.endswith(".tar")] == ["served-000001.tar"]
         copy = pickle.loads(pickle.dumps(remote))  # noqa: S301
         assert torch.equal(copy.get_encodings(11)[0], local.get_encodings(11)[0])
         remote.save(tmp_path / "saved")

@@ -113,9 +113,9 @@ def test_it_gives_the_members_of_a_full_build(built, old, fields, same, capsys):
         for extension in extensions:
             assert members(built / out, extension) == (members(built / same, extension) if group in groups else {})
     assert content(built / old) == before
-    assert "5 samples in 2 shards" in capsys.readouterr().out
+    assert "5 samples in" in capsys.readouterr().out
     assert redo(built, out, old, "--only", *fields) == 0
-    assert f"{out}: complete, 5 samples in 2 shards" in capsys.readouterr().out
+    assert f"{out}: complete, 5 samples in" in capsys.readouterr().out
     assert verify.main([str(built / out), "--deep"]) == 0
 
 
@@ -132,7 +132,8 @@ def test_recaption_changes_texts_alone(mine):
     old, new = samples(mine / "full"), samples(mine / "new")
     assert old.keys() == new.keys()
     for index in old:
-        assert new[index]["meta"] == old[index]["meta"] | {"prompts": [f"a plain picture, shade {index}"]}
+        number = old[index]["meta"]["origin"][0]
+        assert new[index]["meta"] == old[index]["meta"] | {"prompts": [f"a plain picture, shade {number}"]}
         assert not torch.equal(new[index]["t5_embeds"], old[index]["t5_embeds"])
         assert all(torch.equal(new[index][name], old[index][name]) for name in ("latents", "lune", "sol_stats"))
     assert build_to(mine, "again", "--no-lune", "--no-sol") == 0
@@ -149,7 +150,7 @@ def test_another_teacher(mine):
     old, new = open_source(mine / "full").groups, open_source(mine / "new").groups
     assert {name for name in old if old[name] != new[name]} == {"sol"}
     before, after = samples(mine / "full"), samples(mine / "new")
-    assert not torch.equal(before[0]["sol_stats"], after[0]["sol_stats"])
+    assert all(not torch.equal(before[i]["sol_stats"], after[i]["sol_stats"]) for i in before)
 
 
 def test_models_that_do_not_fit_what_is_kept_are_refused(mine, capsys):
@@ -213,16 +214,17 @@ def test_it_resumes_where_it_was_stopped(mine, capsys):
     """A shard is lost, with the manifest: it alone is made again."""
     assert redo(mine, "new", "bare", "--only", "lune") == 0
     whole = content(mine / "new")
-    for name in ("manifest.json", "photos-000002.tar", ".build/000002.json"):
+    last = Manifest.load(mine / "new").shards[-1]
+    for name in ("manifest.json", last.name, f".build/{last.name[7:13]}.json"):
         (mine / "new" / name).unlink()
-    (mine / "new" / ".photos-000002.tar.tmp").write_bytes(b"half a shard")
+    (mine / "new" / f".{last.name}.tmp").write_bytes(b"half a shard")
     capsys.readouterr()
     assert build_to(mine, "new", "--no-sol") == 2
     assert "was begun with --only: finish it by the same command" in capsys.readouterr().err
     assert redo(mine, "new", "bare", "--only", "sol") == 2
     assert "only.groups: ['lune'] against ['sol']" in capsys.readouterr().err
     assert redo(mine, "new", "bare", "--only", "lune") == 0
-    assert "this run: 2 images" in capsys.readouterr().out
+    assert f"this run: {last.count} images" in capsys.readouterr().out
     assert content(mine / "new") == whole
 
 
@@ -255,16 +257,16 @@ def test_a_source_of_another_place_or_damaged(mine, capsys):
     (mine / "elsewhere").mkdir()
     picture(mine / "elsewhere" / "x.png", 1)
     assert redo(mine, "new", "bare", "--only", "lune") == 2
-    assert "0.png (sample 0007_000000000 of" in capsys.readouterr().err
+    assert "An overlay has all rows of its base" in capsys.readouterr().err
     shutil.rmtree(mine / "bare" / ".build")
     assert redo(mine, "new", "bare", "--only", "lune") == 2
     assert "has none of the images of" in capsys.readouterr().err
     (mine / "sources.toml").write_text(text)
     bad = Path(shutil.copytree(mine / "bare", mine / "bad"))
-    data = (bad / "photos-000000.tar").read_bytes()
-    (bad / "photos-000000.tar").write_bytes(data[:3000])
+    tar = next(bad.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:3000])
     assert redo(mine, "new", "bad", "--only", "lune") == 2
-    assert "photos-000000.tar" in capsys.readouterr().err
+    assert tar.name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import zstandard
 from tinyflux.precache.kinds.base import Input, Source, SourceError
 from tinyflux.util.files import atomic_write
 
-KEYED = False
 PER_FILE = 1 << 14
 IN_MEMORY = 200_000  # inputs that are sorted at once; more are sorted through files
 PART_STRIDE = 10**6  # numbers of a part that is not counted beforehand
@@ -40,7 +39,7 @@ class Names:
             self.some.append(name)
 
     def __str__(self) -> str:
-        return f"{self.count} ({', '.join(self.some)}{', ...' if self.count > len(self.some) else ''})"
+        return f"{self.count} ({', '.join(sorted(self.some))}{', ...' if self.count > len(self.some) else ''})"
 
 
 class Changes:
@@ -81,8 +80,6 @@ def in_order(source: Source, seed: int) -> Callable[[str], bytes]:
 
     So class folders do not become class shards, and images of one stem stay together.
     """
-    if not KEYED:
-        return lambda stem: stem.encode(errors="surrogatepass")
     key = f"{seed} {source.dataset_id} ".encode()
     return lambda stem: hashlib.blake2b(key + stem.encode(errors="surrogatepass"), digest_size=16).digest()
 
