@@ -72,7 +72,7 @@ def test_torchrun_starts_again_when_a_rank_dies(unbroken, sources, tmp_path):
 
 
 def test_a_rank_that_hangs_ends_the_job_with_the_reason(sources, tmp_path):
-    options = ("--parallel.timeout", 5, "--trainer.total-steps", 10_000)
+    options = ("--parallel.timeout", 5, "--data.timeout", 3, "--trainer.total-steps", 10_000)
     with open(tmp_path / "log", "w") as log:
         argv = command(tmp_path / "run", sources, *options, ranks=2)
         process = subprocess.Popen(argv, env=environment(), stdout=log, stderr=log, start_new_session=True)

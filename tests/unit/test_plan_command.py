@@ -15,8 +15,9 @@ STEP = 5
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
-    urls = [str(make_source(folder / "a", (5, 3, 4), "a")), str(make_source(folder / "b", (6, 6), "b", dataset_id=2))]
-    options = {"global_batch_size": 8, "micro_batch_size": 2, "seed": 3, "val_fraction": 0.2}
+    b = make_source(folder / "b", (6, 6), "b", dataset_id=2, shapes=((4, 4), (2, 8)))
+    urls = [str(make_source(folder / "a", (5, 3, 4), "a")), str(b)]
+    options = {"global_batch_size": 8, "micro_batch_size": 2, "unit": 2, "seed": 3, "val_fraction": 0.2}
     text = f"[data]\nsources = {urls}\nweights = [0.75, 0.25]\n"
     text += "\n".join(f"{key} = {value}" for key, value in options.items())
     (folder / "run.toml").write_text(f"{text}\n[trainer]\nnot_looked_at = 1\n")
@@ -38,16 +39,17 @@ def test_it_names_what_a_stream_yields(config, capsys, ranks):
                     source, position = sources[batch["source_index"][i]], int(batch["local_indices"][i])
                     shard = max(k for k, start in enumerate(source.manifest.starts) if start <= position)
                     row = position - source.manifest.starts[shard]
-                    where = (source.name, source.manifest.shards[shard].name, row)
+                    shape = "x".join(map(str, batch["latents"].shape[2:]))
+                    where = (source.name, shape, source.manifest.shards[shard].name, row)
                     expected.append([str(x) for x in (rank, int(batch["slots"][i]), *where, key)])
     assert said == expected
     rows = [line.split() for line in shares.splitlines()[1:]]
-    assert [row[:4] for row in rows] == [["a", "36", "75.0000%", "75.0000%"], ["b", "12", "25.0000%", "25.0000%"]]
+    assert [row[:4] for row in rows] == [["a", "35", "72.9167%", "75.0000%"], ["b", "13", "27.0833%", "25.0000%"]]
 
 
 def test_options_override_the_file(config, capsys):
-    assert main(["--config", str(config[0]), "--step", "0", "--data.global-batch-size", "2"]) == 0
-    assert "step 0, seed 3: 2 samples" in capsys.readouterr().out
+    assert main(["--config", str(config[0]), "--step", "0", "--data.global-batch-size", "4"]) == 0
+    assert "step 0, seed 3: 4 samples" in capsys.readouterr().out
 
 
 FAULTS = {
@@ -61,7 +63,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_one_line(capsys, name):
     arguments, message = FAULTS[name]
-    assert main(["--step", "1", *arguments]) == 1
+    assert main(["--step", "1", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

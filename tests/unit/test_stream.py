@@ -132,31 +132,36 @@ def test_state_is_the_step(folders):
     assert far.state_dict() == {"step": 10_000_000}
 
 
-def test_closing_stops_the_threads_and_may_go_on(folders):
-    before = threading.active_count()
-    stream = stream_of(config_of(folders))
-    batches = take(stream, 3)
-    assert threading.active_count() > before
-    stream.close()
+def running(name):
+    return name in {thread.name for thread in threading.enumerate()}
+
+
+def ends(name):
+    """Whether a thread has ended after 5 s at most."""
     deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while running(name) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert threading.active_count() == before
+    return not running(name)
+
+
+def test_closing_stops_the_threads_and_may_go_on(folders):
+    stream = stream_of(config_of(folders, threads=9))
+    batches = take(stream, 3)
+    assert running("stream-8")
+    stream.close()
+    assert ends("stream-8")
     assert_equal(by_slot(batches + take(stream, 5)), by_slot(take(stream_of(config_of(folders)), 8)))
     stream.close()
     stream.close()
 
 
 def test_a_forgotten_stream_stops_its_threads(folders):
-    before = threading.active_count()
-    stream = stream_of(config_of(folders))
+    stream = stream_of(config_of(folders, threads=9))
     next(stream)
+    assert running("stream-8")
     del stream
     gc.collect()
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert threading.active_count() == before
+    assert ends("stream-8")
 
 
 def test_the_interpreter_ends_with_a_stream_open(folders):
@@ -192,6 +197,33 @@ def test_collate_runs_and_its_error_surfaces(folders):
         for _ in range(2):  # again, not a hang and not the next batch
             with pytest.raises(ArithmeticError, match="cannot collate step 2"):
                 next(stream)
+
+
+def test_an_exit_in_a_collate_reaches_the_consumer(folders):
+    def collate(raw):
+        raise SystemExit(3)
+
+    with stream_of(config_of(folders), collate=collate) as stream, pytest.raises(SystemExit):
+        next(stream)
+
+
+def test_a_stream_is_refused_after_a_fork(folders):
+    with stream_of(config_of(folders)) as stream:
+        next(stream)
+        child = os.fork()
+        if not child:
+            try:
+                next(stream)
+            except RuntimeError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        next(stream)
+
+
+def test_the_last_step_ends_the_stream(folders):
+    with stream_of(config_of(folders), end_step=2) as stream:
+        assert [batch["step"] for batch in stream] == [0] * 4 + [1] * 4
 
 
 def test_wait_is_measured(folders):
@@ -267,10 +299,16 @@ def test_pins_and_keeps_order_on_a_gpu(folders):
         ({"global_batch_size": 0}, "data.global_batch_size is 0"),
         ({"micro_batch_size": -1}, "data.micro_batch_size is -1"),
         ({"threads": 0}, "data.threads is 0"),
-        ({"val_fraction": 1.0}, r"data.val_fraction is 1.0, must be in \[0, 1\)"),
-        ({"resample": "shuffle"}, "data.resample is 'shuffle', must be 'pass' or 'replace'"),
+        ({"val_fraction": 1.0}, r"data.val_fraction is 1.0: it must be in \[0, 1\)"),
+        ({"resample": "shuffle"}, "data.resample is 'shuffle': it must be one of pass, replace"),
         ({"weights": [1.0]}, "data.weights has 1 entries for 2 sources"),
-        ({"weights": [1.0, float("nan")]}, "data.weights is .* must be positive"),
+        ({"weights": [1.0, float("nan")]}, "data.weights is .* it must be at least 0"),
+        ({"weights": [0.0, 0.0]}, "data.weights is .* more than zero for one source"),
+        ({"weights_at": ["10:1"]}, "data.weights_at is '10:1.0': it must be of 2 weights"),
+        ({"weights_at": ["0:1,1"]}, "data.weights_at is .* of step 1 or later"),
+        ({"weights_at": ["ten:1,1"]}, "data.weights_at is .* STEP:WEIGHT"),
+        ({"weights_at": ["10:1,x"]}, "data.weights_at is .* STEP:WEIGHT"),
+        ({"unit": 3}, "data.unit is 3: it must be a divisor of data.global_batch_size = 8"),
         ({"dataset_ids": [1]}, "data.dataset_ids has 1 entries for 2 sources"),
         ({"dataset_ids": [1, -2]}, "data.dataset_ids is"),
         ({"max_bad_samples": -1}, "data.max_bad_samples is -1"),
@@ -302,24 +340,25 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="data.sources is empty"):
         open_sources(DataConfig([]))
 
-    make_source(b, dataset_id=1, producer={"vae": {"revision": "abc"}, "crop": "top", "resolution": 64})
-    open_sources(DataConfig([a, b]))  # those are a source's own
+    made = {"vae": {"revision": "abc"}}
+    make_source(b, dataset_id=1, producer=made | {"crop": "top", "resize": 2, "shapes": ["auto"], "seed": 3})
+    open_sources(DataConfig([a, b]))  # how a source crops and which shapes it has is its own business
     make_source(b, dataset_id=1, producer={"vae": {"revision": "xyz"}, "dtype": "bfloat16"})
     refused("dtype: None against 'bfloat16'; vae.revision: 'abc' against 'xyz'")
     open_sources(DataConfig([a, b], allow_different=["b"]))
 
-    make_source(b, name="b", dtype=torch.bfloat16)
+    make_source(b, dataset_id=1, dtype=torch.bfloat16)
     refused("latents: .*float16.* against .*bfloat16", dataset_ids=[0, 1])
-    make_source(b, name="b", dataset_id=1, groups=("latents", "text", "sol"))
+    make_source(b, dataset_id=1, groups=("latents", "text", "sol"))
     refused("has no lune: turn that loss off, or put 'b' into data.allow_missing")
-    found = [list(s.groups) for s in open_sources(DataConfig([a, b]), groups=("sol",))]
-    assert found == [["latents", "text", "sol"]] * 2
+    for source in open_sources(DataConfig([a, b]), groups=("sol",)):
+        assert list(source.groups) == ["latents", "text", "sol"]
 
 
 def test_a_source_without_lune_carries_a_mask(tmp_path):
     folders = [
-        str(make_source(tmp_path / "a", name="a", dataset_id=1)),
-        str(make_source(tmp_path / "b", name="b", dataset_id=2, groups=("latents", "text", "sol"))),
+        str(make_source(tmp_path / "a", dataset_id=1)),
+        str(make_source(tmp_path / "b", dataset_id=2, groups=("latents", "text", "sol"))),
     ]
     config = config_of(folders, allow_missing=["b"], micro_batch_size=8)
     with stream_of(config) as stream:
@@ -365,12 +404,19 @@ def test_null_embeddings_are_checked(tmp_path):
 
 def test_open_files_are_bounded(tmp_path):
     folder = make_source(tmp_path / "many", [1] * 40)
-    config = config_of([str(folder)], open_shards=3, slots_per_stream=1, threads=2)
+    config = config_of([str(folder)], open_shards=3, global_batch_size=2, threads=1)
     with stream_of(config) as stream:
         for _ in range(20):
             next(stream)
             shards = [name for name in map(link, os.listdir("/proc/self/fd")) if name.startswith(str(folder))]
-            assert len(shards) <= 3 + 2  # the open ones, and one in the hands of each thread
+            assert len(shards) <= 3 + 2  # the open ones, and two in the hands of the thread
+
+
+def test_a_shard_of_each_lane_may_stay_open(tmp_path):
+    folder = make_source(tmp_path / "many", [3] * 40)
+    config = config_of([str(folder)], open_shards=1, slots_per_stream=1, global_batch_size=16)
+    assert stream_of(config)._reader.shards.limit >= 16
+    assert 8 <= stream_of(config, world=2)._reader.shards.limit < 16
 
 
 def link(fd):

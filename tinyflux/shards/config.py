@@ -1,14 +1,17 @@
 """What a run reads: its sources, checked to go together, and the sizes of its batches."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from tinyflux.shards.manifest import OWN, diff_producers
+from tinyflux.shards.plan import MAX_BATCH
 from tinyflux.shards.remote import NodeCache, RemoteStore, is_remote, without_revision
 from tinyflux.shards.schema import SCHEMA
 from tinyflux.shards.source import Source, open_source
+from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
 
 @dataclass
@@ -17,35 +20,42 @@ class DataConfig:
 
     sources: list[str] = field(default_factory=list)
     """Folders or URLs of the sources: hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs://, http(s)://."""
-    weights: list[float] | None = None
-    """One positive number a source: its share of every batch. Default: the sources' sample counts."""
-    dataset_ids: list[int] | None = None
+    weights: Annotated[list[float], AtLeast(0)] | None = None
+    """One number a source: its share of every batch. Default: the sources' sample counts."""
+    weights_at: Annotated[list[str], Match(r"\d+:[^:]+", "STEP:WEIGHT,WEIGHT,...")] = field(default_factory=list)
+    """Other weights from a step on, such as 10000:0.5,0.5 20000:0,1."""
+    dataset_ids: Annotated[list[int], AtLeast(0)] | None = None
     """One id a source, instead of those in the manifests."""
-    global_batch_size: int = 256
+    global_batch_size: Annotated[int, Within(1, MAX_BATCH)] = 256
     """Samples of one optimizer step on all ranks: a multiple of ranks x micro_batch_size."""
-    micro_batch_size: int = 32
+    micro_batch_size: Annotated[int, AtLeast(1)] = 32
     """Samples of one forward pass on one rank; gradient accumulation follows from it."""
+    unit: Annotated[int, AtLeast(1)] | None = None
+    """Samples that are dealt out together and share a latent shape; divides global_batch_size. With sources of several
+    shapes it is a multiple of micro_batch_size. Part of the data order. Default: 8, or the largest that divides."""
     seed: int = 0
     """Decides the order of the samples and every random draw of training."""
-    val_fraction: float = 0.0
+    val_fraction: Annotated[float, Within(0, 1, open_high=True)] = 0.0
     """Share of the images that is held out for validation."""
-    slots_per_stream: int = 8
-    """Samples of a batch that come from one shard at a time: more means fewer open shards and less mixing."""
+    slots_per_stream: Annotated[int, AtLeast(1)] = 4
+    """Samples of a batch that come from one shard at a time. Lower: better mixing, more open shards. Higher: fewer
+    requests. With shards of one class each, a batch of N is worth about N / slots_per_stream independent samples."""
     resample: Literal["pass", "replace"] = "pass"
     """"pass": every sample once a pass, in a new order each time. "replace": runs of samples from random places."""
-    threads: int = 2
+    threads: Annotated[int, AtLeast(1)] = 2
     """Decoding threads on each rank."""
-    prefetch: int = 2
+    prefetch: Annotated[int, AtLeast(1)] = 2
     """Micro-batches that are ready ahead of the training loop."""
-    open_shards: int = 64
-    """Shards that a rank keeps open."""
+    open_shards: Annotated[int, AtLeast(1)] = 64
+    """Shards that a rank keeps open; as many as it reads from at a time, if these are more."""
     cache_dir: str | None = None
     """Where a node keeps shards of remote sources. Default: $TINYFLUX_CACHE/shards or ~/.cache/tinyflux/shards."""
-    cache_gb: float = 100.0
+    cache_gb: Annotated[float, Above(0)] = 100.0
     """Size limit of that folder, in GB."""
-    timeout: float = 1800.0
-    """Seconds that a rank waits for a shard before it gives up and says for which."""
-    max_bad_samples: int = 100
+    timeout: Annotated[float, Above(0)] = 480.0
+    """Seconds that a rank waits for a shard before it gives up and says for which. Must be well below
+    parallel.timeout: or the other ranks end the run first, without saying why."""
+    max_bad_samples: Annotated[int, AtLeast(0)] = 100
     """A rank stops after this many different bad samples (20 in a row stop it too)."""
     allow_missing: list[str] = field(default_factory=list)
     """Names of sources that may lack Lune or Sol; their samples carry a mask and add no such loss."""
@@ -53,26 +63,40 @@ class DataConfig:
     """Names of sources whose producer (models, revisions, scaling) may differ from the first source's."""
 
     def __post_init__(self):
-        for name in ("global_batch_size", "micro_batch_size", "slots_per_stream", "threads", "prefetch", "open_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, must be at least 1")
-        if self.max_bad_samples < 0:
-            raise ValueError(f"data.max_bad_samples is {self.max_bad_samples}, must be at least 0")
-        for name in ("cache_gb", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, must be positive")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction is {self.val_fraction}, must be in [0, 1)")
-        if self.resample not in ("pass", "replace"):
-            raise ValueError(f"data.resample is {self.resample!r}, must be 'pass' or 'replace'")
+        check(self, "data.")
         for name in ("weights", "dataset_ids"):
             given = getattr(self, name)
             if given is not None and len(given) != len(self.sources):
                 raise ValueError(f"data.{name} has {len(given)} entries for {len(self.sources)} sources")
-        if self.weights is not None and not all(np.isfinite(w) and w > 0 for w in self.weights):
-            raise ValueError(f"data.weights is {self.weights}, must be positive numbers")
-        if self.dataset_ids is not None and min(self.dataset_ids, default=0) < 0:
-            raise ValueError(f"data.dataset_ids is {self.dataset_ids}, must be integers from 0")
+        if self.weights is not None:
+            require(any(self.weights), "data.weights", self.weights, "more than zero for one source at least")
+        for step, weights in self.stretches.items():
+            where, text = "data.weights_at", f"{step}:{','.join(map(str, weights))}"
+            require(step > 0, where, text, "of step 1 or later")
+            require(len(weights) == len(self.sources), where, text, f"of {len(self.sources)} weights, one a source")
+            good = all(np.isfinite(w) and w >= 0 for w in weights) and any(weights)
+            require(good, where, text, "of numbers from 0, more than zero for one source at least")
+        size, unit = self.global_batch_size, self.unit_size
+        require(size % unit == 0, "data.unit", unit, f"a divisor of data.global_batch_size = {size}")
+
+    @property
+    def unit_size(self) -> int:
+        """`unit`, or its default."""
+        if self.unit is not None:
+            return self.unit
+        return self.global_batch_size if self.global_batch_size < 8 else math.gcd(8, self.global_batch_size)
+
+    @property
+    def stretches(self) -> dict[int, list[float]]:
+        """`weights_at` as {step: weights}. Raises ValueError."""
+        found: dict[int, list[float]] = {}
+        for entry in self.weights_at:
+            step, _, weights = entry.partition(":")
+            try:
+                found[int(step)] = [float(weight) for weight in weights.split(",")]
+            except ValueError as error:
+                raise ValueError(f"data.weights_at is {entry!r}: it must be STEP:WEIGHT,WEIGHT,...") from error
+        return found
 
     def accumulation(self, world: int) -> int:
         """Micro-batches of a rank in one step. Raises ValueError where the global batch doesn't divide."""
@@ -83,6 +107,20 @@ class DataConfig:
                 f"ranks x data.micro_batch_size = {world} x {self.micro_batch_size} = {world * self.micro_batch_size}"
             )
         return steps
+
+    def check_shapes(self, world: int) -> None:
+        """Raises ValueError where a micro-batch would mix the shapes of sources that have several."""
+        unit, micro = self.unit_size, self.micro_batch_size
+        if unit % micro:
+            raise ValueError(
+                f"the sources have several latent shapes, and a micro-batch has one: data.unit = {unit} must be a "
+                f"multiple of data.micro_batch_size = {micro}: set data.unit = {micro}"
+            )
+        if self.global_batch_size % (world * unit):
+            raise ValueError(
+                f"the sources have several latent shapes: data.global_batch_size = {self.global_batch_size} must be a "
+                f"multiple of ranks x data.unit = {world} x {unit} = {world * unit}"
+            )
 
 
 def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str | None]:
@@ -119,8 +157,10 @@ def open_sources(
         if unknown := set(getattr(config, option)) - names:
             raise ValueError(f"data.{option} names {sorted(unknown)}; the sources are {sorted(names)}")
     wanted = [group for group in SCHEMA if group in groups and group != "mask"]
-    for source in sources:
-        _check_agreement(sources[0], source, wanted, config)
+    for i, source in enumerate(sources):
+        _check_groups(source, wanted, config)
+        for other in sources[:i]:
+            _check_agreement(other, source, config)
     owners: dict[int, Source] = {}
     for source in sources:
         other = owners.setdefault(source.dataset_id, source)
@@ -132,13 +172,16 @@ def open_sources(
     return sources
 
 
-def _check_agreement(first: Source, source: Source, wanted: list[str], config: DataConfig) -> None:
+def _check_groups(source: Source, wanted: list[str], config: DataConfig) -> None:
     missing = [group for group in wanted if group not in source.groups]
     if missing and source.name not in config.allow_missing:
         raise ValueError(
             f"source {source.url} has no {' and no '.join(missing)}: turn that loss off, or put {source.name!r} "
             "into data.allow_missing to train its samples without it"
         )
+
+
+def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
     if None not in (grids := {first.timesteps, source.timesteps}) and len(grids) > 1:
         raise ValueError(f"sources {first.url} and {source.url} differ in their timesteps")
     a, b = first.fields, source.fields

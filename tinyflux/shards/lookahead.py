@@ -178,8 +178,7 @@ class LookAhead:
             step = self._step + len(self._window)
             if step >= self._end:
                 break
-            draws = self.plan.batch(step, rows=False)
-            mine = draws[self.rank * len(draws) // self.world : (self.rank + 1) * len(draws) // self.world]
+            mine = self.plan.batch(step, self.rank, self.world, rows=False)
             pairs = dict.fromkeys(zip(mine.source.tolist(), mine.shard.tolist(), strict=True))
             keys = [key for key in pairs if self._remote[key[0]]]
             for place, key in enumerate(keys):

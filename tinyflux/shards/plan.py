@@ -1,76 +1,108 @@
 """The plan: which samples a step takes, as a pure function of (seed, step).
 
-At every step any two samples of a source have been seen equally often, give or take one, on any number
-of ranks, and a sample repeats inside a batch only where a pass ends. All integers, no state: the position
-of a run is its step. A change to anything here that moves a sample is a new PLAN_VERSION.
+At every step any two samples of one shape of a source have been seen equally often, give or take one, on any number
+of ranks. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a sample is a
+new PLAN_VERSION.
 """
 
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from fractions import Fraction
 
 import numpy as np
 
 from tinyflux.util import rng
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 # Consecutive Fibonacci numbers: STRIDE * k mod PERIOD fills [0, PERIOD) as evenly as any sequence can,
-# so that the fractional parts of the sources' shares are rounded up at evenly spread steps.
+# so that shares are rounded up at evenly spread steps.
 PERIOD = 75025
 STRIDE = 46368
+
+PORTION = 1 << 14  # samples that are planned at once, in 32 steps at most
+ORDER_BYTES = 256 << 20  # of the orders of shards that a plan keeps
+MAX_BATCH, MAX_SHAPES = 1 << 18, 64  # a slot's place in a step is sorted as one integer of 64 bits
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class PlanSource:
     """What the plan needs to know of a source.
 
-    sizes int64 [shards]: training samples of each shard, zero allowed.
+    sizes int [shards]: training samples of each shard, zero allowed. shapes: latent (height, width)s of the source;
+    shape_of int [shards]: which of them each shard has (None: all the first). Raises ValueError without samples.
     """
 
     name: str
     dataset_id: int
     sizes: np.ndarray
+    shapes: tuple[Shape, ...] = ((0, 0),)
+    shape_of: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
-        if not self.sizes.sum():
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int32))
+        shape_of = np.zeros(len(self.sizes)) if self.shape_of is None else self.shape_of
+        object.__setattr__(self, "shape_of", np.asarray(shape_of, np.uint8))
+        if not self.total:
             raise ValueError(f"source {self.name!r} has no training samples")
 
     @property
     def total(self) -> int:
-        return int(self.sizes.sum())
+        return int(self.sizes.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The samples of one global batch in slot order; every array is int64 [G].
+    """Samples in the order of steps and slots; every array is int64 [n].
 
-    source: index into the plan's sources. shard: index in the source. row: among the shard's training rows.
-    visit: how many samples of the source came before. lap: the pass over the source.
-    offset: place of the row in the shard's order of that pass.
+    slot: in the global batch of the step. shape: index into the plan's shapes. source: index into its sources.
+    shard: in the source. row: among the shard's training rows. visit: samples of this shape of the source that came
+    before. place: in the line of its pass.
     """
 
+    step: np.ndarray
+    slot: np.ndarray
+    shape: np.ndarray
     source: np.ndarray
     shard: np.ndarray
     row: np.ndarray
     visit: np.ndarray
-    lap: np.ndarray
-    offset: np.ndarray
+    place: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.slot)
 
-    def __getitem__(self, slots: slice) -> "Draws":
-        return Draws(*(getattr(self, name)[slots] for name in self.__dataclass_fields__))
+    def __getitem__(self, rows: slice) -> "Draws":
+        return Draws(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A run of steps with the same weights.
+
+    units, samples: lower and upper edges [2, n] of the shapes' and of the cells' shares. unit_base, sample_base: what
+    is added to the counts that these edges alone would give, so that they continue those of the stretch before.
+    """
+
+    step: int
+    weights: tuple[float, ...]
+    units: np.ndarray
+    samples: np.ndarray
+    unit_base: np.ndarray
+    sample_base: np.ndarray
 
 
 class Plan:
     """The order of all samples of a run over weighted sources.
 
-    weights: one positive number a source, normalised here. slots_per_stream: how many samples of a batch
-    come from one lane, a reader that goes through shard after shard. resample: "pass" shuffles whole passes;
-    "replace" draws runs of consecutive samples with replacement. Raises ValueError naming the bad argument.
+    weights: a number >= 0 a source, their sum positive. weights_at: {step: other weights from that step on}.
+    unit: samples that share a shape and are dealt out together; divides global_batch_size. slots_per_stream: how many
+    samples of a batch come from one lane, a reader that goes through shard after shard. resample: "pass" shuffles whole
+    passes; "replace" draws runs of consecutive samples with replacement. Raises ValueError naming the bad argument.
     """
 
     def __init__(
@@ -80,46 +112,93 @@ class Plan:
         *,
         global_batch_size: int,
         seed: int,
-        slots_per_stream: int = 8,
+        unit: int = 1,
+        slots_per_stream: int = 4,
         resample: str = "pass",
+        weights_at: dict[int, Sequence[float]] | None = None,
     ) -> None:
-        if not sources or len(sources) != len(weights):
-            raise ValueError(f"{len(sources)} sources need as many weights, not {len(weights)}")
-        if not all(np.isfinite(w) and w > 0 for w in weights):
-            raise ValueError(f"weights must be positive numbers, not {list(weights)}")
         if resample not in ("pass", "replace"):
             raise ValueError(f"resample must be 'pass' or 'replace', not {resample!r}")
-        for name, value in (("global_batch_size", global_batch_size), ("slots_per_stream", slots_per_stream)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 1 <= global_batch_size <= MAX_BATCH:
+            raise ValueError(f"global_batch_size must be from 1 to {MAX_BATCH}, not {global_batch_size}")
+        if slots_per_stream < 1:
+            raise ValueError(f"slots_per_stream must be at least 1, not {slots_per_stream}")
+        if unit < 1 or global_batch_size % unit:
+            raise ValueError(f"unit must divide global_batch_size = {global_batch_size}, {unit} does not")
         ids = [source.dataset_id for source in sources]
         if len(set(ids)) != len(ids):
             raise ValueError(f"dataset ids must be unique in a run, not {ids}: override them")
+        changes = dict(sorted((weights_at or {}).items()))
+        if any(step < 1 for step in changes):
+            raise ValueError(f"weights_at has step {min(changes)}, must be at least 1")
 
         self.sources = tuple(sources)
-        self.weights = tuple(w / sum(weights) for w in weights)
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.slots_per_stream = slots_per_stream
-        self.resample = resample
+        self.global_batch_size, self.unit = global_batch_size, unit
+        self.seed, self.slots_per_stream, self.resample = seed, slots_per_stream, resample
+        # a cell is one shape of one source: shards of it, ordered by shape, then source
+        found = {}
+        for s, source in enumerate(sources):
+            for i, shape in enumerate(source.shapes):
+                shards = np.flatnonzero((source.shape_of == i) & (source.sizes > 0)).astype(np.int32)
+                if len(shards):
+                    found[tuple(shape), s] = shards
+        self.shapes: tuple[Shape, ...] = tuple(sorted({shape for shape, _ in found}))
+        if len(self.shapes) > MAX_SHAPES:
+            raise ValueError(f"the sources have {len(self.shapes)} shapes together, at most {MAX_SHAPES} are accepted")
+        cells = sorted(found)
+        self._shards = [found[cell] for cell in cells]
+        self._source = np.array([s for _, s in cells])
+        self._shape = np.array([self.shapes.index(shape) for shape, _ in cells])
+        self._totals = np.array([sources[s].sizes[found[shape, s]].sum(dtype=np.int64) for shape, s in cells])
+        self._keys = {
+            what: np.array([rng.key(seed, what, ids[s], *shape) for shape, s in cells], np.uint64)
+            for what in ("shards", "rows", "start")
+        }
+        self._stretches: list[_Stretch] = []
+        lanes = np.ones(len(cells), np.int64)
+        for step, new in {0: weights, **changes}.items():
+            stretch = self._stretch(step, _normalised(new, len(sources)))
+            self._stretches.append(stretch)
+            units, samples = (np.diff(edges, axis=0)[0].tolist() for edges in (stretch.units, stretch.samples))
+            shares = [units[b] * n for b, n in zip(self._shape.tolist(), samples, strict=True)]
+            lanes = np.maximum(lanes, [-(-share // (PERIOD**2 * slots_per_stream)) for share in shares])
+        self._lanes = np.minimum(lanes, self._totals)
+        self._lines: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
-        shares = np.cumsum(self.weights) / np.sum(self.weights)
-        edges = [round(global_batch_size * PERIOD * share) for share in shares.tolist()]
-        edges[-1] = global_batch_size * PERIOD
-        if min(np.diff([0, *edges])) < 1:
-            raise ValueError(f"a weight of {list(self.weights)} is too small for a batch of {global_batch_size}")
-        self._edges = [0, *edges]
-        phase = np.arange(PERIOD, dtype=np.int64) * STRIDE % PERIOD
-        self._tables = [np.concatenate(([0], np.cumsum((b - phase + PERIOD - 1) // PERIOD))) for b in self._edges]
-        widths = np.diff(self._edges).tolist()
-        self.lanes = tuple(-(-width // (PERIOD * slots_per_stream)) for width in widths)
-        self._lap_order = lru_cache(4 * len(sources))(self._make_lap_order)
-        self._row_order = lru_cache(8192)(self._make_row_order)
+    def _stretch(self, step: int, weights: list[Fraction]) -> _Stretch:
+        totals = [int(total) for total in self._totals]
+        whole = {s: self.sources[s].total for s in set(self._source.tolist())}
+        shares = [weights[s] * t / whole[s] for s, t in zip(self._source.tolist(), totals, strict=True)]
+        inside = [[shares[c] for c in np.flatnonzero(self._shape == b)] for b in range(len(self.shapes))]
+        edges = _edges(self.global_batch_size // self.unit, [sum(part) for part in inside])
+        units = np.stack((edges[:-1], edges[1:]))
+        parts = [_edges(self.unit, part) for part in inside]
+        samples = np.stack([np.concatenate([part[side] for part in parts]) for side in (slice(-1), slice(1, None))])
+        done, taken = (part[0] for part in self.counts(step)) if self._stretches else (0, 0)
+        unit_base = done - _taken(np.array([[step]]), units)[0]
+        now = (unit_base + _taken(np.array([[step]]), units))[:, self._shape]
+        sample_base = taken - _taken(now, samples)[0]
+        return _Stretch(step, tuple(float(w) for w in weights), units, samples, unit_base, sample_base)
 
     @property
     def total(self) -> int:
         """Training samples in all sources."""
         return sum(source.total for source in self.sources)
+
+    @property
+    def lanes(self) -> dict[tuple[int, Shape], int]:
+        """How many lanes each shape of each source is read in, by (source, shape)."""
+        cells = zip(self._source.tolist(), self._shape.tolist(), self._lanes.tolist(), strict=True)
+        return {(s, self.shapes[b]): lanes for s, b, lanes in cells}
+
+    @property
+    def weights_at(self) -> dict[int, tuple[float, ...]]:
+        """The share of each source in a batch, by the step from which on it holds."""
+        return {stretch.step: stretch.weights for stretch in self._stretches}
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """The share of each source in the batch of a step, as it was asked for."""
+        return self._stretch_of(step)[0].weights
 
     def epoch(self, step: int) -> int:
         """How often as many samples as the sources hold were taken before the step."""
@@ -127,69 +206,196 @@ class Plan:
 
     def start(self, step: int) -> list[int]:
         """Samples of each source that come before the step."""
-        laps, rest = divmod(step, PERIOD)
-        # a whole period adds b to the sum of ceil((b - f) / PERIOD), because f takes every residue once
-        before = [laps * b + int(table[rest]) for b, table in zip(self._edges, self._tables, strict=True)]
-        return np.diff(before).tolist()
+        sums = np.zeros(len(self.sources), np.int64)
+        np.add.at(sums, self._source, self.counts(step)[1][0])
+        return sums.tolist()
 
-    def batch(self, step: int, rows: bool = True) -> Draws:
-        """The global batch of a step, in slot order: rank r of R owns slots [r*G/R, (r+1)*G/R).
+    def counts(self, step: int, steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """What comes before a step and before each of the `steps` after it.
 
-        rows: without them `row` is zero, which is all that it takes to know the shards.
+        Units of each shape, int64 [steps + 1, shapes], and samples of each shape of each source, [steps + 1, cells].
         """
+        parts = []
+        while True:
+            stretch, end = self._stretch_of(step)
+            now = np.arange(step, min(step + steps + 1, end))[:, None]
+            units = stretch.unit_base + _taken(now, stretch.units)
+            parts.append((units, stretch.sample_base + _taken(units[:, self._shape], stretch.samples)))
+            step, steps = step + len(now), steps - len(now)
+            if steps < 0:
+                return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+    def _stretch_of(self, step: int) -> tuple[_Stretch, int]:
+        """The stretch of a step, and the step behind it."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        parts, order = [], []
-        for s, (first, stop) in enumerate(zip(self.start(step), self.start(step + 1), strict=True)):
-            visit = np.arange(first, stop, dtype=np.int64)
-            parts.append(self._locate(s, visit, rows))
-            order.append((visit % self.lanes[s] + 0.5) / self.lanes[s])
-        fields = {name: np.concatenate([getattr(p, name) for p in parts]) for name in Draws.__dataclass_fields__}
-        slots = np.lexsort((fields["visit"], fields["source"], np.concatenate(order)))
-        return Draws(**{name: values[slots] for name, values in fields.items()})
+        after = bisect_right(self._stretches, step, key=lambda stretch: stretch.step)
+        end = self._stretches[after].step if after < len(self._stretches) else step + MAX_BATCH
+        return self._stretches[after - 1], end
 
-    def replacements(self, draws: Draws, slot: int) -> Iterator[int]:
-        """The rows that stand in for a bad one: those after it in its shard's order, once around."""
-        order = self._row_order(*(int(x[slot]) for x in (draws.source, draws.lap, draws.shard)))
-        start = int(draws.offset[slot])
-        for i in range(1, len(order)):
-            yield int(order[(start + i) % len(order)])
+    @property
+    def portion(self) -> int:
+        """How many steps `batch` is best asked for at once."""
+        return min(32, max(1, PORTION // self.global_batch_size))
 
-    def _locate(self, s: int, visit: np.ndarray, rows: bool) -> Draws:
-        T, C = self.sources[s].total, self.lanes[s]
-        lap, q = np.divmod(visit, T)
+    def batch(self, step: int, rank: int = 0, world: int = 1, *, steps: int = 1, rows: bool = True) -> Draws:
+        """The samples of one rank, of one step or several, in slot order: rank r of R owns slots [r*G/R, (r+1)*G/R).
+
+        Only the rank's own samples are located. steps: at most `portion`. rows: without them `row` is zero, which is
+        all that it takes to know the shards.
+        """
+        G, B, n = self.global_batch_size, self.unit, min(steps, self.portion)
+        done, taken = self.counts(step, n)
+        units, count = np.diff(done, axis=0), np.diff(taken, axis=0)  # [n, shapes], [n, cells]
+
+        # all units of a step, evenly mixed: the place of unit u of U is (u + 1/2) / U, ties in the order of shapes
+        of, unit = _numbered(units)
+        U = units.ravel()[of]
+        order = np.argsort((of // units.shape[1] << 44) + _fraction(unit, U, bits=44), kind="stable")
+
+        # the samples of each shape of a step by the places of their lanes, then by source, then by visit
+        of, visit = _numbered(count)
+        visit += taken[:-1].ravel()[of]
+        k, cell = np.divmod(of, count.shape[1])
+        bits = 2 * int(2 * self._lanes.max()).bit_length()
+        kind = k * len(self.shapes) + self._shape[cell]
+        sample = _sorted(kind << bits | _fraction(visit % self._lanes[cell], self._lanes[cell], bits))
+
+        slot = np.tile(np.arange(rank * G // world, (rank + 1) * G // world), n)
+        k = np.repeat(np.arange(n), len(slot) // n)
+        # units of a step and shape are consecutive before they are mixed, and their samples are in `sample`
+        mine = sample[order[(k * G + slot) // B] * B + slot % B]
+        return self._locate(k + step, slot, cell[mine], visit[mine], rows)
+
+    def replacements(self, draws: Draws, i: int) -> Iterator[tuple[int, int]]:
+        """(shard, row)s that stand in for draw i where it is bad: those after it in its shard's order, once around,
+        then those of the next shards of its pass."""
+        cell = int(np.flatnonzero((self._source == draws.source[i]) & (self._shape == draws.shape[i]))[0])
+        turn, place = int(draws.visit[i]) // int(self._totals[cell]), int(draws.place[i])
+        shards, ends = self._line(cell, turn)
+        at = int(np.searchsorted(ends, place, side="right"))
+        for n in range(len(shards)):
+            k = (at + n) % len(shards)
+            begin = int(ends[k - 1]) if k else 0
+            shard, size = int(shards[k]), int(ends[k]) - begin
+            first = place - begin + 1 if n == 0 else 0
+            offsets = np.arange(first, first + size - (n == 0)) % size
+            for row in self._rows(*(np.full(len(offsets), x) for x in (cell, turn, shard, size)), offsets).tolist():
+                yield shard, row
+
+    def _locate(self, step: np.ndarray, slot: np.ndarray, cell: np.ndarray, visit: np.ndarray, rows: bool) -> Draws:
+        T, C = self._totals[cell], self._lanes[cell]
+        turn, q = np.divmod(visit, T)
         j, lane = np.divmod(q, C)
         if self.resample == "replace":
-            run = -(-T // len(self.sources[s].sizes))  # samples of an average shard
-            starts = [self._uniform(T, s, *which) for which in zip(lap, lane, j // run, strict=True)]
-            x = (np.array(starts, np.int64) + j % run) % T
+            shards = np.array([len(shards) for shards in self._shards])
+            run = -(-T // shards[cell])  # samples of an average shard
+            starts = self._keys["start"][cell]
+            for part in (turn, lane, j // run):
+                starts = rng.splitmix64(starts + part.astype(np.uint64))
+            place = ((starts % T.astype(np.uint64)).astype(np.int64) + j % run) % T
         else:  # the line of a pass is cut into one contiguous piece a lane
-            x = lane * (T // C) + np.minimum(lane, T % C) + j
+            place = lane * (T // C) + np.minimum(lane, T % C) + j
 
-        shard, offset, row = np.empty_like(x), np.empty_like(x), np.zeros_like(x)
-        for p in np.unique(lap):
-            here = lap == p
-            shards, ends = self._lap_order(s, int(p))
-            place = np.searchsorted(ends, x[here], side="right")
-            shard[here] = shards[place]
-            offset[here] = x[here] - (ends[place] - self.sources[s].sizes[shards[place]])
-        for i, which in enumerate(zip(lap.tolist(), shard.tolist(), strict=True) if rows else ()):
-            row[i] = self._row_order(s, *which)[offset[i]]
-        return Draws(np.full_like(x, s), shard, row, visit, lap, offset)
+        shard, offset, size = (np.empty_like(place) for _ in range(3))
+        by_cell = np.argsort(cell.astype(np.uint16), kind="stable")  # a radix sort, for integers as short as these
+        for group in np.split(by_cell, np.flatnonzero(np.diff(cell[by_cell])) + 1):
+            for p in np.unique(turn[group]).tolist():
+                part = group[turn[group] == p]
+                shards, ends = self._line(int(cell[part[0]]), p)
+                at = np.searchsorted(ends, place[part], side="right")
+                begin = np.where(at, ends[at - 1], 0)
+                shard[part], offset[part], size[part] = shards[at], place[part] - begin, ends[at] - begin
+        row = self._rows(cell, turn, shard, size, offset) if rows else np.zeros_like(place)
+        return Draws(step, slot, self._shape[cell], self._source[cell], shard, row, visit, place)
 
-    def _key(self, what: str, s: int, *parts: int) -> int:
-        return rng.key(self.seed, what, self.sources[s].dataset_id, *(int(part) for part in parts))
+    def _rows(self, cell, turn, shard, size, offset) -> np.ndarray:
+        """What stands at each offset in its shard's order of that pass; all arguments are int64 [n]."""
+        keys = rng.splitmix64(self._keys["rows"][cell] + turn.astype(np.uint64)) + shard.astype(np.uint64)
+        return rng.shuffled(offset, size, rng.splitmix64(keys))
 
-    def _uniform(self, n: int, s: int, *parts: int) -> int:
-        return self._key("start", s, *parts) * n >> 64
+    def _line(self, cell: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of a cell in their order of a pass, and where in the pass each ends. Kept up to ORDER_BYTES."""
+        line = self._lines.pop((cell, turn), None)
+        if line is None:
+            order = rng.permutation(len(self._shards[cell]), int(self._keys["shards"][cell]), turn)
+            sizes = self.sources[self._source[cell]].sizes
+            whole = len(order) == len(sizes)  # then a shard's place among the cell's is its index
+            shards = order.astype(np.int32) if whole else self._shards[cell][order]
+            line = shards, np.cumsum(sizes[shards], out=order)  # in memory that was touched before
+            size = sum(array.nbytes for kept in (line, *self._lines.values()) for array in kept)
+            while self._lines and size > ORDER_BYTES:
+                size -= sum(array.nbytes for array in self._lines.popitem(last=False)[1])
+        self._lines[cell, turn] = line
+        return line
 
-    def _make_lap_order(self, s: int, lap: int) -> tuple[np.ndarray, np.ndarray]:
-        sizes = self.sources[s].sizes
-        shards = rng.permutation(len(sizes), self._key("shards", s, lap))
-        return shards, np.cumsum(sizes[shards])
 
-    def _make_row_order(self, s: int, lap: int, shard: int) -> np.ndarray:
-        return rng.permutation(int(self.sources[s].sizes[shard]), self._key("rows", s, lap, shard))
+def _normalised(weights: Sequence[float], count: int) -> list[Fraction]:
+    if not count or len(weights) != count:
+        raise ValueError(f"{count} sources need as many weights, not {len(weights)}")
+    if not all(np.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise ValueError(f"weights must be positive numbers, or zero for some of them, not {list(weights)}")
+    exact = [Fraction(w) for w in weights]
+    return [w / sum(exact) for w in exact]
+
+
+def _edges(total: int, shares: list[Fraction]) -> np.ndarray:
+    """Edges [n + 1] of the shares of `total` things in units of 1/PERIOD; the smallest share is 1 of those."""
+    whole, most, run = sum(shares), total * PERIOD, Fraction(0)
+    if not whole:  # none of these sources is used: any edges do
+        return np.array([0] + [most] * len(shares))
+    edges = [0]
+    for share in shares:
+        run += share
+        edges.append(max(round(most * run / whole), edges[-1] + (share > 0)))
+    edges[-1] = most
+    for i in range(len(shares) - 1, 0, -1):
+        edges[i] = min(edges[i], edges[i + 1] - (shares[i] > 0))
+    return np.array(edges)
+
+
+def _taken(n, edges: np.ndarray) -> np.ndarray:
+    """How many things items 0 ... n-1 take between each pair of edges [2, k]: int64 [m, k] for n [m, 1] or [m, k].
+
+    Item k takes ceil((high - f_k) / PERIOD) - ceil((low - f_k) / PERIOD), f_k = STRIDE * k mod PERIOD.
+    """
+    whole, part = np.divmod(edges[:, None, :], PERIOD)
+    periods, rest = np.divmod(n, PERIOD)
+    # each period has every f_k once; in what is left as many are below `part` as two floor sums differ by
+    low, high = n * whole + periods * part + _floor_sum(rest, 0) - _floor_sum(rest, PERIOD - part) + rest
+    return high - low
+
+
+def _floor_sum(n: np.ndarray, b) -> np.ndarray:
+    """Sum over k < n of floor((STRIDE * k + b) / PERIOD), for 0 <= b <= PERIOD, by Euclid's algorithm."""
+    total, a, m = n * (b // PERIOD), STRIDE, PERIOD
+    b = b % PERIOD
+    while True:
+        n, b = np.divmod(a * n + b, m)
+        if not n.any():
+            return total
+        m, (times, a) = a, divmod(m, a)
+        total = total + n * (n - 1) // 2 * times + n * (b // m)
+        b = b % m
+
+
+def _fraction(i: np.ndarray, n: np.ndarray, bits: int) -> np.ndarray:
+    """(i + 1/2) / n in units of 2**-bits."""
+    return ((2 * i + 1) << bits) // (2 * n)
+
+
+def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of counts.sum() things in the order of `counts`: which count it belongs to, and its number there."""
+    counts = counts.ravel()
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _sorted(keys: np.ndarray) -> np.ndarray:
+    """A stable argsort of integers >= 0 that leave room for an index; eight times as fast as numpy's."""
+    bits = len(keys).bit_length()
+    packed = np.sort(keys.astype(np.uint64) << np.uint64(bits) | np.arange(len(keys), dtype=np.uint64))
+    return (packed & np.uint64((1 << bits) - 1)).astype(np.int64)
 
 
 def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> np.ndarray:
@@ -199,6 +405,5 @@ def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> 
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), not {val_fraction}")
-    hashes = np.asarray(origin_hashes, np.uint64) & np.uint64(0xFFFF)
-    draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + hashes)
+    draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + np.asarray(origin_hashes, np.uint64))
     return (draws >> np.uint64(11)) < np.uint64(int(val_fraction * 2**53))

@@ -2,9 +2,12 @@
 
 import itertools
 import logging
+import resource
 import threading
+import time
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +15,19 @@ import numpy as np
 import torch
 
 from tinyflux.shards.config import DataConfig
+from tinyflux.shards.decode import CHUNK, decode_chunk
 from tinyflux.shards.format import ShardError, bits
-from tinyflux.shards.plan import Draws, Plan, PlanSource, split
-from tinyflux.shards.schema import DTYPES, fields_at
+from tinyflux.shards.plan import Draws, Plan, PlanSource, Shape, split
+from tinyflux.shards.schema import DTYPES, Field, fields_at
+from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.source import Source
 from tinyflux.shards.store import OpenShards
+from tinyflux.util import rng
 
 log = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 20
+_HASHED = 1 << 20  # origins that are split at a time
 
 
 @dataclass
@@ -38,7 +45,7 @@ class StreamStats:
 
 
 class BadSamples(RuntimeError):
-    """Too many bad samples to go on; the log names each."""
+    """Too many bad samples to continue; the log names each."""
 
 
 class _Buffers:
@@ -63,99 +70,209 @@ class _Buffers:
             free.append(memory)
 
 
-class Reader:
-    """Samples of the sources into batches; shared by the threads of a stream."""
+@dataclass(eq=False)
+class MicroBatch:
+    """A raw batch that is being filled.
 
-    def __init__(self, sources: list[Source], config: DataConfig):
+    rows: its tensors as `bits`. source, shard, row, position: which sample belongs into each row of it, lists of int;
+    `row` counts all rows of the shard's file. good: which rows hold a sample. draws: of the plan, where bad samples are
+    replaced. Once it is `done` there is a `result` for the consumer, or an `error`.
+    """
+
+    batch: dict[str, Any]
+    rows: dict[str, np.ndarray]
+    source: list[int]
+    shard: list[int]
+    row: list[int]
+    position: list[int]
+    captions: list[int]
+    good: list[bool]
+    draws: Draws | None = None
+    parts_left: int = 0
+    done: bool = False
+    error: BaseException | None = None
+    result: tuple[list[int], Any] | None = None
+
+
+class Reader:
+    """Samples of the sources into batches; shared by the threads of a stream. ranks: of the run."""
+
+    def __init__(self, sources: list[Source], config: DataConfig, ranks: int = 1):
         self.sources, self.config = sources, config
-        self.shards = OpenShards(sources, config.open_shards)
         self.buffers = _Buffers(keep=config.prefetch + config.threads + 2)
         self.stats = StreamStats([0] * len(sources))
-        shapes = sorted({shape for source in sources for shape in source.shapes})
-        if len(shapes) != 1:
-            raise ValueError(f"the sources have the latent shapes {shapes}, a run takes one")
-        self.fields = fields_at({name: f for source in sources for name, f in source.fields.items()}, shapes[0])
-        self.groups = {name: group for source in sources for name, group in source.groups.items()}
-        self.partial = sorted(g for g in self.groups if not all(g in source.groups for source in sources))
-        # positions in the source of the samples to train on and of those held out, in manifest order
-        self.train, self.held_out, plan_sources = [], [], []
+        self.fields: dict[str, Field] = {name: f for source in sources for name, f in source.fields.items()}
+        wanted = {group for source in sources for group in source.groups}
+        self.partial = sorted(group for group in wanted if not all(group in source.groups for source in sources))
+        self._ids = np.array([source.dataset_id for source in sources])
+        self._has = {g: np.array([g in source.groups for source in sources]) for g in self.partial}
+        plan_sources = []
         for source in sources:
-            mask = split(source.manifest.index.origins, source.name, config.val_fraction)
-            self.train.append(np.flatnonzero(~mask))
-            self.held_out.append(np.flatnonzero(mask))
-            sizes = np.diff(np.searchsorted(self.train[-1], [*source.manifest.starts, source.manifest.count]))
-            plan_sources.append(PlanSource(source.name, source.dataset_id, sizes))
-        self.train_starts = [np.cumsum(source.sizes) - source.sizes for source in plan_sources]
+            index = source.manifest.index
+            sizes = index.samples - _held_out_counts(source, config.val_fraction)
+            plan_sources.append(PlanSource(source.name, source.dataset_id, sizes, source.shapes, index.shape))
         self.plan = Plan(
             plan_sources,
             config.weights or [source.total for source in plan_sources],
             global_batch_size=config.global_batch_size,
             seed=config.seed,
+            unit=config.unit_size,
             slots_per_stream=config.slots_per_stream,
             resample=config.resample,
+            weights_at=config.stretches,
         )
+        self.shards = OpenShards(sources, self._open_limit(ranks))
+        self.reading: dict[int, tuple[int, int]] = {}  # thread -> source and shard that it reads
+        self.progress = time.monotonic()
         self._lock = threading.Lock()
         self._bad: set[tuple[int, int]] = set()
+        self._training: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
-    def new_batch(self, source_index: np.ndarray, seeds: np.ndarray, slots: np.ndarray, step: int):
-        """An empty raw batch, and the rows of integers that its samples are decoded into."""
-        B = len(source_index)
-        offsets = np.cumsum([0, *(B * f.nbytes + 63 & -64 for f in self.fields.values())]).tolist()
+    def _open_limit(self, ranks: int) -> int:
+        """Shards to keep open: config.open_shards, or one for each lane of a rank where these are more."""
+        lanes = -(-sum(self.plan.lanes.values()) // ranks) + len(self.plan.lanes) + self.config.threads
+        files = max(len(source.layers) for source in self.sources)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // files  # the process needs others too
+        return max(self.config.open_shards, min(lanes, most))
+
+    def locate(self, draws: Draws) -> np.ndarray:
+        """The row in its shard's file of each draw, int64 [n]: held-out rows lie between those of the plan."""
+        if not self.config.val_fraction:
+            return draws.row
+        pairs = zip(draws.source.tolist(), draws.shard.tolist(), draws.row.tolist(), strict=True)
+        return np.array([self._training_rows(source, shard)[row] for source, shard, row in pairs], np.int64)
+
+    def _training_rows(self, source: int, shard: int) -> np.ndarray:
+        """The rows of a shard that are trained on."""
+        with self._lock:
+            rows = self._training.pop((source, shard), None)
+            if rows is None:
+                entry = self.sources[source].manifest.shards[shard]
+                held_out = split(entry.origins, self.sources[source].name, self.config.val_fraction)
+                rows = np.flatnonzero(~held_out).astype(np.int32)
+            self._training[source, shard] = rows
+            while len(self._training) > self.shards.limit:
+                self._training.popitem(last=False)
+        return rows
+
+    def held_out(self, source: int) -> np.ndarray:
+        """Positions in the source of the samples that are held out, in its order; int64."""
+        origins, parts = self.sources[source].manifest.index.origins, [np.empty(0, np.int64)]
+        for first in range(0, len(origins) if self.config.val_fraction else 0, _HASHED):
+            mask = split(origins[first : first + _HASHED], self.sources[source].name, self.config.val_fraction)
+            parts.append(first + np.flatnonzero(mask))
+        return np.concatenate(parts)
+
+    def new_batch(
+        self,
+        shape: Shape,
+        source: np.ndarray,
+        shard: np.ndarray,
+        row: np.ndarray,
+        *,
+        seeds: np.ndarray,
+        slots: np.ndarray,
+        step: int,
+        draws: Draws | None = None,
+    ) -> MicroBatch:
+        """An empty batch for these samples, all of one latent shape."""
+        B, fields = len(source), fields_at(self.fields, shape)
+        offsets = list(itertools.accumulate((B * f.nbytes + 63 & -64 for f in fields.values()), initial=0))
         memory = self.buffers.new(offsets[-1])
         tensors = {
             name: memory[offset : offset + B * f.nbytes].view(DTYPES[f.dtype]).view(B, *f.shape)
-            for offset, (name, f) in zip(offsets, self.fields.items(), strict=False)
+            for offset, (name, f) in zip(offsets, fields.items(), strict=False)
         }
-        ids = np.array([source.dataset_id for source in self.sources])
+        position, counts = np.empty(B, np.int64), np.empty(B, np.int64)
+        for s in np.unique(source).tolist():
+            mine = source == s
+            position[mine] = self.sources[s].manifest.starts[shard[mine]] + row[mine]
+            counts[mine] = self.sources[s].captions[position[mine]]
         batch: dict[str, Any] = {
             **tensors,
-            "source_index": torch.from_numpy(source_index),
-            "dataset_ids": torch.from_numpy(ids[source_index]),
-            "local_indices": torch.zeros(B, dtype=torch.int64),
+            "source_index": torch.from_numpy(source),
+            "dataset_ids": torch.from_numpy(self._ids[source]),
+            "local_indices": torch.from_numpy(position),
             "sample_seeds": torch.from_numpy(seeds),
             "slots": torch.from_numpy(slots),
             "step": step,
             "keys": [""] * B,
         }
-        for group in self.partial:
-            has = np.array([group in source.groups for source in self.sources])
-            batch[f"{group}_mask"] = torch.from_numpy(has[source_index])
-        return batch, {name: bits(tensor) for name, tensor in tensors.items()}
+        for group, has in self._has.items():
+            batch[f"{group}_mask"] = torch.from_numpy(has[source])
+        samples = (x.tolist() for x in (source, shard, row, position, caption_of(seeds, counts)))
+        return MicroBatch(batch, {name: bits(t) for name, t in tensors.items()}, *samples, [True] * B, draws)
 
-    def decode(self, batch: dict[str, Any], rows: dict[str, np.ndarray], i: int, source: int, position: int) -> bool:
-        """Put the sample at a position of a source into row i; whether it was a good one.
+    def load(self, micro: MicroBatch, part: range, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Put the samples of a part of a batch into its rows; a bad one is replaced, or `good` says so.
 
-        Raises ShardError or OSError where the shard cannot be used at all, BadSamples behind max_bad_samples.
+        Raises ShardError or OSError where a shard cannot be used at all, BadSamples.
         """
-        shard, row = self.sources[source].manifest.locate(position)
-        file = self.shards.get(source, shard)
+        for first in range(part.start, part.stop, CHUNK):
+            if stopped():
+                return
+            rows = range(first, min(first + CHUNK, part.stop))
+            opened: dict[tuple[int, int], ShardFile] = {}
+            for i in rows:  # samples of a lane follow each other
+                if (pair := (micro.source[i], micro.shard[i])) not in opened:
+                    opened[pair] = self._open(*pair)
+            files = [opened[micro.source[i], micro.shard[i]] for i in rows]
+            out = {name: values[rows.start : rows.stop] for name, values in micro.rows.items()}
+            chosen = slice(rows.start, rows.stop)
+            good = decode_chunk(files, micro.row[chosen], micro.captions[chosen], out).tolist()
+            for i, file, fine in zip(rows, files, good, strict=True):
+                if fine:
+                    micro.batch["keys"][i] = file.key(micro.row[i])
+                else:
+                    self._repair(micro, i)
+            self.progress = time.monotonic()
+
+    def _open(self, source: int, shard: int) -> ShardFile:
+        self.reading[threading.get_ident()] = source, shard
+        return self.shards.get(source, shard)
+
+    def _repair(self, micro: MicroBatch, i: int) -> None:
+        """Load row i again, saying what is wrong with it; if it is bad, what stands in for it."""
+        source = micro.source[i]
+        if self._decode(micro, i, micro.shard[i], micro.row[i], micro.captions[i]):
+            return
+        if micro.draws is None:
+            micro.good[i] = False
+            for values in micro.rows.values():
+                values[i] = 0
+            return
+        tries = 1
+        for shard, row in itertools.islice(self.plan.replacements(micro.draws, i), MAX_BAD_IN_A_ROW - 1):
+            tries += 1
+            if self.config.val_fraction:
+                row = int(self._training_rows(source, shard)[row])
+            manifest = self.sources[source].manifest
+            count = self.sources[source].captions[int(manifest.starts[shard]) + row]
+            caption = int(caption_of(micro.batch["sample_seeds"].numpy()[i : i + 1], np.array([count]))[0])
+            if self._decode(micro, i, shard, row, caption):
+                with self._lock:
+                    self.stats.replaced += 1
+                return
+        shard = self.sources[source].manifest.shards[micro.shard[i]]
+        raise BadSamples(f"{shard.name} of {self.sources[source].url}: {tries} bad samples in a row: see the log")
+
+    def _decode(self, micro: MicroBatch, i: int, shard: int, row: int, caption: int) -> bool:
+        """Put a sample into row i, or log and count it as bad."""
+        source = micro.source[i]
+        position = int(self.sources[source].manifest.starts[shard]) + row
+        file = self._open(source, shard)
         try:
-            file.decode(row, {name: values[i] for name, values in rows.items()})
+            file.decode(row, {name: values[i] for name, values in micro.rows.items()}, caption=caption)
         except ShardError as error:
-            self.count_bad(source, position, error)
+            self._count_bad(source, position, error)
             return False
-        for group in self.partial:
-            if group not in self.sources[source].groups:
-                for name in self.groups[group].fields:
-                    rows[name][i] = 0
-        batch["keys"][i] = file.key(row)
-        batch["local_indices"][i] = position
+        for name in micro.rows.keys() - self.sources[source].fields.keys():
+            micro.rows[name][i] = 0
+        micro.batch["keys"][i] = file.key(row)
+        micro.batch["local_indices"][i] = position
         return True
 
-    def load(self, batch: dict[str, Any], rows: dict[str, np.ndarray], draws: Draws, i: int) -> None:
-        """Put draw i into row i, or where it is bad the next good row of its shard's order. Raises as `decode`."""
-        source, shard = int(draws.source[i]), int(draws.shard[i])
-        candidates = itertools.chain([int(draws.row[i])], self.plan.replacements(draws, i))
-        for tries, row in enumerate(itertools.islice(candidates, MAX_BAD_IN_A_ROW)):
-            position = int(self.train[source][self.train_starts[source][shard] + row])
-            if self.decode(batch, rows, i, source, position):
-                with self._lock:
-                    self.stats.replaced += tries > 0
-                return
-        name = self.sources[source].manifest.shards[shard].name
-        raise BadSamples(f"{name} of {self.sources[source].url}: {tries + 1} bad samples in a row: see the log")
-
-    def count_bad(self, source: int, position: int, error: ShardError) -> None:
+    def _count_bad(self, source: int, position: int, error: ShardError) -> None:
         """Log and count a bad sample, once."""
         with self._lock:
             if (source, position) in self._bad:
@@ -166,3 +283,21 @@ class Reader:
         if self.stats.bad > self.config.max_bad_samples:
             limit = self.config.max_bad_samples
             raise BadSamples(f"more than data.max_bad_samples = {limit} bad samples, the last: {error}")
+
+
+def caption_of(seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which of its `counts` captions each sample takes, chosen by its seed; int64 [n]."""
+    draws = rng.splitmix64(seeds.view(np.uint64) ^ np.uint64(rng.key("caption")))
+    return (draws % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
+
+
+def _held_out_counts(source: Source, val_fraction: float) -> np.ndarray | int:
+    """Samples of each shard that are held out; int [shards]."""
+    if not val_fraction:
+        return 0
+    origins, starts = source.manifest.index.origins, source.manifest.starts
+    counts = np.zeros(len(starts), np.int64)
+    for first in range(0, len(origins), _HASHED):
+        places = first + np.flatnonzero(split(origins[first : first + _HASHED], source.name, val_fraction))
+        np.add.at(counts, np.searchsorted(starts, places, side="right") - 1, 1)
+    return counts

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tinyflux.shards.format import ShardError, decode_member, layout_of, member_name
+from tinyflux.shards.format import Layout, ShardError, decode_member, layout_of, member_name
 from tinyflux.shards.schema import Group, fields_at
 from tinyflux.shards.tar import Sample, read_member, scan
 from tinyflux.shards.writer import Shard
@@ -23,13 +23,13 @@ class ShardFile:
 
     def __init__(self, path: str | Path, shard: Shard, groups: dict[str, Group], base: "ShardFile | None" = None):
         self.path, self.shard, self.base = os.fspath(path), shard, base
-        self._fd = os.open(self.path, os.O_RDONLY)
+        self.fd = os.open(self.path, os.O_RDONLY)
         self.count = shard.count
         self.origins: np.ndarray = shard.origins if base is None else base.origins
         self.layouts = {name: layout_of(fields_at(group.fields, shard.shape)) for name, group in groups.items()}
         self._repeated = {name for name, group in groups.items() if group.repeated}
-        samples, self.fault = scan(self._fd, self.path)
-        size = os.fstat(self._fd).st_size
+        samples, self.fault = scan(self.fd, self.path)
+        size = os.fstat(self.fd).st_size
         if self.fault is None and (size != shard.bytes or len(samples) > shard.count):
             why = f"is not the shard of the manifest ({size} bytes with {len(samples)} samples, "
             why += f"expected {shard.bytes} with {shard.count}): it was replaced, or the manifest was"
@@ -37,6 +37,14 @@ class ShardFile:
         self.samples: list[Sample | None] = self._placed(samples)
         self.groups: tuple[str, ...] = (*(() if base is None else base.groups), *groups)
         """The groups that are read, of this file and of those below it."""
+        self._wanted: dict[int, list[tuple[str, Layout]]] = {}
+
+    def wanted(self, caption: int) -> list[tuple[str, Layout]]:
+        """The members of a row that are read from this file, and their layouts."""
+        if caption not in self._wanted:
+            named = ((member_name(g, caption if g in self._repeated else None), x) for g, x in self.layouts.items())
+            self._wanted[caption] = list(named)
+        return self._wanted[caption]
 
     def _placed(self, samples: list[Sample]) -> list[Sample | None]:
         """The samples by row; an overlay's by the keys of its base."""
@@ -46,8 +54,8 @@ class ShardFile:
         return samples + [None] * (self.count - len(samples))
 
     def __del__(self):
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        if hasattr(self, "fd"):
+            os.close(self.fd)
 
     def sample(self, row: int) -> Sample:
         """Where the members of a row lie in this file. Raises ShardError where the row is lost."""
@@ -96,7 +104,7 @@ class ShardFile:
             raise ShardError(self.path, key, f"member {member} is missing")
         if place[1] > limit:
             raise ShardError(self.path, key, f"member {member} has {place[1]} bytes, must have at most {limit}")
-        return read_member(self._fd, *place)
+        return read_member(self.fd, *place)
 
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """(offset, size) of each member of a row, of the base too. Raises ShardError where the row is lost."""

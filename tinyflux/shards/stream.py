@@ -1,31 +1,29 @@
 """Plan -> load -> collate -> pin -> prefetch: the batches of a run, from its step number alone.
 
-The only file that knows torchdata. Threads, not worker processes: zstd and memcpy release the GIL, and samples are
-decoded straight into the batch's tensors. A batch's memory is used again once nothing refers to it, so a consumer may
-keep it as long as it likes.
+Threads, not worker processes: reading and zstd release the GIL, and samples are decoded straight into the batch's
+tensors. A batch's memory is used again once nothing refers to it, so a consumer may keep it as long as it likes.
 """
 
 import logging
-import queue
+import math
+import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torchdata import nodes
 
 from tinyflux.shards.config import DataConfig, open_sources
-from tinyflux.shards.format import ShardError
+from tinyflux.shards.decode import CHUNK
 from tinyflux.shards.lookahead import LookAhead
 from tinyflux.shards.plan import Plan
-from tinyflux.shards.reader import BadSamples, Reader, StreamStats
-from tinyflux.shards.remote import RemoteStore, Stopped
-from tinyflux.shards.schema import Field
+from tinyflux.shards.reader import BadSamples, MicroBatch, Reader, StreamStats
+from tinyflux.shards.remote import RemoteStore
+from tinyflux.shards.schema import Field, fields_at
 from tinyflux.shards.source import Source
 from tinyflux.util import rng
 
@@ -33,11 +31,13 @@ __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 8  # samples a thread takes at a time: enough to hide the queues, few enough to spread a batch over threads
-
 
 class _Pipeline:
-    """The threads of a stream, from one position on."""
+    """The threads of a stream, from one position on.
+
+    A thread takes the next part of a micro-batch, and whoever loads its last part collates it too. The consumer waits
+    for whole micro-batches: that is the only hand-over.
+    """
 
     def __init__(
         self,
@@ -46,148 +46,172 @@ class _Pipeline:
         world: int,
         position: int,
         collate: Callable | None,
-        pin: bool,
+        device: torch.device,
         ranks_on_node: int,
         end_step: int | None,
     ):
         self.reader, self.rank, self.world, self.collate = reader, rank, world, collate
-        self.stopped, self._change = False, threading.Condition()
-        self._busy: dict[int, tuple[int, int] | None] = {}  # thread -> source and shard that it reads, if it does
+        self.pid, self.stopped = os.getpid(), False
+        self.ended: BaseException | None = None  # why no more batches are begun
         self.end = float("inf") if end_step is None else end_step * reader.config.accumulation(world)
-        self.ahead, self.progress = None, time.monotonic()
         self.patience = 1.1 * reader.config.timeout + 0.5  # after a download's own: that one says more
+        self.gpu = None  # that batches are pinned for
+        if device.type == "cuda":
+            self.gpu = torch.cuda.current_device() if device.index is None else device.index
+        self.ahead = None
         if limits := [s.store.cache.limit for s in reader.sources if isinstance(s.store, RemoteStore)]:
-            step, options = position // reader.config.accumulation(world), {"timeout": reader.config.timeout}
-            options |= {"budget": min(limits) // ranks_on_node, "stats": reader.stats}
-            options |= {"end_step": end_step}
-            self.ahead = LookAhead(reader.sources, reader.plan, rank, world, step, **options)
+            self.ahead = LookAhead(
+                reader.sources,
+                reader.plan,
+                rank,
+                world,
+                position // reader.config.accumulation(world),
+                budget=min(limits) // ranks_on_node,
+                timeout=reader.config.timeout,
+                stats=reader.stats,
+                end_step=end_step,
+            )
             reader.shards.ahead = self.ahead
-        # the nodes' own snapshots are off: the plan is sought, nothing is replayed
-        node = _Node(self.chunks(position))
-        node = nodes.ParallelMapper(node, self.load, num_workers=reader.config.threads, snapshot_frequency=0)
-        node = _Node(self.assemble(node))
-        if pin:
-            node = nodes.PinMemory(node, snapshot_frequency=0)
-        self.root = nodes.Prefetcher(node, reader.config.prefetch, snapshot_frequency=0)
-        # torchdata waits without end: a thread that nobody has to wait for does it
-        self._asked: queue.SimpleQueue[Future | None] = queue.SimpleQueue()
-        self._answers = threading.Thread(target=_answer, args=(self.root, self._asked), daemon=True)
-        self._answers.start()
+        B = reader.config.micro_batch_size
+        self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # micro-batches begun at a time
+        self._change, self._planning = threading.Condition(), threading.Lock()
+        self._begun: deque[MicroBatch] = deque()  # in order, until the consumer has them
+        self._busy: set[int] = set()  # threads at work
+        self._parts = self._plan(position)
+        reader.reading.clear()
+        reader.progress = time.monotonic()
+        for i in range(reader.config.threads):
+            threading.Thread(target=self._work, name=f"stream-{i}", daemon=True).start()
 
-    def chunks(self, position: int) -> Iterator[tuple]:
-        """The micro-batches of the rank, each allocated here and cut into chunks for the threads."""
-        config = self.reader.config
+    def _plan(self, position: int) -> Iterator[tuple[MicroBatch, range]]:
+        """The micro-batches of the rank, each allocated here and cut into parts for the threads."""
+        reader, config, plan = self.reader, self.reader.config, self.reader.plan
         B, accumulation = config.micro_batch_size, config.accumulation(self.world)
-        draws, step = None, -1
-        while not self.stopped and position < self.end:
-            with self._working():
-                if position // accumulation != step:
-                    step = position // accumulation
-                    draws = self.reader.plan.batch(step)
-                first = self.rank * (len(draws) // self.world) + position % accumulation * B
-                mine, slots = draws[first : first + B], np.arange(first, first + B)
-                seeds = rng.sample_seeds(config.seed, step, slots)
-                batch, rows = self.reader.new_batch(mine.source, seeds, slots, step)
-            for i in range(0, B, _CHUNK):
-                yield batch, rows, mine, range(i, min(i + _CHUNK, B))
+        draws, first = None, 0
+        while position < self.end:
+            step, part = divmod(position, accumulation)
+            if draws is None or step >= first + len(draws) // (B * accumulation):
+                first, draws = step, plan.batch(step, self.rank, self.world, steps=plan.portion)
+                rows = reader.locate(draws)
+            here = slice((step - first) * B * accumulation + part * B, (step - first) * B * accumulation + part * B + B)
+            mine = draws[here]
+            micro = reader.new_batch(
+                plan.shapes[mine.shape[0]],
+                mine.source,
+                mine.shard,
+                rows[here],
+                seeds=rng.sample_seeds(config.seed, step, mine.slot),
+                slots=mine.slot,
+                step=step,
+                draws=mine,
+            )
+            parts = [range(i, min(i + CHUNK, B)) for i in range(0, B, CHUNK)]
+            micro.parts_left = len(parts)
+            with self._change:
+                self._change.wait_for(lambda: self.stopped or len(self._begun) < self._room)
+                self._begun.append(micro)
+            for part in parts:
+                yield micro, part
             position += 1
 
-    def load(self, chunk: tuple) -> tuple[dict | Exception, bool]:
-        """Fill a chunk's rows; gives (batch, whether this was its last chunk), or (what went wrong, True)."""
-        batch, rows, draws, part = chunk
-        with self._working():
+    def _take(self) -> tuple[MicroBatch, range] | None:
+        """The next part to load, None once there is none."""
+        with self._planning:
+            if self.stopped or self.ended:
+                return None
             try:
-                for i in part:
-                    if not self.stopped:
-                        self._busy[threading.get_ident()] = int(draws.source[i]), int(draws.shard[i])
-                        self.reader.load(batch, rows, draws, i)
-                        self.progress = time.monotonic()
-            except (ShardError, BadSamples, OSError, Stopped) as error:  # as a value it reaches the consumer as it is
-                return error, True
-        return batch, part.stop == len(draws)
+                return next(self._parts)
+            except BaseException as error:  # noqa: BLE001  the consumer raises it, StopIteration too
+                with self._change:
+                    self.ended = error
+                    self._change.notify_all()
+                return None
 
-    def assemble(self, loaded: Iterator) -> Iterator[tuple[list[int], Any]]:
-        """(samples of each source, collated batch) from the loaded chunks, which come in order."""
-        for batch, whole in loaded:
-            if isinstance(batch, Exception):
-                yield [], batch
+    def _work(self) -> None:
+        me = threading.get_ident()
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # or pinning would open a context on the first GPU
+        while True:
+            taken = self._take()
+            if taken is None or self.stopped:
                 return
-            if whole:
-                with self._working():
-                    counts = torch.bincount(batch["source_index"], minlength=len(self.reader.sources)).tolist()
-                    if self.ahead is not None:
-                        self.ahead.advance(batch["step"])
-                    if self.collate is not None:
-                        batch = self.collate(batch)
-                yield counts, batch
+            micro, part = taken
+            with self._change:
+                self._busy.add(me)
+            try:
+                if micro.error is None:
+                    self.reader.load(micro, part, lambda: self.stopped)
+                with self._change:
+                    micro.parts_left -= 1
+                    last = micro.parts_left == 0
+                if last and not self.stopped:
+                    self._finish(micro)
+            except BaseException as error:  # noqa: BLE001  the consumer raises it, SystemExit too
+                micro.error, micro.done = error, True
+            with self._change:
+                self.reader.reading.pop(me, None)
+                self._busy.discard(me)
+                self._change.notify_all()
+            del taken, micro  # they hold the batch
+
+    def _finish(self, micro: MicroBatch) -> None:
+        """Collate and pin a loaded micro-batch."""
+        with self._change:
+            step = next((m.batch["step"] for m in self._begun if m.parts_left), micro.batch["step"])
+        if self.ahead is not None:
+            self.ahead.advance(step)
+        counts = torch.bincount(micro.batch["source_index"], minlength=len(self.reader.sources)).tolist()
+        batch = micro.batch if self.collate is None else self.collate(micro.batch)
+        micro.result = counts, batch if self.gpu is None else _pinned(batch)
+        micro.done = True
 
     def next(self) -> tuple[list[int], Any]:
-        """The next batch with its samples of each source. Raises what went wrong in a thread, and TimeoutError."""
-        future: Future = Future()
-        self._asked.put(future)
-        began = time.monotonic()
-        while not future.done():
-            left = max(began, self.progress) + self.patience - time.monotonic()
-            if left <= 0:
-                sources, reading = self.reader.sources, {what for what in self._busy.values() if what}
-                files = sorted(f"{sources[s].url}/{sources[s].manifest.shards.name(shard)}" for s, shard in reading)
-                what = f"being read: {', '.join(files) or 'nothing'}"
-                raise TimeoutError(f"no sample came for {self.patience:g} s (data.timeout); {what}")
-            wait([future], timeout=left)
-        counts, batch = future.result()
-        if isinstance(batch, Exception):
-            raise batch
-        return counts, batch
+        """The next batch with its samples of each source.
 
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        me = threading.get_ident()
+        Raises what went wrong in a thread, TimeoutError, and StopIteration behind the last step.
+        """
+        began = time.monotonic()
         with self._change:
-            self._busy[me] = None
-        try:
-            yield
-        finally:
-            with self._change:
-                self._busy.pop(me, None)
-                self._change.notify_all()
+            while not (self._begun and self._begun[0].done):
+                if self.ended is not None and not self._begun:
+                    raise self.ended
+                left = max(began, self.reader.progress) + self.patience - time.monotonic()
+                if left <= 0:
+                    sources, reading = self.reader.sources, sorted(set(self.reader.reading.values()))
+                    files = [f"{sources[s].url}/{sources[s].manifest.shards[shard].name}" for s, shard in reading]
+                    what = f"being read: {', '.join(files) or 'nothing'}"
+                    raise TimeoutError(f"no sample came for {self.patience:g} s (data.timeout); {what}")
+                self._change.wait(left)
+            micro = self._begun.popleft()
+            self._change.notify_all()
+        if micro.error is not None:
+            raise micro.error
+        return micro.result
 
     def close(self) -> None:
         """End the threads: returns once none is at work; they leave on their own then."""
-        self.stopped, self.root = True, None
-        self._asked.put(None)
+        if os.getpid() != self.pid:  # after a fork there are no threads here, and locks may be held for ever
+            return
+        self.stopped = True
         if self.ahead is not None:
             self.ahead.stop()
             self.reader.shards.ahead = None
         me = {threading.get_ident()}  # a worker may be the one that collects a forgotten stream
         with self._change:
-            if not self._change.wait_for(lambda: self._busy.keys() <= me, timeout=min(30, self.patience)):
+            self._change.notify_all()
+            if not self._change.wait_for(lambda: self._busy <= me, timeout=min(30, self.patience)):
                 log.warning("a thread of the stream is still reading; it is left behind")
-        if self._answers is not threading.current_thread():
-            self._answers.join(timeout=min(5, self.patience))
 
 
-def _answer(root: Iterator, asked: "queue.SimpleQueue[Future | None]") -> None:
-    """Give each future that is asked for the next item, or the error in its place."""
-    while (future := asked.get()) is not None:
-        try:
-            future.set_result(next(root))
-        except Exception as error:  # noqa: BLE001  the consumer raises it
-            future.set_exception(error)
-        del future  # it holds the batch, or the consumer's frames
-
-
-class _Node(nodes.BaseNode):
-    """An iterator as a node; its state is the stream's step."""
-
-    def __init__(self, items: Iterator):
-        super().__init__()
-        self.items = items
-
-    def next(self):
-        return next(self.items)
-
-    def get_state(self) -> dict:
-        return {}
+def _pinned(value: Any) -> Any:
+    """The same with its tensors in pinned memory."""
+    if isinstance(value, torch.Tensor):
+        return value.pin_memory()
+    if isinstance(value, dict):
+        return {name: _pinned(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in value):
+        return type(value)(_pinned(part) for part in value)
+    return value
 
 
 class Stream:
@@ -197,8 +221,8 @@ class Stream:
     device: where the batches go next; they are pinned for "cuda". ranks_on_node: how many share the cache of remote
     sources: each fetches ahead into its part. A raw batch has
       latents [B,C,H,W], t5_embeds [B,L,D], clip_pooled [B,D] and, as far as the sources have them, lune [B,K,D],
-      sol_stats [B,K,3], sol_spatial [B,K,8,8], all in the stored dtype;
-      lune_mask, sol_mask bool [B] only where some source lacks that group (its rows are zero);
+      sol_stats [B,K,3], sol_spatial [B,K,8,8], mask [B,H,W], all in the stored dtype; H and W are one shape a batch;
+      lune_mask, sol_mask, mask_mask bool [B] only where some source lacks that group (its rows are zero);
       source_index, dataset_ids, local_indices, sample_seeds, slots int64 [B]; keys list[str]; step int.
     Iterating raises what went wrong in a thread, with shard and key; calling next again then tries the same batch.
     """
@@ -219,8 +243,10 @@ class Stream:
             raise ValueError(f"rank {rank} of {world} ranks")
         self.sources, self.config, self.rank, self.world = sources, config, rank, world
         self.accumulation = config.accumulation(world)
-        self._options = (collate, torch.device(device).type == "cuda", ranks_on_node, end_step)
-        self._reader = Reader(sources, config)
+        self._options = (collate, torch.device(device), ranks_on_node, end_step)
+        self._reader = Reader(sources, config, world)
+        if len(self.plan.shapes) > 1:
+            config.check_shapes(world)
         self._position = start_step * self.accumulation  # micro-batches handed out since step 0
         self._pipeline: _Pipeline | None = None
 
@@ -230,8 +256,8 @@ class Stream:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Dtype and shape of the tensors that are read."""
-        return self._reader.fields
+        """Dtype and shape of the tensors that are read, where latents follow the largest shape."""
+        return fields_at(self._reader.fields, max(self.plan.shapes, key=math.prod))
 
     @property
     def stats(self) -> StreamStats:
@@ -256,7 +282,7 @@ class Stream:
     @property
     def requested(self) -> dict[str, float]:
         """The share of each source in a batch that the weights ask for."""
-        return dict(zip(self.labels, self.plan.weights, strict=True))
+        return dict(zip(self.labels, self.plan.weights(self.step), strict=True))
 
     def epoch(self, step: int) -> int:
         """How often all samples were gone through before a step."""
@@ -284,9 +310,11 @@ class Stream:
         return self
 
     def __next__(self) -> Any:
+        if self._pipeline is not None and self._pipeline.pid != os.getpid():
+            raise RuntimeError("this stream was read before the process was forked: open a new one in the child")
         if self._pipeline is None:
             self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
-            # also when the stream is forgotten, and before the interpreter ends: threads in C++ must not outlive it
+            # also when the stream is forgotten, and before the interpreter ends
             self._shut_down = weakref.finalize(self, self._pipeline.close)
         began = time.perf_counter()
         done = False
@@ -317,23 +345,36 @@ class Stream:
     def validation(self, batch_size: int, rank: int | None = None, world: int | None = None) -> Iterator[dict]:
         """Raw batches of this rank's part of the held-out samples: the same samples, seeds and order every time.
 
-        Every rank gets equally many batches of equal size: `valid` bool [B] is False in rows that only fill up the
-        last ones (they repeat a sample) and in rows that are bad (zero). `slots` is the place in the order.
+        A batch has one latent shape. Every rank gets equally many batches of equal size: `valid` bool [B] is False in
+        rows that only fill up a batch (they repeat a sample) and in rows that are bad (zero). `slots` is the place in
+        the order.
         """
         rank, world = self.rank if rank is None else rank, self.world if world is None else world
         reader, seed = self._reader, self.config.seed
-        pairs = [(s, position) for s, held_out in enumerate(reader.held_out) for position in held_out.tolist()]
-        order = rng.permutation(len(pairs), seed, "validation order")  # mixed, so that a few batches stand for all
-        stride = world * batch_size
-        for first in range(rank * batch_size, -(-len(pairs) // stride) * stride, stride):
-            slots = np.arange(first, first + batch_size)
-            chosen = [pairs[i] for i in order[slots % len(pairs)]]
+        held_out = [reader.held_out(s) for s in range(len(self.sources))]
+        source = np.repeat(np.arange(len(held_out)), [len(part) for part in held_out])
+        position = np.concatenate(held_out)
+        order = rng.permutation(len(position), seed, "validation order")  # mixed, so that a few batches stand for all
+        source, position = source[order], position[order]
+        shapes = sorted({shape for opened in self.sources for shape in opened.shapes})
+        shard, row, shape = (np.empty(len(order), np.int64) for _ in range(3))
+        for s, opened in enumerate(self.sources):
+            mine = source == s
+            shard[mine], row[mine] = opened.manifest.locate(position[mine])
+            numbers = np.array([shapes.index(wanted) for wanted in opened.shapes])
+            shape[mine] = numbers[opened.manifest.index.shape[shard[mine]]]
+        batches = []  # (place among those of its shape, shape, slots), the shapes evenly mixed
+        for b in np.unique(shape).tolist():
+            slots = np.flatnonzero(shape == b)
+            count = -(-len(slots) // batch_size)
+            filled = np.resize(slots, count * batch_size).reshape(count, batch_size)
+            batches += [((u + 0.5) / count, b, u * batch_size, len(slots), filled[u]) for u in range(count)]
+        batches.sort(key=lambda batch: batch[:2])
+        for k in range(rank, -(-len(batches) // world) * world, world):
+            _, b, first, count, slots = batches[k % len(batches)]
             seeds = rng.splitmix64(np.uint64(rng.key(seed, "validation")) + slots.astype(np.uint64)).view(np.int64)
-            batch, rows = reader.new_batch(np.array([source for source, _ in chosen]), seeds, slots, 0)
-            batch["valid"] = torch.from_numpy(slots < len(pairs))
-            for i, (source, position) in enumerate(chosen):
-                if not reader.decode(batch, rows, i, source, position):
-                    batch["valid"][i] = False
-                    for values in rows.values():
-                        values[i] = 0
-            yield batch
+            chosen = (source[slots], shard[slots], row[slots])
+            micro = reader.new_batch(shapes[b], *chosen, seeds=seeds, slots=slots, step=0)
+            reader.load(micro, range(batch_size))
+            counted = (np.arange(first, first + batch_size) < count) & (k < len(batches))
+            yield micro.batch | {"valid": torch.from_numpy(counted & np.array(micro.good))}

@@ -1,5 +1,6 @@
 """From stored samples to a training batch: timestep, teacher features at that timestep, text dropout."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -61,7 +62,14 @@ class StreamCollate:
         """The batch at given timesteps [B], with all prompts."""
         masks = [f"{term.name}_mask" for term in self.terms if term.group]
         batch = {name: raw[name] for name in (*COPIED, *masks, "valid") if name in raw}
-        return {**batch, "masks": raw.get("masks"), "t": t, **self.features(raw, t)}
+        return {**batch, "masks": self.masks(raw), "t": t, **self.features(raw, t)}
+
+    def masks(self, raw: dict) -> Tensor | None:
+        """Masks float32 [B, H, W], NaN for samples that have none; None where no source has any."""
+        if "mask" not in raw:
+            return raw.get("masks")
+        masks = raw["mask"].float()
+        return masks if "mask_mask" not in raw else masks.masked_fill(~raw["mask_mask"][:, None, None], math.nan)
 
     def __call__(self, raw: dict) -> Batch:
         seeds, source = raw["sample_seeds"], raw["source_index"]

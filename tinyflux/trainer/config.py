@@ -5,6 +5,7 @@ Nothing here needs torch, so that commands show their options at once.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -218,6 +219,16 @@ class RunConfig:
     """Begin at step 0 in a folder that has what remains of a run but no checkpoint; one that has is resumed."""
     dry_run: bool = False
     """Say what would run, with sizes, memory, the first batch and the speed of the data, and stop."""
+
+    def __post_init__(self):
+        # a rank gives up its wait for data somewhat later than data.timeout says
+        least, data, parallel = math.ceil(1.2 * self.data.timeout) + 1, self.data.timeout, self.parallel.timeout
+        if parallel < least:
+            raise ValueError(
+                f"data.timeout is {data:g}: with parallel.timeout = {parallel} the other ranks would end the run"
+                " before the one that waits for data could say for which shard. parallel.timeout must be at least"
+                f" {least}, or data.timeout at most {max(0.0, (parallel - 1) / 1.2):g}"
+            )
 
     def to_dict(self) -> dict:
         """Plain values, as training_config.json has them."""

@@ -52,7 +52,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     agree({**config.to_dict(), "version": software()})
     check_accumulation(config, dist.get_world_size())
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
-    groups = tuple(term.group for term in terms.enabled(c) if term.group)
+    groups = (*(term.group for term in terms.enabled(c) if term.group), "mask")
     sources = open_run_sources(config.data, groups, checkpoints)
     shapes = {name: f.at(source.shapes[0]).shape for source in sources for name, f in source.fields.items()}
     weights = None
