@@ -28,7 +28,7 @@ class DataConfig:
     """One id a source, instead of those in the manifests."""
     global_batch_size: Annotated[int, Within(1, MAX_BATCH)] = 256
     """Samples of one optimizer step on all ranks: a multiple of ranks x micro_batch_size."""
-    micro_batch_size: Annotated[int, AtLeast(1)] = 32
+    micro_batch_size: Annotated[int, AtLeast(1)] = 8
     """Samples of one forward pass on one rank; gradient accumulation follows from it."""
     unit: Annotated[int, AtLeast(1)] | None = None
     """Samples that are dealt out together and share a latent shape; divides global_batch_size. With sources of several

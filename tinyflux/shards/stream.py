@@ -22,7 +22,7 @@ from tinyflux.shards.decode import CHUNK
 from tinyflux.shards.lookahead import LookAhead
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, MicroBatch, Reader, StreamStats
-from tinyflux.shards.remote import RemoteStore
+from tinyflux.shards.remote import RemoteStore, is_remote
 from tinyflux.shards.schema import Field, fields_at
 from tinyflux.shards.source import Source
 from tinyflux.util import rng
@@ -342,8 +342,33 @@ class Stream:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def validation(self, batch_size: int, rank: int | None = None, world: int | None = None) -> Iterator[dict]:
-        """Raw batches of this rank's part of the held-out samples: the same samples, seeds and order every time.
+    @property
+    def held_out(self) -> int:
+        """Samples that are held out for validation."""
+        return sum(len(self._reader.held_out(s)) for s in range(len(self.sources)))
+
+    def _held_out_order(self, samples: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Source and position of the first `samples` held-out samples, in an order keyed by the seed, sources evenly
+        mixed. Of a remote source those of a shard follow each other, so that a few shards have them."""
+        seed, places, positions = self.config.seed, [], []
+        for s, opened in enumerate(self.sources):
+            part = self._reader.held_out(s)
+            order = rng.permutation(len(part), seed, "validation order", s)
+            if is_remote(opened.url) and len(part):
+                shard, _ = opened.manifest.locate(part[order])
+                ranks = np.argsort(rng.permutation(len(opened.manifest.shards), seed, "validation shards", s))
+                order = order[np.argsort(ranks[shard], kind="stable")]
+            positions.append(part[order])
+            places.append((np.arange(len(part)) + 0.5) / max(1, len(part)))
+        source = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
+        first = np.argsort(np.concatenate(places), kind="stable")[:samples]
+        return source[first], np.concatenate(positions)[first]
+
+    def validation(
+        self, batch_size: int, rank: int | None = None, world: int | None = None, *, samples: int | None = None
+    ) -> Iterator[dict]:
+        """Raw batches of this rank's part of the held-out samples, of the first `samples` of them: the same samples and
+        seeds on any number of ranks, every time.
 
         A batch has one latent shape. Every rank gets equally many batches of equal size: `valid` bool [B] is False in
         rows that only fill up a batch (they repeat a sample) and in rows that are bad (zero). `slots` is the place in
@@ -351,13 +376,9 @@ class Stream:
         """
         rank, world = self.rank if rank is None else rank, self.world if world is None else world
         reader, seed = self._reader, self.config.seed
-        held_out = [reader.held_out(s) for s in range(len(self.sources))]
-        source = np.repeat(np.arange(len(held_out)), [len(part) for part in held_out])
-        position = np.concatenate(held_out)
-        order = rng.permutation(len(position), seed, "validation order")  # mixed, so that a few batches stand for all
-        source, position = source[order], position[order]
+        source, position = self._held_out_order(samples)
         shapes = sorted({shape for opened in self.sources for shape in opened.shapes})
-        shard, row, shape = (np.empty(len(order), np.int64) for _ in range(3))
+        shard, row, shape = (np.empty(len(source), np.int64) for _ in range(3))
         for s, opened in enumerate(self.sources):
             mine = source == s
             shard[mine], row[mine] = opened.manifest.locate(position[mine])

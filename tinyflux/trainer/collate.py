@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS, interpolate
 
 VALIDATION_TIMESTEPS = 8
+KEPT = 1 << 30  # bytes of validation batches that a rank keeps
 COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids", "sample_seeds", "keys")
 
 
@@ -82,16 +83,41 @@ class StreamCollate:
 
 class HeldOut:
     """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
-    distribution evenly; the same batches every time. `valid` bool [B] says which rows count."""
+    distribution evenly; the same samples on any number of ranks, every time. `valid` bool [B] says which rows count.
 
-    def __init__(self, stream: Stream, collate: StreamCollate, samples: int):
-        self.stream, self.collate = stream, collate
-        self.batch_size = stream.config.micro_batch_size
-        self.batches = -(-samples // (self.batch_size * stream.world))
+    What is read is kept in memory, pinned for a GPU, up to KEPT bytes; the next batch is read while one is used.
+    Raises ValueError where nothing is held out: its loss would be 0, and the best for ever.
+    """
+
+    def __init__(self, stream: Stream, collate: StreamCollate, samples: int, device: torch.device | str = "cpu"):
+        if not stream.held_out:
+            raise ValueError(
+                f"data.val_fraction is {stream.config.val_fraction}: none of the {stream.plan.total:,} samples is held"
+                " out; raise it, or set it to 0 for no validation"
+            )
+        self.stream, self.collate, self.samples = stream, collate, samples
+        self.pins = torch.device(device).type == "cuda"
+        self.kept: list[dict] = []
+        self.complete = False  # whether all batches are kept
         u = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
         self.timesteps = shape_timesteps(u, **collate.distribution)
 
     def __iter__(self) -> Iterator[Batch]:
-        for raw in islice(self.stream.validation(self.batch_size), self.batches):
+        for raw in self.kept if self.complete else self._read():
             for t in self.timesteps:
-                yield self.collate.at(raw, t.expand(self.batch_size))
+                yield self.collate.at(raw, t.expand(len(raw["keys"])))
+
+    def _read(self) -> Iterator[dict]:
+        """The raw batches, read in a thread one ahead."""
+        batches = self.stream.validation(self.stream.config.micro_batch_size, samples=self.samples)
+        self.kept, size = [], 0
+        with ThreadPoolExecutor(1, "validation") as thread:
+            coming = thread.submit(next, batches, None)
+            while (raw := coming.result()) is not None:
+                coming = thread.submit(next, batches, None)
+                if self.pins:
+                    raw = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in raw.items()}
+                size += sum(v.nbytes for v in raw.values() if isinstance(v, Tensor))
+                self.kept += [raw] if size <= KEPT else []
+                yield raw
+        self.complete = size <= KEPT

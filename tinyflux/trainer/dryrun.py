@@ -1,7 +1,9 @@
 """What a run would be, before it is started: config, sizes, memory, the first batch, and whether the data keep up."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from tinyflux.trainer.parallel import DTYPES, freeze
 from tinyflux.util import devices
 
 EXPECTED_MFU = 0.4  # of a GPU whose peak is known
+COMPILED = 0.7  # activations of compiled or selectively checkpointed blocks, of those of plain ones: at least
 SECONDS = 3.0  # that the data are read for
 
 
@@ -76,6 +79,41 @@ def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: in
     return {name: value / 2**30 for name, value in parts.items()}
 
 
+def largest(stream: Stream) -> tuple[int, int]:
+    """The latent shape of the sources that has most tokens."""
+    return max((shape for source in stream.sources for shape in source.shapes), key=lambda shape: shape[0] * shape[1])
+
+
+def available(device: torch.device) -> float:
+    """GiB of memory that a rank can use: of its GPU, or its share of what the machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 2**30
+    free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(free.split()[1]) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_memory(config: RunConfig, stream: Stream, device: torch.device) -> None:
+    """Raises ValueError where a micro-batch does not fit the device by the estimate of `memory`, with one that does.
+
+    The estimate is that of blocks without compilation; compiled ones keep about a third less, so they are let through
+    up to COMPILED times of it.
+    """
+    c, shape, tokens = config.trainer, largest(stream), stream.fields["t5_embeds"].shape[0]
+    parts = memory(config, shape, tokens, dist.get_world_size())
+    if c.compile_mode is not None or c.gradient_checkpointing == "selective":
+        parts["activations"] *= COMPILED
+    fixed, room, B = parts["state"] + parts["gathered"], available(device), config.data.micro_batch_size
+    if fixed + parts["activations"] <= room:
+        return
+    fits = int(max(0.0, room - fixed) / parts["activations"] * B)
+    what = f"data.micro_batch_size = {fits} would" if fits else "not even 1 would: shard over more ranks"
+    raise ValueError(
+        f"data.micro_batch_size is {B}: with latents of {shape[0]} x {shape[1]} it needs about"
+        f" {fixed + parts['activations']:.1f} GiB on each device, which has {room:.1f}; {what}, and"
+        " trainer.gradient_checkpointing = selective or full takes less"
+    )
+
+
 def measure(stream: Stream) -> tuple[dict, float, float]:
     """The first batch, and samples and megabytes of tensors a second that this rank's stream delivers."""
     first, samples, size, started = None, 0, 0, time.perf_counter()
@@ -93,8 +131,8 @@ def measure(stream: Stream) -> tuple[dict, float, float]:
 
 def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
     """The text of a dry run. Reads the first batches of this rank; nothing is trained or written."""
-    fields, world = stream.fields, dist.get_world_size()
-    (_, height, width), (text_tokens, _) = fields["latents"].shape, fields["t5_embeds"].shape
+    world, (height, width) = dist.get_world_size(), largest(stream)
+    text_tokens = stream.fields["t5_embeds"].shape[0]
     model = network(config)
     parts = memory(config, (height, width), text_tokens, world)
     first, rate, megabytes = measure(stream)

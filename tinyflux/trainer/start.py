@@ -15,7 +15,7 @@ from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.collate import HeldOut, StreamCollate
 from tinyflux.trainer.config import RunConfig, check_accumulation, fit_model
-from tinyflux.trainer.dryrun import describe
+from tinyflux.trainer.dryrun import check_memory, describe
 from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.trainer import Trainer
@@ -82,6 +82,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     if config.dry_run:
         say(describe(config, stream, device))
         return cli.DONE
+    check_memory(config, stream, device)
     sampler = None
     if c.sample_every and c.sample_prompts:
         from tinyflux.model.zoo import ModelZoo  # its libraries take seconds to import
@@ -112,7 +113,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     with stream:
         trainer.setup(
             stream,
-            val_loader=HeldOut(stream, collate, c.validation_samples) if config.data.val_fraction else None,
+            val_loader=HeldOut(stream, collate, c.validation_samples, device) if config.data.val_fraction else None,
             sampler=sampler,
             identity=data_identity(stream),
             training_config=config.to_dict(),

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinyflux.model.model import flops_per_sample
 from tinyflux.trainer import parallel
 from tinyflux.trainer.batches import Batch, to_device
 from tinyflux.trainer.ema import EMA
@@ -21,14 +22,17 @@ T_BINS = 10  # parts of t that the main loss is recorded for
 
 @dataclass
 class Pending:
-    """A step that was launched. samples: of all ranks; keys: of this rank; waited: seconds for its batches; seconds:
-    from the step before to this one, once both are done; extra: what else its record says."""
+    """A step that was launched. samples: of all ranks; keys: of this rank; tokens, flops: of a sample's forward, means;
+    waited: seconds for its batches; seconds: from the step before to this one, once both are done; extra: what else its
+    record says."""
 
     step: int
     lr: float
     weights: dict[str, float]
     samples: int
     keys: list[str]
+    tokens: float
+    flops: float
     waited: float
     numbers: Tensor
     copied: torch.cuda.Event | None
@@ -75,13 +79,16 @@ class Stepper:
         save. Must be called on all ranks."""
         packed = torch.zeros(sum(self.parts), device=self.device)
         losses, by_t, squared_norm, stop, wanted, late, wait = packed.split(self.parts)
-        keys, waited, began = [], 0.0, None
+        keys, tokens, flops, waited, began = [], 0.0, 0.0, 0.0, None
         for i in range(accumulation):
             now = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - now
             began = began or time.perf_counter()
             keys += batch["keys"]
+            B, image, text = len(batch["keys"]), batch["latents"][0, 0].numel(), batch["t5_embeds"].shape[1]
+            tokens += B * (image + text)
+            flops += B * flops_per_sample(self.model.config, image, text)
             parallel.set_last_micro_batch(self.model, i == accumulation - 1, keep_gathered=self.keep_gathered)
             batch = to_device(batch, self.device)
             found = self.objective(batch, step)
@@ -106,7 +113,8 @@ class Stepper:
         self.ema.update(skip)
         self.optimizer.zero_grad(set_to_none=True)
         numbers, copied = self._to_host(torch.cat((packed, norm, skip.view(1), self.guard.median.view(1))))
-        pending = Pending(step + 1, lr, self.objective.weights(step), samples, keys, waited, numbers, copied)
+        work = tokens / len(keys), flops / len(keys)
+        pending = Pending(step + 1, lr, self.objective.weights(step), samples, keys, *work, waited, numbers, copied)
         if copied is None:  # a CPU is done by now
             self.wait(pending)
         return pending

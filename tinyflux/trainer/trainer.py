@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tinyflux.model.lora import attach
-from tinyflux.model.model import flops_per_sample
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import lock
 from tinyflux.run.identity import agree
@@ -111,7 +110,6 @@ class Trainer:
         self.identity: dict = {}
         self.training_config = {"trainer": asdict(config), "model": self.model_config.to_dict()}
         self.tensorboard_dir = self.run_dir / config.tensorboard_dir
-        self.work_per_sample = {"flops": 0, "tokens": 0}
         self.lock: IO | None = None
         self.checkpointer: Checkpointer | None = None
         self.uploader: Uploader | None = None
@@ -153,12 +151,7 @@ class Trainer:
         self.training_config = training_config or self.training_config
         if c.max_epochs is not None:  # the schedule ends there too
             self.last_step = bisect_left(range(c.total_steps), c.max_epochs, key=train_loader.epoch)
-        fields = train_loader.fields
-        (_, height, width), (text_tokens, text_width) = fields["latents"].shape, fields["t5_embeds"].shape
-        self.work_per_sample = {
-            "flops": flops_per_sample(self.model_config, height * width, text_tokens),
-            "tokens": height * width + text_tokens,
-        }
+        text_width = train_loader.fields["t5_embeds"].shape[-1]
         self.lock = lock(self.run_dir) if self.rank == 0 else None
         root = self.run_dir / c.checkpoint_dir
         if c.hf_repo_id and self.rank == 0:
@@ -298,7 +291,9 @@ class Trainer:
         self.metrics.record(record)
         if shown:
             self.metrics.progress(record)
-            self.metrics.scalars(scalars(record, self.world, self.device, **self.work_per_sample), pending.step)
+            self.metrics.scalars(
+                scalars(record, self.world, self.device, flops=pending.flops, tokens=pending.tokens), pending.step
+            )
 
     def _after_step(self) -> None:
         """What happens between steps: validation, checkpoints and samples."""
