@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.sgd import sgd
 
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.optim.adamw import AdamW, decay_groups, local
@@ -62,14 +63,34 @@ def orthogonal(x: Tensor) -> Tensor:
     return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
+def move(
+    values: list[Tensor], by: list[Tensor], *, rate: float, decay: float, skip: Tensor | None, maximize: bool = False
+) -> None:
+    """values -= rate * (by + decay * values), or with `maximize` - by, in place. All must be contiguous.
+
+    torch's fused SGD changes nothing where `skip` (0-d) is 1, and does not make the host wait for that.
+    """
+    sgd(
+        values,
+        by,
+        [None] * len(values),
+        fused=True,
+        found_inf=skip,
+        lr=rate,
+        weight_decay=decay,
+        maximize=maximize,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+    )
+
+
 class Muon(AdamW):
     """stacks: each matrix that is orthogonalised, sharded by rows or whole, and how many it holds, one upon the other;
     their state is `momentum`. rest: parameters for AdamW, and groups of them. scale: root mean square of an
     orthogonalised update; 0.2 is that of AdamW's, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982,
     eq. 4).
     """
-
-    skips_on_device = False  # a NaN gradient must not reach the momenta
 
     def __init__(
         self,
@@ -93,12 +114,11 @@ class Muon(AdamW):
         if parameters[0] not in self.stacks:
             return super()._update(group, parameters)
         gradients, momenta = [local(p.grad) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        updates = self._orthogonal(parameters, updates)
-        weights, lr = [local(p) for p in parameters], group["lr"]
-        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-lr)
+        # a mean that decays is a step towards the gradient
+        move(momenta, gradients, rate=1 - MOMENTUM, decay=1.0, skip=self.found_inf, maximize=True)
+        updates = self._orthogonal(parameters, torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov's
+        weights = [local(p) for p in parameters]
+        move(weights, updates, rate=group["lr"], decay=group["weight_decay"], skip=self.found_inf)
 
     def _orthogonal(self, parameters: list[nn.Parameter], rows: list[Tensor]) -> list[Tensor]:
         """This rank's rows of the scaled updates, from its rows of the momenta. Must be called on all ranks."""
@@ -110,7 +130,8 @@ class Muon(AdamW):
         for (height, width, count), places in alike.items():
             matrices = torch.stack([whole[k] for k in places]).view(-1, height // count, width)
             matrices = orthogonal(matrices) * (self.scale * max(matrices.shape[1:]) ** 0.5)
-            for k, matrix in zip(places, matrices.reshape(-1, height, width), strict=True):
+            matrices = matrices.contiguous()  # fused kernels look at memory, not at strides
+            for k, matrix in zip(places, matrices.view(-1, height, width), strict=True):
                 whole[k] = matrix
         return exchange.to_rows(whole, rows[0])
 
