@@ -8,21 +8,23 @@ usage: ./torchrun.sh [TORCHRUN OPTION ...] SCRIPT [ARGUMENT ...]
 
 Runs torchrun with nodes, node rank, endpoint and processes per node filled in; everything given here is
 passed through after that, so an option of torchrun's own wins. One process a node calls this. Exit status 75: the
-training was told by a signal to stop, has saved itself, and the same command goes on.
+training was told by a signal to stop and has saved itself; run the same command to resume.
 
   a laptop           ./torchrun.sh launch/train.py --config launch/configs/demo.toml
   inside a SLURM job srun --ntasks-per-node=1 ./torchrun.sh launch/train.py --config FILE.toml
   as a SLURM job     sbatch --nodes=2 launch/slurm/train.sbatch --config FILE.toml
+  on Kubernetes      launch/k8s/train.yaml
   two hosts by hand  NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 ./torchrun.sh launch/train.py ...   (NODE_RANK=1 on the other)
 
 variable          from SLURM                                    otherwise
 NNODES            SLURM_JOB_NUM_NODES                           1
-NODE_RANK         SLURM_NODEID                                  0
+NODE_RANK         SLURM_NODEID                                  JOB_COMPLETION_INDEX, 0
 MASTER_ADDR       NodeAddr of the first of SLURM_JOB_NODELIST    required where NNODES > 1
 MASTER_PORT       20000 + SLURM_JOB_ID % 20000                  29500
 NPROC_PER_NODE    SLURM_GPUS_ON_NODE                            the GPUs that nvidia-smi lists, 1 without any
 MAX_RESTARTS      0                                             0
-A variable that is set wins over SLURM's. On one node without MASTER_ADDR a free port is taken (--standalone).
+A variable that is set wins over SLURM's, and so do torchrun's own (PET_NNODES and its like, as Kubeflow sets them).
+On one node without MASTER_ADDR a free port is taken (--standalone).
 TEXT
 }
 
@@ -32,6 +34,11 @@ case "${1:-}" in
     -h | --help) usage; exit 0 ;;
     "") usage >&2; exit 2 ;;
 esac
+
+for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT NPROC_PER_NODE MAX_RESTARTS; do
+    torchruns=PET_$name
+    [[ -n "${!name:-}" || -z "${!torchruns:-}" ]] || printf -v "$name" %s "${!torchruns}"
+done
 
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
     NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
@@ -51,7 +58,7 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
 fi
 
 NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
+NODE_RANK=${NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}
 MASTER_PORT=${MASTER_PORT:-29500}
 if [[ -z "${NPROC_PER_NODE:-}" ]]; then
     NPROC_PER_NODE=1
@@ -60,11 +67,14 @@ if [[ -z "${NPROC_PER_NODE:-}" ]]; then
         ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
     fi
 fi
-[[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES must be a positive number, not '$NNODES'"
-[[ "$NODE_RANK" =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK must be in 0..$((NNODES - 1)), not '$NODE_RANK'"
+rendezvous=${PET_RDZV_ENDPOINT:-} # torchrun reads it itself; the number of nodes may then be a range
+[[ -n "$rendezvous" || "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES must be a positive number, not '$NNODES'"
+[[ -n "$rendezvous" ]] || [[ "$NODE_RANK" =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK must be in 0..$((NNODES - 1)), not '$NODE_RANK'"
 
 args=(--nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-0}")
-if ((NNODES > 1)) || [[ -n "${MASTER_ADDR:-}" ]]; then
+if [[ -n "$rendezvous" ]]; then
+    :
+elif ((NNODES > 1)) || [[ -n "${MASTER_ADDR:-}" ]]; then
     [[ -n "${MASTER_ADDR:-}" ]] || die "NNODES=$NNODES needs MASTER_ADDR, the host name of node 0"
     args+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 else
@@ -73,5 +83,7 @@ fi
 
 # one thread a process unless told: ranks that share cores slow each other down
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# seconds between SIGTERM and SIGKILL, which torchrun takes for 30: a step and a save have to fit
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 echo "torchrun.sh: torchrun ${args[*]} $*" >&2
 exec python "$(dirname "$0")/launch/torchrun.py" "${args[@]}" "$@"

@@ -1,34 +1,69 @@
-"""torchrun that passes on SIGUSR1 and exit status 75, for ./torchrun.sh: its own dies of the one and exits with 1.
+"""torchrun for ./torchrun.sh: it passes signals and exit status 75 on, and an error is the line that a rank told.
 
-Ranks that are started again get a store of their own: torch 2.13 would show them the dead ones' addresses.
+torch's own kills its workers 30 s after a SIGTERM, dies of SIGUSR1, turns every status into 1 and tells a failed rank
+in 34 lines. Ranks that are started again get a store of their own: torch 2.13 would show them the dead ones' addresses.
 """
 
+import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import main
 
-PREEMPTED = 75  # of tinyflux.trainer.trainer, whose import would take seconds
+from tinyflux.util import cli
+
+FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # a worker that is told before its loop listens dies of the signal, and has nothing to save
-STOPPED = {PREEMPTED, -signal.SIGUSR1}
+STOPPED = {cli.SAVED, *(-number for number in FORWARDED)}
+SHUTDOWN = "600"
+"""Seconds between SIGTERM and SIGKILL where torch ends the workers itself."""
 
 
 def forward(number: int, _frame) -> None:
     """Send a signal to the workers: they have sessions of their own, so a signal to our group misses them."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            os.kill(int(pid), number)
+    workers = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    for pid in workers:
+        os.kill(int(pid), number)
+    if not workers:  # nodes still wait for each other: there is nothing to save
+        sys.exit(cli.SAVED)
+
+
+def status(failures: dict[int, ProcessFailure]) -> int:
+    """The exit status of a job some of whose ranks, by number, failed; tells what no rank told."""
+    first = min(failures, key=lambda rank: failures[rank].timestamp)
+    codes = [failure.exitcode for failure in failures.values()]
+    if cli.INTERRUPTED in codes:
+        return cli.INTERRUPTED
+    if cli.SAVED in codes or STOPPED.issuperset(codes):
+        return cli.SAVED
+    told = {rank: failure.message["message"] for rank, failure in failures.items() if isinstance(failure.message, dict)}
+    seen = {told[rank] for rank in told if failures[rank].local_rank == 0}  # that rank prints its own
+    for rank, message in sorted(told.items()):
+        if message not in seen:
+            print(f"error: rank {rank}: {message}", file=sys.stderr)
+            seen.add(message)
+    if failures[first].exitcode < 0 and not told:
+        name = signal.Signals(-failures[first].exitcode).name
+        reason = " (too little memory, most often)" if name == "SIGKILL" else ""
+        print(f"error: rank {first} on {os.uname().nodename} died of {name}{reason}", file=sys.stderr)
+    positive = [code for code in codes if code > 0]
+    return failures[first].exitcode if failures[first].exitcode > 0 else max(positive, default=cli.FAILED)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    signal.signal(signal.SIGUSR1, forward)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN)
+    # what a failed worker or a forwarded signal is logged as; `status` says what matters of it
+    for name in ("api", "errors.error_handler"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").setLevel(logging.CRITICAL)
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    ours = ["--signals-to-handle", "SIGHUP,SIGQUIT"] if hasattr(LaunchConfig, "signals_to_handle") else []
     try:
-        main()
+        main([*ours, *sys.argv[1:]])
     except ChildFailedError as error:
-        if STOPPED.isdisjoint(failure.exitcode for failure in error.failures.values()):
-            raise
-        sys.exit(PREEMPTED)
+        sys.exit(status(error.failures))

@@ -4,13 +4,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.training import command, curve, environment, make_source, records, start, train, wait_for, workers
+from tests.training import ROOT, command, curve, environment, make_source, records, start, train, wait_for, workers
 
 STEPS = 16
 OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--data.val-fraction", 0.2)
@@ -87,6 +88,74 @@ def test_a_rank_that_hangs_ends_the_job_with_the_reason(sources, tmp_path):
     status, said = process.wait(timeout=60), (tmp_path / "log").read_text()
     assert status == 1, said
     assert "error: rank 0 lost another rank" in said and "parallel.timeout = 5 s" in said, said
+
+
+def launched(*argv: object, **env: str) -> subprocess.Popen:
+    """launch/torchrun.py with two ranks."""
+    torchrun = [sys.executable, ROOT / "launch/torchrun.py", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        list(map(str, [*torchrun, *argv])),
+        env=environment() | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_ranks_that_differ_are_refused_in_as_many_lines_as_it_takes(sources, tmp_path):
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import os, sys\n"
+        "from launch.train import main\n"
+        "sys.exit(main(sys.argv[1:] + ['--trainer.learning-rate', f'{4 - int(os.environ[\"RANK\"])}e-3']))\n"
+    )
+    argv = command(tmp_path / "run", sources, *OPTIONS)[2:]
+    process = launched(script, *argv)
+    said, _ = process.communicate(timeout=120)
+    lines = [line for line in said.splitlines() if "OMP_NUM_THREADS" not in line]
+    assert process.returncode == 2 and len(lines) == 2, said
+    assert lines[0] == "error: the ranks differ, so they would train different models:"
+    assert lines[1].startswith("  trainer.learning_rate is 0.003 on rank 1 (")
+    assert lines[1].endswith("), 0.004 on rank 0") and not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_rank_is_told_once(tmp_path):
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from tinyflux.util import cli\n"
+        "def action():\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        time.sleep(60)\n"
+        "    raise ValueError('no such shard')\n"
+        "sys.exit(cli.report(action))\n"
+    )
+    process = launched(script)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (2, "error: rank 1: no such shard\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_torchrun_waits_for_a_save_however_long_it_takes(tmp_path, number):
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(3)\n"
+        "    sys.exit(75)\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+        "    signal.signal(number, save)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(60)\n"
+    )
+    process = launched(script, tmp_path / "ready", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # both ranks listen
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (75, "")
 
 
 @contextmanager

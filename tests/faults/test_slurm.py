@@ -17,7 +17,8 @@ pytestmark = [
 ]
 STEPS = 100
 OPTIONS = ("--trainer.total-steps", STEPS)
-PATIENCE = 120  # seconds
+PATIENCE = 180  # seconds
+SBATCH = ("sbatch", "--parsable", "--cpus-per-task=1")  # the nodes here are small
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +74,36 @@ def logs(folder: Path) -> str:
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
 
 
+def test_preempted_in_a_save(cluster, folder, sources, tmp_path):
+    """Both nodes are requeued once the files of a checkpoint are there that does not count yet."""
+    run_dir = tmp_path / "run"
+    wide = ["--model.hidden-size", 512, "--model.num-attention-heads", 4, "--model.attention-head-dim", 128]
+    wide += ["--model.axes-dims-rope", 32, 48, 48]  # half a second to save
+    options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *wide, "--trainer.total-steps", 12]
+    options += ["--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 0]
+    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *options)
+    saving, deadline = run_dir / "checkpoints" / "step_8", time.monotonic() + PATIENCE
+    while not list(saving.glob("*.distcp")):
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.002)
+    assert not (saving / "metadata.json").exists(), "the save was over before it was seen"
+    call(cluster, folder, "scontrol", "requeue", job)
+    wait(cluster, folder, job)
+    log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
+    assert "resuming at step" in log and "Traceback" not in log, logs(folder)
+    assert [r["step"] for r in records(run_dir)] == list(range(1, 13)), logs(folder)
+    done = train(tmp_path / "unbroken", sources, *wide, "--trainer.total-steps", 12, ranks=2)
+    assert done.returncode == 0, done.stdout
+    for a, b in zip(curve(tmp_path / "unbroken"), curve(run_dir), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+
+
 @pytest.mark.parametrize("told", ["scontrol requeue", "scancel --signal=USR1"])
 def test_a_training_that_is_stopped_goes_on_by_itself(cluster, folder, sources, unbroken, tmp_path, told):
     """By another's hand, or, as --signal has it near the time limit, because its own exit status asks for it."""
     run_dir = tmp_path / "run"
     options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *OPTIONS]
-    job = call(cluster, folder, "sbatch", "--parsable", "--nodes=2", "launch/slurm/train.sbatch", *options)
+    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *options)
     deadline = time.monotonic() + PATIENCE
     while len(records(run_dir)) < 3:
         assert time.monotonic() < deadline, logs(folder)
@@ -97,7 +122,14 @@ def test_a_build_as_an_array_has_the_bytes_of_one_process(cluster, folder):
     (folder / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 16\n')
     options = ["--source", "drawn", "--zoo", "tiny", "--device", "cpu", "--shard-size", "4", "--batch-size", "4"]
     job = call(
-        cluster, folder, "sbatch", "--parsable", "--array=0-1", "launch/slurm/build.sbatch", *options, "--out", "array"
+        cluster,
+        folder,
+        *SBATCH,
+        "--array=0-1",
+        "launch/slurm/build.sbatch",
+        *options,
+        "--out",
+        "array",
     )
     wait(cluster, folder, job)
     call(cluster, folder, sys.executable, "-m", "sharding.build", *options, "--out", "alone")

@@ -41,6 +41,19 @@ def launch(bin_dir, *args, **env):
             "--nnodes 2 --nproc_per_node 8 --max_restarts 3 --node_rank 1 --master_addr h0 --master_port 29500",
         ),
         (
+            {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "h0", "PET_NPROC_PER_NODE": "gpu"},
+            "--nnodes 2 --nproc_per_node gpu --max_restarts 0 --node_rank 1 --master_addr h0 --master_port 29500",
+        ),
+        (
+            {"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "h0:29400", "PET_MAX_RESTARTS": "3", "NPROC_PER_NODE": "8"},
+            "--nnodes 1:4 --nproc_per_node 8 --max_restarts 3",
+        ),
+        (
+            {"NNODES": "2", "JOB_COMPLETION_INDEX": "1", "MASTER_ADDR": "train-0.train", "NPROC_PER_NODE": "8"},
+            "--nnodes 2 --nproc_per_node 8 --max_restarts 0 --node_rank 1 --master_addr train-0.train"
+            " --master_port 29500",
+        ),
+        (
             {
                 "SLURM_JOB_ID": "41234",
                 "SLURM_JOB_NUM_NODES": "2",

@@ -1,6 +1,9 @@
 """Commands: parse, call, and turn what a user can put right into one message and an exit status."""
 
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,11 +40,25 @@ def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] 
         print("stopped; run the same command to resume", file=sys.stderr)
         return INTERRUPTED
     except SETUP as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        tell(message(error))
         return REFUSED
     except (OSError, *failures) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        tell(message(error))
         return FAILED
+
+
+def tell(text: str) -> None:
+    """Print an error. Under torchrun, of a node's ranks the first one prints and all leave the text for torchrun, which
+    prints what the first one did not."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"timestamp": str(int(time.time())), "py_callstack": text}
+        try:
+            with open(path, "w") as file:
+                json.dump({"message": {"message": text, "extraInfo": extra}}, file)
+        except OSError:  # a full disk; the status still says that it failed
+            pass
 
 
 def message(error: BaseException) -> str:
