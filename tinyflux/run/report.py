@@ -1,74 +1,146 @@
-"""RUN_DIR/report.html: what a run did, on one page that needs nothing but a browser.
+"""RUN_DIR/report.html: what a run did, on one page that holds all it shows, so it can be mailed.
 
-python -m tinyflux.run.report RUN_DIR
+    python -m tinyflux.run.report RUN_DIR [--earlier OTHER_RUN_DIR]
 """
 
+import base64
 import html
+import io
 import json
 import math
-import os
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from tinyflux.run.metrics import data_lines, read_metrics
+import tyro
+from PIL import Image
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 240, 56, 28
-COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed")
+from tinyflux.run.metrics import data_lines, read_metrics
+from tinyflux.run.plots import Points, plot, smooth
+from tinyflux.util import cli
+from tinyflux.util.files import atomic_write
+
+STEPS, SIDE = 16, 256
+"""Most steps whose pictures are shown, and their longest side in pixels: larger ones are scaled down."""
+GAP = 2  # between the pictures of a grid
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #1f2937 }
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 1.5em 0 .3em }
 figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top }
 table { border-collapse: collapse } td, th { padding: .15em 1em .15em 0; text-align: left; vertical-align: top }
-svg text { font: 11px system-ui, sans-serif; fill: #6b7280 } img { max-width: 100% }
-figcaption { font-weight: 600 } figcaption span { font-weight: 400; margin-left: .7em }
-pre { background: #f3f4f6; padding: 1em; overflow: auto; font-size: 12px }
+svg text { font: 11px system-ui, sans-serif; fill: #6b7280 } svg { display: block }
+figcaption { font-weight: 600 } .plot figcaption span { font-weight: 400; margin-left: .7em }
+output { display: block; min-height: 1.5em; font-size: 12px; font-variant-numeric: tabular-nums }
+output span { margin-right: 1em }
+.pictures { display: flex; flex-wrap: wrap; gap: 1em } .pictures figure { margin: 0 } .pair { display: flex; gap: 4px }
+.pair img { width: 128px; image-rendering: pixelated; background: #f3f4f6 }
+.pictures figcaption { font-weight: 400; max-width: 260px } .slider { display: flex; gap: 1em; align-items: center }
+.slider input { flex: 1; max-width: 520px } .hint { color: #6b7280 }
+pre { background: #f3f4f6; padding: 1em; overflow: auto; font-size: 12px } summary { cursor: pointer; font-weight: 600 }
+"""
+SCRIPT = """
+const slider = document.querySelector(".slider input");
+if (slider) {
+  const pictures = JSON.parse(document.getElementById("pictures").textContent);
+  const show = () => {
+    const shown = pictures[slider.value];
+    document.querySelector(".slider b").textContent = "step " + shown.step;
+    document.querySelectorAll(".pair").forEach((pair, i) => {
+      for (const kind of ["ema", "raw"]) {
+        const image = pair.querySelector("." + kind);
+        if (image) image.src = (shown[kind] || [])[i] || "data:,";
+      }
+    });
+  };
+  slider.addEventListener("input", show);
+  show();
+}
+for (const figure of document.querySelectorAll(".plot")) {
+  const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor"), out = figure.querySelector("output");
+  const lines = JSON.parse(figure.dataset.values);
+  svg.addEventListener("mousemove", event => {
+    const at = event.clientX - svg.getBoundingClientRect().left;
+    const nearest = line => line.values.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a);
+    const found = lines.map(nearest);
+    cursor.setAttribute("visibility", "visible");
+    cursor.setAttribute("x1", found[0][0]); cursor.setAttribute("x2", found[0][0]);
+    out.replaceChildren(...lines.map((line, i) => {
+      const span = document.createElement("span");
+      span.style.color = line.colour;
+      span.textContent = line.name + " " + found[i][2] + " at " + found[i][1];
+      return span;
+    }));
+  });
+  svg.addEventListener("mouseleave", () => { cursor.setAttribute("visibility", "hidden"); out.replaceChildren(); });
+}
 """
 
-Points = list[tuple[float, float]]
+
+def cells(path: Path) -> list[Image.Image]:
+    """The pictures of a sample grid; a grid that does not say how it was made is one picture."""
+    with Image.open(path) as image:
+        image.load()
+        made = json.loads(getattr(image, "text", {}).get("parameters", "{}"))
+        image = image.convert("RGB")
+    if not made.get("prompts") or not made.get("height"):
+        return [image]
+    count, height = len(made["prompts"]), made["height"]
+    columns = math.ceil(math.sqrt(count))
+    width = (image.width + GAP) // columns - GAP
+    places = [(i % columns * (width + GAP), i // columns * (height + GAP)) for i in range(count)]
+    return [image.crop((x, y, x + width, y + height)) for x, y in places]
 
 
-def smooth(points: Points, count: int = 200) -> Points:
-    """At most `count` points: means over equal stretches."""
-    size = -(-len(points) // count) or 1
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+def embedded(image: Image.Image) -> str:
+    """A picture as a data URL: exact where it is small, else a JPEG of at most SIDE pixels."""
+    small = max(image.size) <= 128
+    image.thumbnail((SIDE, SIDE))
+    data = io.BytesIO()
+    image.save(data, "PNG") if small else image.save(data, "JPEG", quality=88)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values that divide low..high into about as many parts."""
-    rough = (high - low) / about
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spread, with the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def plot(title: str, series: dict[str, Points]) -> str:
-    """A line chart as SVG; series without points are left out."""
-    series = {name: points for name, points in series.items() if points}
-    if not series:
+def pictures(folder: Path, prompts: list[str]) -> str:
+    """The section of the sample pictures: a slider over steps, averaged weights beside trained ones; "" without any."""
+    names = [re.fullmatch(r"step_(\d+)", path.stem) for path in folder.glob("step_*.png")]
+    steps = sorted(int(match[1]) for match in names if match)
+    shown = []
+    for step in spread(steps, STEPS):
+        entry: dict = {"step": step}
+        for kind, name in (("ema", f"step_{step}.png"), ("raw", f"step_{step}_raw.png")):
+            if (folder / name).exists():
+                try:
+                    entry[kind] = [embedded(cell) for cell in cells(folder / name)]
+                except (OSError, ValueError):  # cut off by a kill
+                    continue
+        if "ema" in entry:
+            shown.append(entry)
+    if not shown:
         return ""
-    xs, ys = zip(*(point for points in series.values() for point in points), strict=True)
-    x0, x1, y0, y1 = min(xs), max(xs), min(0.0, *ys), max(ys)
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - 16)
-        return round(across, 1), round(HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - 12), 1)
-
-    parts, legend = [], []
-    for y in ticks(y0, y1):
-        across, down = place(x0, y)
-        parts.append(f'<line x1="{across}" x2="{WIDTH - 16}" y1="{down}" y2="{down}" stroke="#e5e7eb"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down + 4}" text-anchor="end">{y:.4g}</text>')
-    for x in ticks(x0, x1):
-        parts.append(f'<text x="{place(x, y0)[0]}" y="{HEIGHT - 8}" text-anchor="middle">{x:.4g}</text>')
-    for (name, points), colour in zip(series.items(), COLOURS, strict=False):
-        line = " ".join(f"{a},{b}" for a, b in (place(*point) for point in points))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        legend.append(f'<span style="color:{colour}">{html.escape(name)}</span>')
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    caption = " ".join([html.escape(title), *legend] if len(legend) > 1 else [html.escape(title)])
-    return f"<figure><figcaption>{caption}</figcaption><svg {size}>{''.join(parts)}</svg></figure>"
+    last, raw = shown[-1], any("raw" in entry for entry in shown)
+    texts = prompts if len(prompts) == len(last["ema"]) else ["; ".join(prompts)]
+    figures = []
+    for i, source in enumerate(last["ema"]):
+        pair = f'<img class="ema" alt="averaged weights" title="averaged weights (EMA)" src="{source}">'
+        if raw:
+            pair += '<img class="raw" alt="trained weights" title="trained weights" src="data:,">'
+        text = html.escape(texts[i] if i < len(texts) else "")
+        figures.append(f'<figure><div class="pair">{pair}</div><figcaption>{text}</figcaption></figure>')
+    hint = "left: averaged weights (EMA), right: trained weights" if raw else "averaged weights (EMA)"
+    data = json.dumps(shown).replace("<", "\\u003c")
+    return (
+        f'<h2>Samples</h2><div class="slider"><input type="range" min="0" max="{len(shown) - 1}"'
+        f' value="{len(shown) - 1}" aria-label="step"><b>step {last["step"]}</b><span class="hint">{hint}</span></div>'
+        f'<div class="pictures">{"".join(figures)}</div><script type="application/json" id="pictures">{data}</script>'
+    )
 
 
 def by_timestep(records: list[dict]) -> dict[str, Points]:
@@ -106,50 +178,79 @@ def summary(run_dir: Path, records: list[dict], config: dict) -> list[tuple[str,
     return rows
 
 
-def write_report(run_dir: str | Path, config: dict, sample_dir: str = "samples") -> Path:
-    """Write RUN_DIR/report.html from metrics.jsonl, the sample grids and the config. Returns its path."""
+def series(records: list[dict], *names: str) -> dict[str, Points]:
+    """Values of the records by step."""
+    return {n: smooth([(r["step"], r[n]) for r in records if r.get(n) is not None]) for n in names}
+
+
+def curves(records: list[dict], earlier: list[dict]) -> str:
+    """The plots of a run, over those of an earlier one."""
+    marks = [record["step"] for record in records if record.get("resumed")]
+    others = [name for name in records[-1]["weights"] if name != "main"]
+    charts = {
+        "loss": ("loss", "main"),
+        "validation": ("val_loss",),
+        "distillation": (*others, *(f"val_{name}" for name in others)),
+        "learning rate": ("lr",),
+        "gradient norm": ("grad_norm",),
+        "samples a second": ("samples_per_s",),
+        "share of the time that waits for data": ("data_wait",),
+    }
+    plots = [plot(title, series(records, *names), series(earlier, *names), marks) for title, names in charts.items()]
+    plots.insert(3, plot("main loss over t (0 is noise, 1 is data)", by_timestep(records)))
+    return "".join(plots)
+
+
+def write_report(
+    run_dir: str | Path, config: dict, sample_dir: str = "samples", *, earlier: str | Path | None = None
+) -> Path:
+    """Write RUN_DIR/report.html from metrics.jsonl, the sample grids and the config. Returns its path.
+
+    earlier: another run's folder, whose curves are drawn too. Raises ValueError where no step is recorded.
+    """
     run_dir = Path(run_dir)
-    records = read_metrics(run_dir)
+    records, before = read_metrics(run_dir), read_metrics(earlier) if earlier else []
     if not records:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} has no steps yet")
-
-    def series(*names: str) -> dict[str, Points]:
-        return {n: smooth([(r["step"], r[n]) for r in records if r.get(n) is not None]) for n in names}
-
-    others = [name for name in records[-1]["weights"] if name != "main"]
-    plots = [
-        plot("loss", series("loss", "main")),
-        plot("validation", series("val_loss")),
-        plot("distillation", series(*others, *(f"val_{name}" for name in others))),
-        plot("main loss over t (0 is noise, 1 is data)", by_timestep(records)),
-        plot("learning rate", series("lr")),
-        plot("gradient norm", series("grad_norm")),
-        plot("samples a second", series("samples_per_s")),
-        plot("share of the time that waits for data", series("data_wait")),
-    ]
-    cells = "".join(f"<tr><th>{a}</th><td>{html.escape(b)}</td></tr>" for a, b in summary(run_dir, records, config))
-    grids = sorted((run_dir / sample_dir).glob("step_*.png"), key=lambda path: int(path.stem.removeprefix("step_")))
-    pictures = "".join(
-        f'<figure><figcaption>step {path.stem.removeprefix("step_")}</figcaption><img src="{sample_dir}/{path.name}">'
-        "</figure>"
-        for path in grids[-4:]
-    )
+    rows = summary(run_dir, records, config)
+    if earlier:
+        rows.append(("earlier run, dashed", str(Path(earlier).resolve())))
+    table = "".join(f"<tr><th>{a}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
     text = html.escape(json.dumps(config, indent=2))
-    prompts = html.escape("; ".join(config["trainer"].get("sample_prompts", [])))
+    name = html.escape(run_dir.resolve().name)
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run_dir.name)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(run_dir.name)}</h1><table>{cells}</table><h2>Curves</h2>"
-        f"{''.join(plots)}" + (f"<h2>Samples</h2><p>{prompts}</p>{pictures}" if pictures else "")
-        + f"<h2>Configuration</h2><pre>{text}</pre></html>"
-    )  # fmt: skip
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+        f"<h1>{name}</h1>{pictures(run_dir / sample_dir, config['trainer'].get('sample_prompts', []))}"
+        f"<h2>Curves</h2>{curves(records, before)}<h2>Summary</h2><table>{table}</table>"
+        f"<details><summary>Configuration</summary><pre>{text}</pre></details><script>{SCRIPT}</script></html>"
+    )
     path = run_dir / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    atomic_write(path, page)
     return path
 
 
+@dataclass
+class Options:
+    run_dir: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    earlier: Path | None = None
+    """Another run's folder, whose curves are drawn too, dashed."""
+
+
+def command(options: Options) -> None:
+    """Write the page of a run folder."""
+    found = next(options.run_dir.glob("*/training_config.json"), None)
+    if found is None:
+        raise FileNotFoundError(f"{options.run_dir}: no training_config.json in a folder of it")
+    config = json.loads(found.read_text())
+    samples = config["trainer"].get("sample_dir", "samples")
+    print(write_report(options.run_dir, config, samples, earlier=options.earlier))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command of this module."""
+    return cli.run(command, Options, argv, prog="python -m tinyflux.run.report", description=__doc__)
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__))
-    found = next(folder.glob("*/training_config.json"), None) or sys.exit(f"{folder}: no training_config.json")
-    print(write_report(folder, json.loads(found.read_text())))
+    sys.exit(main())
