@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from launch.demo import CONFIG, write_images
+from launch.demo import CONFIG
 from tests.training import ROOT, environment, records
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.model.tiny.patterns import write_folder
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.trainer.config import fit_model
@@ -25,7 +26,7 @@ def test_from_a_folder_to_a_picture(tmp_path):
     blocks = "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
     lines = blocks.replace("\\\n", "").replace("AbstractPhil/tinyflux-deep", "published").splitlines()
     build, train, sample, train_lora, sample_lora = map(shlex.split, lines)
-    write_images(tmp_path / "photos", 12)
+    write_folder(tmp_path / "photos", 12)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 
     def run(words: list[str], *more: str) -> None:

@@ -1,5 +1,6 @@
 """Captioned coloured shapes: the toy pictures that the tiny zoo is trained on and the demo learns to draw."""
 
+import itertools
 import math
 
 import numpy as np
@@ -57,17 +58,33 @@ def draw(colour: str, shape: str, background: str, size: int, centre=(0.5, 0.5),
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def render(index: int, seed: int = 0, size: int = 64) -> tuple[Image.Image, str]:
-    """Picture and caption number `index` of the endless series that `seed` names.
+def combinations() -> list[tuple[str, str, str]]:
+    """Every (colour, shape, background) whose colours differ."""
+    return [(a, shape, b) for a in COLOURS for shape in SHAPES for b in COLOURS if a != b]
+
+
+def held_out(count: int) -> frozenset[tuple[str, str, str]]:
+    """That many combinations, the same ones every time, for a source to leave out."""
+    every = combinations()
+    return frozenset(every[i] for i in rng.permutation(len(every), "held out")[:count])
+
+
+def render(
+    index: int, seed: int = 0, size: int = 64, leave_out: frozenset[tuple[str, str, str]] = frozenset()
+) -> tuple[Image.Image, str]:
+    """Picture and caption number `index` of the endless series that `seed` names, without some combinations.
 
     Shape and background colours differ; position and scale vary a little.
     """
-    bits = rng.splitmix64(np.uint64(rng.key(seed, "shapes", index)) + np.arange(6, dtype=np.uint64))
-    u = bits / 2.0**64
-    names = list(COLOURS)
-    colour = names.pop(int(u[0] * len(names)))
-    background = names[int(u[1] * len(names))]
-    shape = SHAPES[int(u[2] * len(SHAPES))]
+    for attempt in itertools.count():
+        start = rng.key(seed, "shapes", index, attempt) if attempt else rng.key(seed, "shapes", index)
+        u = rng.splitmix64(np.uint64(start) + np.arange(6, dtype=np.uint64)) / 2.0**64
+        names = list(COLOURS)
+        colour = names.pop(int(u[0] * len(names)))
+        background = names[int(u[1] * len(names))]
+        shape = SHAPES[int(u[2] * len(SHAPES))]
+        if (colour, shape, background) not in leave_out:
+            break
     centre = (0.5 + 0.06 * (u[3] - 0.5), 0.5 + 0.06 * (u[4] - 0.5))
     image = draw(colour, shape, background, size, centre, 0.29 + 0.05 * u[5])
     return image, caption(colour, shape, background)

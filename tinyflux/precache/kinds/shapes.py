@@ -7,9 +7,9 @@ from typing import Annotated
 
 from PIL import Image
 
-from tinyflux.model.tiny.shapes import render
+from tinyflux.model.tiny.shapes import held_out, render
 from tinyflux.precache.kinds.base import ImageSource, Input
-from tinyflux.util.settings import AtLeast
+from tinyflux.util.settings import AtLeast, Within
 
 _draw = lru_cache(maxsize=64)(render)  # an image and its caption are asked for separately
 
@@ -19,6 +19,8 @@ class Shapes(ImageSource):
     """Rendered coloured shapes, as many as `count`."""
 
     count: Annotated[int, AtLeast(1)]
+    held_out: Annotated[int, Within(0, 200)] = 0
+    """Combinations of shape and colours that are never drawn, to see whether a model can compose them."""
     keeps_order = True
 
     @property
@@ -27,7 +29,7 @@ class Shapes(ImageSource):
 
     def inputs(self, size: int, seed: int) -> Iterator[Input]:
         for i in range(self.count):
-            yield Input(f"shapes/{i}", f"{seed}", (i, seed, size))
+            yield Input(f"shapes/{i}", f"{seed}", (i, seed, size, held_out(self.held_out)))
 
     def read_image(self, item: Input) -> Image.Image:
         return _draw(*item.place)[0]

@@ -1,0 +1,89 @@
+"""Does a drawn picture show what its prompt asked for? Judged by pixels: colours, and the outline that fits best."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyflux.model.tiny import patterns, shapes
+from tinyflux.model.tiny.shapes import COLOURS
+
+REGULAR = 0.9  # of the pixels of a pattern that must lie on the side of their colour
+
+
+class Verdict(NamedTuple):
+    """Whether a picture is right in its colours, and in its colours and its form; and what form it looks like."""
+
+    colours: bool
+    right: bool
+    seen: str
+
+
+class Prompt(NamedTuple):
+    """A prompt of the demo and what it asks for: a shape on a background, or a pattern in two colours."""
+
+    text: str
+    form: str
+    first: str
+    second: str
+
+    @property
+    def kind(self) -> str:
+        """The row of the table that it counts in."""
+        return self.form.removeprefix("a ")
+
+
+def prompts() -> Iterator[Prompt]:
+    """Every prompt that the demo's two sources have captions of."""
+    for first in COLOURS:
+        for second in COLOURS:
+            if first != second:
+                for shape in shapes.SHAPES:
+                    yield Prompt(shapes.caption(first, shape, second), shape, first, second)
+                for kind in patterns.KINDS:
+                    yield Prompt(patterns.caption(kind, first, second), kind, first, second)
+
+
+def judge(image: np.ndarray, prompt: Prompt) -> Verdict:
+    """The verdict on a picture uint8 [H, W, 3]."""
+    second = _nearer(image, prompt.second, prompt.first)  # the background of a shape
+    if prompt.form in shapes.SHAPES:
+        seen, fit = max(((name, _overlap(~second, name)) for name in shapes.SHAPES), key=lambda found: found[1])
+        form = seen == prompt.form and 0.03 < (~second).mean() < 0.9
+    else:
+        found = [(kind, (patterns.mask(kind) == second).mean()) for kind in patterns.KINDS]
+        seen, fit = max(found, key=lambda found: found[1])
+        form = seen == prompt.form and fit >= REGULAR
+    both = second.any() and not second.all()
+    colours = both and (_colour(image[~second]), _colour(image[second])) == (prompt.first, prompt.second)
+    return Verdict(bool(colours), bool(colours and form), seen)
+
+
+def _nearer(image: np.ndarray, colour: str, other: str) -> np.ndarray:
+    """Pixels nearer to one named colour than to the other, bool [H, W]."""
+    distance = [np.abs(image.astype(int) - COLOURS[name]).sum(-1) for name in (colour, other)]
+    return distance[0] < distance[1]
+
+
+def _colour(pixels: np.ndarray) -> str:
+    """The name of the colour that the median of pixels [N, 3] is nearest to."""
+    median = np.median(pixels, axis=0)
+    return min(COLOURS, key=lambda name: np.abs(median - COLOURS[name]).sum())
+
+
+@lru_cache
+def _templates(shape: str, size: int) -> np.ndarray:
+    """The shape at several sizes and places, bool [K, size * size]."""
+    found = []
+    for radius in (0.26, 0.3, 0.34):
+        drawn = np.asarray(shapes.draw("white", shape, "black", size, radius=radius))
+        template = _nearer(drawn, "white", "black")
+        found += [np.roll(template, (y, x), (0, 1)) for y in range(-6, 7, 2) for x in range(-6, 7, 2)]
+    return np.stack(found).reshape(len(found), -1)
+
+
+def _overlap(inside: np.ndarray, shape: str) -> float:
+    """The best intersection over union of a mask [H, W] with the shape's templates."""
+    templates, mask = _templates(shape, len(inside)), inside.reshape(-1)
+    return float(((templates & mask).sum(1) / (templates | mask).sum(1)).max())

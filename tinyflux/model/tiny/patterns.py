@@ -1,0 +1,40 @@
+"""Captioned stripes and checkerboards: the demo's second source, an image folder as a user would have one."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyflux.model.tiny.shapes import COLOURS
+
+SIZE = 64
+KINDS = ("vertical stripes", "horizontal stripes", "a checkerboard")
+PERIOD = 16  # pixels of a stripe or a field
+
+
+def mask(kind: str) -> np.ndarray:
+    """Where a pattern has its second colour, bool [SIZE, SIZE]."""
+    y, x = np.indices((SIZE, SIZE)) // PERIOD
+    return {"vertical stripes": x, "horizontal stripes": y, "a checkerboard": x + y}[kind] % 2 == 1
+
+
+def caption(kind: str, first: str, second: str) -> str:
+    """E.g. "vertical stripes in red and yellow"."""
+    return f"{kind} in {first} and {second}"
+
+
+def draw(kind: str, first: str, second: str) -> Image.Image:
+    """A picture of SIZE x SIZE pixels that begins with the first colour."""
+    pixels = np.where(mask(kind)[..., None], COLOURS[second], COLOURS[first])
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def write_folder(folder: Path, count: int) -> None:
+    """An image folder: name.png beside name.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, rng = list(COLOURS), np.random.default_rng(0)
+    for i in range(count):
+        kind = KINDS[i % len(KINDS)]
+        first, second = (names[k] for k in rng.choice(len(names), 2, replace=False))
+        draw(kind, first, second).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(f"{caption(kind, first, second)}\n")
