@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -63,6 +64,7 @@ def combinations() -> list[tuple[str, str, str]]:
     return [(a, shape, b) for a in COLOURS for shape in SHAPES for b in COLOURS if a != b]
 
 
+@lru_cache
 def held_out(count: int) -> frozenset[tuple[str, str, str]]:
     """That many combinations, the same ones every time, for a source to leave out."""
     every = combinations()

@@ -29,10 +29,10 @@ class Shapes(ImageSource):
 
     def inputs(self, size: int, seed: int) -> Iterator[Input]:
         for i in range(self.count):
-            yield Input(f"shapes/{i}", f"{seed}", (i, seed, size, held_out(self.held_out)))
+            yield Input(f"shapes/{i}", f"{seed}", (i, seed, size))
 
     def read_image(self, item: Input) -> Image.Image:
-        return _draw(*item.place)[0]
+        return _draw(*item.place, held_out(self.held_out))[0]
 
     def read_texts(self, item: Input) -> list[str]:
-        return [_draw(*item.place)[1]]
+        return [_draw(*item.place, held_out(self.held_out))[1]]
