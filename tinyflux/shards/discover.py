@@ -38,7 +38,7 @@ def examine(path: Path) -> Found:
     """Read a tar of samples through. Raises ShardError, ManifestError, OSError."""
     with open(path, "rb") as file:
         fd = file.fileno()
-        samples, fault = scan(fd, str(path))
+        samples, fault, _ = scan(fd, str(path))
         if fault:
             raise fault
         if not samples:

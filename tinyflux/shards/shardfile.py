@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tinyflux.shards.format import Layout, ShardError, decode_member, layout_of, member_name
+from tinyflux.shards.format import (
+    SUFFIX,
+    Layout,
+    ShardError,
+    decode_member,
+    describe_member,
+    layout_of,
+    member_name,
+)
 from tinyflux.shards.schema import Group, fields_at
 from tinyflux.shards.tar import Sample, read_member, scan
 from tinyflux.shards.writer import Shard
@@ -28,13 +36,13 @@ class ShardFile:
         self.origins: np.ndarray = shard.origins if base is None else base.origins
         self.layouts = {name: layout_of(fields_at(group.fields, shard.shape)) for name, group in groups.items()}
         self._repeated = {name for name, group in groups.items() if group.repeated}
-        samples, self.fault = scan(self.fd, self.path)
+        samples, self.fault, gaps = scan(self.fd, self.path)
         size = os.fstat(self.fd).st_size
         if self.fault is None and (size != shard.bytes or len(samples) > shard.count):
             why = f"is not the shard of the manifest ({size} bytes with {len(samples)} samples, "
             why += f"expected {shard.bytes} with {shard.count}): it was replaced, or the manifest was"
             raise ShardError(self.path, why=why)
-        self.samples: list[Sample | None] = self._placed(samples)
+        self.samples: list[Sample | None] = self._placed(samples, gaps)
         self.groups: tuple[str, ...] = (*(() if base is None else base.groups), *groups)
         """The groups that are read, of this file and of those below it."""
         self._wanted: dict[int, list[tuple[str, Layout]]] = {}
@@ -46,12 +54,40 @@ class ShardFile:
             self._wanted[caption] = list(named)
         return self._wanted[caption]
 
-    def _placed(self, samples: list[Sample]) -> list[Sample | None]:
-        """The samples by row; an overlay's by the keys of its base."""
+    def _placed(self, samples: list[Sample], gaps: list[int]) -> list[Sample | None]:
+        """The samples by row; an overlay's by the keys of its base.
+
+        Rows before the first gap and behind the last one are certain. What lies between two gaps is placed by its
+        origins, and given up where they fit in two places.
+        """
         if self.base is not None:
             found = {sample.key: sample for sample in samples}
             return [sample and found.get(sample.key) for sample in self.base.samples]
-        return samples + [None] * (self.count - len(samples))
+        missing = self.count - len(samples)
+        if missing <= 0:
+            return samples[: self.count]
+        edges = [0, *(gaps or [len(samples)]), len(samples)]
+        placed: list[Sample | None] = [None] * self.count
+        placed[: edges[1]] = samples[: edges[1]]
+        if edges[-2] < len(samples):
+            placed[edges[-2] + missing :] = samples[edges[-2] :]
+        for begin, end in zip(edges[1:-2], edges[2:-1], strict=True):
+            origins = [self._origin(sample) for sample in samples[begin:end]]
+            rows = range(begin, begin + missing + 1)
+            fits = [row for row in rows if self.origins[row : row + len(origins)].tolist() == origins]
+            if origins and len(fits) == 1:
+                placed[fits[0] : fits[0] + len(origins)] = samples[begin:end]
+        return placed
+
+    def _origin(self, sample: Sample) -> int | None:
+        """The origin hash that a sample's tensors carry."""
+        for member, place in sample.members.items():
+            if member.endswith(SUFFIX):
+                try:
+                    return describe_member(read_member(self.fd, *place))[1]
+                except ValueError:
+                    continue
+        return None
 
     def __del__(self):
         if hasattr(self, "fd"):
@@ -101,7 +137,8 @@ class ShardFile:
         key, members = self.sample(row)
         place = members.get(member)
         if place is None:
-            raise ShardError(self.path, key, f"member {member} is missing")
+            why = f" ({self.fault.why})" if self.fault else ""
+            raise ShardError(self.path, key, f"member {member} is missing{why}")
         if place[1] > limit:
             raise ShardError(self.path, key, f"member {member} has {place[1]} bytes, must have at most {limit}")
         return read_member(self.fd, *place)

@@ -4,6 +4,7 @@ import os
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tinyflux.shards.format import ShardError
@@ -26,6 +27,8 @@ def read_member(fd: int, offset: int, size: int) -> bytes:
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
+_LONGEST_END = 20 * _BLOCK  # bytes that writers fill the end of an archive up to
+_WINDOW = 1 << 20  # bytes read at once where a whole header is looked for
 _USTAR = struct.Struct("100s24x12s12x8sc100x5s83x155s12x")  # name, size, checksum, type, magic, prefix
 
 
@@ -45,89 +48,137 @@ def _header(head: bytes) -> tuple[str, int, bytes]:
     return f"{prefix.rstrip(bytes(1)).decode()}/{name}" if prefix[0] else name, int(size, 8), kind
 
 
-def _plain_members(fd: int):
-    """(name, offset, size) of each file of a ustar archive; LookupError where a header needs the tarfile module."""
+class Damage(str):
+    """What is wrong with a tar at some place; members that are lost there may be any."""
+
+
+def _plain_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
+    """(name, offset, size) of each file of a ustar archive, in their place Damage where headers cannot be read.
+
+    Raises LookupError where a header needs the tarfile module.
+    """
     offset, end = 0, os.fstat(fd).st_size
     while True:
         head = os.pread(fd, _BLOCK, offset)
         if len(head) < _BLOCK:
-            raise ValueError(f"cut short: ends at byte {end} without the end-of-archive blocks")
+            yield Damage(f"cut short: ends at byte {end} without the end-of-archive blocks")
+            return
         if head == _ZEROS:
-            break
+            if end - offset > _LONGEST_END and (found := _next_header(fd, offset + _BLOCK, end)) is not None:
+                yield Damage(f"zeros in place of a tar header (at byte {offset})")
+                offset = found
+                continue
+            if os.pread(fd, _BLOCK, offset + _BLOCK) != _ZEROS:
+                yield Damage(f"cut short: one end-of-archive block at byte {offset}, a tar ends with two")
+            return
         try:
             name, size, kind = _header(head)
         except ValueError as error:  # also undecodable names and digits that are not octal
-            raise ValueError(f"{error} (at byte {offset})") from error
+            yield Damage(f"{error} (at byte {offset})")
+            found = _next_header(fd, offset + _BLOCK, end)
+            offset = end if found is None else found
+            if found is None:
+                return
+            continue
         if kind not in b"0\0" + b"1234567":
             raise LookupError(kind)
         if offset + _BLOCK + size > end:
-            raise ValueError(f"cut short: {name} ends at byte {offset + _BLOCK + size}, the file at {end}")
+            yield Damage(f"cut short: {name} ends at byte {offset + _BLOCK + size}, the file at {end}")
+            return
         if kind in b"0\0":
             yield name, offset + _BLOCK, size
         offset += _BLOCK + (size + _BLOCK - 1 & -_BLOCK)
-    if os.pread(fd, _BLOCK, offset + _BLOCK) != _ZEROS:
-        raise ValueError(f"cut short: one end-of-archive block at byte {offset}, a tar ends with two")
 
 
-def _any_members(fd: int):
-    """The same for archives with pax or GNU headers, by way of tarfile."""
+def _next_header(fd: int, offset: int, end: int) -> int | None:
+    """Where the next block that is a tar header begins, None where there is none."""
+    while offset < end:
+        data = os.pread(fd, _WINDOW, offset)
+        for at in range(0, len(data) - _BLOCK + 1, _BLOCK):
+            if data[at + 257 : at + 262] == b"ustar":
+                try:
+                    _header(data[at : at + _BLOCK])
+                except ValueError:
+                    continue
+                return offset + at
+        offset += _WINDOW
+    return None
+
+
+def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
+    """The same for archives with pax or GNU headers, by way of tarfile; they end at the first damage."""
     end = 0
     try:
         with os.fdopen(os.dup(fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + (member.size + _BLOCK - 1 & -_BLOCK)
                 if end > os.fstat(fd).st_size or member.issparse():
-                    raise ValueError(f"{member.name} is sparse or cut short")
+                    yield Damage(f"{member.name} is sparse or cut short")
+                    return
                 if member.isfile():
                     yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise ValueError(f"not a readable tar: {error}") from error
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        yield Damage(f"not a readable tar: {error}")
+        return
     if os.pread(fd, 2 * _BLOCK, end) != 2 * _ZEROS:
-        raise ValueError(f"cut short: no end-of-archive blocks at byte {end}")
+        yield Damage(f"cut short: no end-of-archive blocks at byte {end}")
 
 
-def _group(members) -> tuple[list[Sample], str, str]:
-    """Samples in file order up to the first fault, the key at the fault, and what it was ("" if nothing)."""
-    samples, seen, key = [], set(), ""
-    try:
-        for name, offset, size in members:
-            folder, slash, base = name.removeprefix("./").rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot:
-                continue  # as in webdataset: hidden files and files without an extension belong to no sample
-            if (current := folder + slash + stem) != key:
-                key = current
-                if key in seen:
-                    raise ValueError("the key occurs twice, or its members are not adjacent")
+class Scan(NamedTuple):
+    """What a tar holds: `samples` in file order, and the first `fault` that was found.
+
+    `gaps`: before which of the samples others may be lost, rising; one more than the last means behind it.
+    """
+
+    samples: list[Sample]
+    fault: ShardError | None
+    gaps: list[int]
+
+
+def _group(members: Iterable[tuple[str, int, int] | Damage], shard: str) -> Scan:
+    samples, seen, gaps, fault, key = [], set(), [], None, ""
+    for member in members:
+        if isinstance(member, Damage):
+            fault = fault or ShardError(shard, why=str(member))
+            gaps.append(len(samples))
+            continue
+        name, offset, size = member
+        folder, slash, base = name.removeprefix("./").rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot:
+            continue  # as in webdataset: hidden files and files without an extension belong to no sample
+        if (current := folder + slash + stem) != key:
+            key = current
+            if key not in seen:
                 seen.add(key)
                 samples.append(Sample(key, {}))
-            if extension in samples[-1].members:
-                raise ValueError(f"member .{extension} occurs twice")
+        if samples[-1].key != key:
+            fault = fault or ShardError(shard, key, "the key occurs twice, or its members are not adjacent")
+        elif extension in samples[-1].members:
+            fault = fault or ShardError(shard, key, f"member .{extension} occurs twice")
+        else:
             samples[-1].members[extension] = (offset, size)
-    except ValueError as error:
-        return samples, key, str(error)
-    return samples, "", ""
+    return Scan(samples, fault, gaps)
 
 
-def scan(fd: int, shard: str) -> tuple[list[Sample], ShardError | None]:
-    """Samples of an open tar in file order, and the fault that ended the scan early, if one did.
+def scan(fd: int, shard: str) -> Scan:
+    """The samples of an open tar. Plain ustar headers are read directly, other tars through tarfile.
 
-    `shard` names the file in the error. Plain ustar headers are read directly, other tars through tarfile.
+    Behind a damaged header it goes on at the next one that is whole. `shard` names the file in the fault.
     """
     try:
-        samples, key, why = _group(_plain_members(fd))
+        return _group(_plain_members(fd), shard)
     except LookupError:
-        samples, key, why = _group(_any_members(fd))
-    return samples, ShardError(shard, key, why) if why else None
+        return _group(_any_members(fd), shard)
 
 
 def scan_tar(path) -> list[Sample]:
     """Samples of a tar file in file order. Raises ShardError where it is cut short, damaged or no tar."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        samples, fault = scan(fd, os.fspath(path))
+        found = scan(fd, os.fspath(path))
     finally:
         os.close(fd)
-    if fault:
-        raise fault
-    return samples
+    if found.fault:
+        raise found.fault
+    return found.samples
