@@ -86,7 +86,7 @@ FAULTS = {
     "bit flipped in a tar header's magic": (lambda p: flip(p, header(p) + 258), [9], "missing .*not a tar header"),
     "a tar header of zeros": (lambda p: zero(p, header(p), 512), [9], "missing .*zeros in place of a tar header"),
     "bits flipped in all headers of a sample": (lambda p: lose(p, BAD_ROW), [9], "no row 3: .*checksum is wrong"),
-    "headers of two samples lost": (lambda p: (lose(p, 1), lose(p, 4)), [7, 10], "no row [14]: .*checksum is wrong"),
+    "headers of two samples lost": (lambda p: (lose(p, 4), lose(p, 1)), [7, 10], "no row [14]: .*checksum is wrong"),
     "tensors of another image": (lambda p: rewrite(p, of_another_image), [9], "lune: made from another image"),
     "cut at a sample's boundary": (lambda p: cut(p, first_header(p)), REST, "cut short"),
     "cut inside a header": (lambda p: cut(p, first_header(p) + 200), REST, "cut short"),
@@ -163,7 +163,7 @@ def test_a_fault_is_found_and_its_sample_replaced(clean, tmp_path, caplog, name)
     assert len(caplog.records) == len(bad)  # each said once, with shard and, where there is one, key
     for record in caplog.records:
         assert SHARD in record.message and re.search(message, record.message), record.message
-    if list(bad) == [9]:
+    if list(bad) == [9] and "no row" not in message:
         assert sample_key(1, 9) in caplog.text
 
 
@@ -187,34 +187,33 @@ def layered(tmp_path_factory):
     return folder
 
 
-def readable(folder) -> dict[tuple[int, int, str], torch.Tensor]:
-    """All tensors that can be read of the overlay's rows, by position, caption and name."""
-    found, source = {}, open_source(folder / "sol")
-    for position in range(source.manifest.count):
-        shard, row = source.manifest.locate(position)
-        try:
-            file = source.open(shard)
-        except ShardError:
-            continue
-        for caption in range(int(source.captions[position])):
+def readable(source, shard) -> dict[tuple[int, int, str], torch.Tensor]:
+    """All tensors that can be read of a shard, by row, caption and name."""
+    found = {}
+    try:
+        file = source.open(shard)
+    except ShardError:
+        return found
+    for row in range(file.count):
+        for caption in range(1 + row % 2):
             try:
                 tensors = file.decode(row, caption=caption)
             except ShardError:
                 continue
-            found |= {(position, caption, name): tensor for name, tensor in tensors.items()}
+            found |= {(row, caption, name): tensor for name, tensor in tensors.items()}
     return found
 
 
 def test_random_damage_is_never_silent(layered, tmp_path):
     """300 flipped bits and 100 cuts in the shards of a base and of its overlay: what is read is what was written, and
     a flipped bit costs one sample at the most."""
-    random, expected = np.random.default_rng(11), readable(layered)
-    assert len(expected) == (11 + 5) * 6
-    paths = sorted(layered.glob("*/*.tar"))
     copy = shutil.copytree(layered, tmp_path / "copy")
-    lost = []
+    random, source, lost = np.random.default_rng(11), open_source(copy / "sol"), []
+    expected = [readable(source, shard) for shard in (0, 1)]
+    paths = sorted(layered.glob("*/*.tar"))
+    assert [len(tensors) for tensors in expected] == [9 * 6, 7 * 6] and len(paths) == 4
     for i in range(400):
-        path = paths[i % len(paths)]
+        path, shard = paths[i % 4], i % 2
         data, place = bytearray(path.read_bytes()), copy / path.relative_to(layered)
         if i < 300:
             bit = int(random.integers(8 * len(data)))
@@ -222,9 +221,9 @@ def test_random_damage_is_never_silent(layered, tmp_path):
         else:
             del data[int(random.integers(len(data))) :]
         place.write_bytes(data)
-        found = readable(copy)
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), (path, i)
-        lost.append(len({position for position, *_ in expected} - {position for position, *_ in found}))
+        found = readable(source, shard)
+        assert all(torch.equal(tensor, expected[shard][key]) for key, tensor in found.items()), (path, i)
+        lost.append(len({row for row, *_ in expected[shard]} - {row for row, *_ in found}))
         shutil.copy(path, place)
     assert max(lost[:300]) == 1 and sum(lost[:300]) > 50 and sum(lost[300:]) > 100
 
@@ -347,5 +346,5 @@ def test_a_manifest_of_other_fields_is_said(clean, tmp_path, caplog):
     (folder / "manifest.json").write_text(text.replace('"shape": [10, 6]', '"shape": [10, 5]'))
     with pytest.raises(BadSamples, match="bad samples in a row"):
         run(folder)
-    assert "lune: the zstd frame states" in caplog.text and "its fields take 104" in caplog.text
+    assert "lune: has 124 bytes of tensors, its fields take 104" in caplog.text
     assert parse_key(scan_tar(folder / SHARD)[0].key) == (1, 6)
