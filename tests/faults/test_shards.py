@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.make_source import make_samples, make_source, make_tensors
-from tinyflux.shards.format import SUFFIX, ShardError, encode_sample, parse_key, sample_key
+from tinyflux.shards.decode import decode_chunk
+from tinyflux.shards.format import SUFFIX, ShardError, bits, encode_sample, parse_key, sample_key
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.schema import fields_at
 from tinyflux.shards.source import open_source
 from tinyflux.shards.stream import BadSamples, DataConfig, Stream, open_sources
 from tinyflux.shards.tar import scan, scan_tar
@@ -159,7 +161,7 @@ def test_a_fault_is_found_and_its_sample_replaced(clean, tmp_path, caplog, name)
             }
         for field, value in row.items():
             assert value == same[field] if field == "keys" else torch.equal(value, same[field]), (key, field)
-    assert stats.bad == len(bad) and stats.replaced == replaced > 0
+    assert stats.bad == len(bad) and stats.replaced >= replaced > 0  # more where batches were loaded ahead
     assert len(caplog.records) == len(bad)  # each said once, with shard and, where there is one, key
     for record in caplog.records:
         assert SHARD in record.message and re.search(message, record.message), record.message
@@ -194,13 +196,20 @@ def readable(source, shard) -> dict[tuple[int, int, str], torch.Tensor]:
         file = source.open(shard)
     except ShardError:
         return found
-    for row in range(file.count):
-        for caption in range(1 + row % 2):
+    fields = fields_at(source.fields, source.shapes[shard])
+    batch = {name: torch.zeros(8, *field.shape, dtype=torch.float16) for name, field in fields.items()}
+    for caption in (0, 1):
+        rows = list(range(caption, file.count, 1 + caption))  # every second one has two
+        out = {name: bits(tensor)[: len(rows)] for name, tensor in batch.items()}
+        good = decode_chunk([file] * len(rows), rows, [caption] * len(rows), out)  # as the stream does
+        for i, row in enumerate(rows):
             try:
                 tensors = file.decode(row, caption=caption)
             except ShardError:
+                assert not good[i]
                 continue
             found |= {(row, caption, name): tensor for name, tensor in tensors.items()}
+            assert not good[i] or all(torch.equal(tensor, batch[name][i]) for name, tensor in tensors.items())
     return found
 
 
@@ -309,8 +318,7 @@ def test_a_shard_of_another_build_is_refused(clean, tmp_path):
         with pytest.raises(ShardError, match=f"{SHARD}: is not the shard of the manifest .* expected {size} with 6"):
             run(folder)
     write_shard(folder / SHARD, make_samples(range(20, 26)))  # of equal size and count: its rows tell
-    with pytest.raises(BadSamples, match="bad samples in a row"):
-        run(folder)
+    assert run(folder)[1].bad == 6
 
 
 def test_a_shard_unlinked_under_a_reader_stays_readable(clean, tmp_path):
