@@ -16,7 +16,6 @@ from typing import Annotated
 from tinyflux.shards.config import DataConfig, open_sources
 from tinyflux.shards.format import ShardError
 from tinyflux.shards.reader import Reader
-from tinyflux.shards.store import LocalStore
 from tinyflux.util import cli, settings
 from tinyflux.util.settings import AtLeast
 
@@ -42,7 +41,7 @@ def samples(reader: Reader, step: int, ranks: int) -> Iterator[tuple]:
     for slot, row in enumerate(reader.locate(draws).tolist()):
         s, shard, key = int(draws.source[slot]), int(draws.shard[slot]), "-"
         source, shape = reader.sources[s], "x".join(map(str, reader.plan.shapes[draws.shape[slot]]))
-        if all(isinstance(layer.store, LocalStore) for layer in source.layers):  # no remote shard is fetched for it
+        if all(layer.store.cache is None for layer in source.layers):  # no remote shard is fetched for it
             try:
                 key = reader.shards.get(s, shard).key(row)
             except ShardError as error:

@@ -18,9 +18,11 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.clients import DownloadError
 from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.manifest import Manifest, parse
-from tinyflux.shards.remote import DownloadError, NodeCache, RemoteStore
+from tinyflux.shards.remote import RemoteStore
 from tinyflux.shards.source import open_source
 from tinyflux.shards.writer import Shard
 from tinyflux.util.files import atomic_write
@@ -73,7 +75,7 @@ def pull(url: str, out: Path) -> Manifest:
     try:
         os.replace(store.fetch("rejected.jsonl"), out / "rejected.jsonl")
     except DownloadError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
+        if not error.missing:
             raise  # a source may lack that file, but not for want of an answer
     atomic_write(out / "manifest.json", store.manifest)
     for name in old - {shard.path for shard in manifest.shards}:

@@ -14,16 +14,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class StoreServer(ThreadingHTTPServer):
-    """`faults[name]` holds what happens to the next requests of a file; `bodies` counts the requests answered.
+    """`faults[name]` holds what happens to the next requests of a file; `bodies` counts the requests answered, `sent`
+    the bytes of bodies.
 
-    rate: bytes a second of all answers together. hold: files that are not answered before `held` is set.
+    rate: bytes a second of all answers together. latency: seconds before each answer. hold: files that are not answered
+    before `held` is set. login: the Authorization header that is asked for. port: to be there again after an outage.
     """
 
     daemon_threads = True
+    allow_reuse_address = True
 
-    def __init__(self, root: Path):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, root: Path, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.root = Path(root)
+        self.sent, self.latency, self.login = 0, 0.0, ""
         self.faults: dict[str, deque] = defaultdict(deque)
         self.bodies: Counter = Counter()
         self.rate: float | None = None
@@ -39,6 +43,9 @@ class StoreServer(ThreadingHTTPServer):
                 self._free_at = max(self._free_at, time.monotonic()) + length / self.rate
                 until = self._free_at
             time.sleep(max(0.0, until - time.monotonic()))
+
+    def handle_error(self, request, client_address):
+        """A client that went away is none of the server's business."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,7 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
         file = self.server.root / name
         if not file.is_file():
             return self._send(404)
+        if self.server.login and self.headers.get("Authorization") != self.server.login:
+            return self._send(401)
         data, base = file.read_bytes(), file.name
+        time.sleep(self.server.latency)
         if base in self.server.hold:
             self.server.held.wait()
         faults = self.server.faults[base]
@@ -100,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         status, headers = 200, {}
         if match and fault != "ignore range":
             start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            if start >= len(data):
+                return self._send(416)
             status, headers = 206, {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
             data = data[start : end + 1]
         if isinstance(fault, tuple):
@@ -111,20 +123,32 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True
             return None
+        if fault in ("no length", "trickle"):  # ends when the connection does, in the middle; a byte at a time
+            self.send_response(status)
+            self.end_headers()
+            self.close_connection = True
+            for i in range(len(data) if fault == "trickle" else 0):
+                self.wfile.write(data[i : i + 1])
+                time.sleep(0.1)
+            self.wfile.write(data[: len(data) // 2])
+            return None
+        if fault == "page":  # what a proxy says in the place of a file
+            status, data = 200, b"<!DOCTYPE html><html><body>Please log in</body></html>"
         if fault == "short":  # a consistent answer that lacks the end
             data = data[: len(data) // 2]
         if fault == "flip":
             data = data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
         if self.command == "GET":
             self.server.bodies[base] += 1
+            self.server.sent += len(data)
             self.server.transmit(len(data))
         return self._send(status, data, **headers)
 
 
 @contextmanager
-def store_server(root: Path) -> Iterator[StoreServer]:
+def store_server(root: Path, port: int = 0) -> Iterator[StoreServer]:
     """A running server of a folder."""
-    server = StoreServer(root)
+    server = StoreServer(root, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -133,3 +157,42 @@ def store_server(root: Path) -> Iterator[StoreServer]:
         server.shutdown()
         server.server_close()
         thread.join(timeout=5)
+
+
+class S3:
+    """moto's S3 server on loopback; after `stop` its content is still there at the next `start`."""
+
+    def __init__(self):
+        self.port = 0
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+@contextmanager
+def s3_server(folder: Path, bucket: str, prefix: str, monkeypatch) -> Iterator[S3]:
+    """A running S3 with the files of a folder under s3://bucket/prefix, as the environment's endpoint."""
+    import boto3
+
+    s3 = S3()
+    s3.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "loopback")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=bucket)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            client.put_object(Bucket=bucket, Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
+    try:
+        yield s3
+    finally:
+        s3.stop()

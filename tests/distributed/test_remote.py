@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from tests.dataset_hub import dataset_hub
-from tests.training import curve, make_source, records, start, train, wait_for, workers
+from tests.training import curve, environment, make_source, records, start, train, wait_for, workers
 
 STEPS = 12
 OPTIONS = ("--data.weights", 0.5, 0.5, "--trainer.lr-scheduler", "constant")
@@ -73,3 +75,46 @@ def test_four_ranks_then_two_then_one(unbroken, sources, tmp_path):
     assert [record["step"] for record in broken] == list(range(1, STEPS + 1))
     for a, b in zip(unbroken, broken, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), a["step"]
+
+
+FAILING = """
+import sys, torch.distributed as dist
+from pathlib import Path
+from tinyflux.run import sources
+from tinyflux.shards.config import DataConfig
+
+dist.init_process_group("gloo")
+rank, config = dist.get_rank(), DataConfig([sys.argv[1]])
+opened = sources.open_sources
+
+def fail(*_):
+    raise ZeroDivisionError("what no store should raise")
+
+for name, who in (("resolve_revisions", 0), ("open_sources", 1), ("nothing", 0)):
+    kept = getattr(sources, name, None)
+    if rank == who:
+        setattr(sources, name, fail)
+    try:
+        print(f"{name} {rank} {sources.open_run_sources(config, (), Path('none'))[0].name}\\n", end="", flush=True)
+    except Exception as error:
+        print(f"{name} {rank} {error!r}\\n", end="", flush=True)
+    setattr(sources, name, kept)
+dist.destroy_process_group()
+"""
+
+
+def test_an_error_of_one_rank_is_one_of_all(sources, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run([*command, sources[0]], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    own = "ZeroDivisionError('what no store should raise')"
+    assert sorted(done.stdout.splitlines()) == [
+        "nothing 0 a",
+        "nothing 1 a",
+        f'open_sources 0 OSError("rank 1: {own}")',
+        f"open_sources 1 {own}",
+        f"resolve_revisions 0 {own}",
+        f'resolve_revisions 1 OSError("rank 0: {own}")',
+    ]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.dataset_hub import TOKEN, dataset_hub
 from tests.training import command, curve, environment, make_source
-from tinyflux.run.upload import public, render
+from tinyflux.run.upload import render
 from tinyflux.trainer.config import TrainerConfig
 
 REPO = "user/flux"
@@ -88,11 +88,6 @@ def test_a_card_keeps_what_others_wrote():
     assert "My words." in again and "license: mit" in again and "pw" not in again and "key=s" not in again
     assert again.count("## one") == again.count("## two") == 1
     assert "9 of 9" in again and again.index("## one") < again.index("## two")
-
-
-def test_what_a_config_must_not_tell():
-    config = {"data": {"sources": ["s3://bucket/a", "https://u:p@h.org/x/y?X-Signature=1#f", "plain/folder"]}}
-    assert public(config) == {"data": {"sources": ["s3://bucket/a", "https://h.org/x/y", "plain/folder"]}}
 
 
 @pytest.mark.parametrize("field", [{"hf_repo_id": "flux"}, {"hf_repo_id": "a/b/c"}, {"hf_run_name": "../up"}])

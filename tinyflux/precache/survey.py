@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from tinyflux.shards.clients import DownloadError
 from tinyflux.shards.format import ShardError
-from tinyflux.shards.remote import DownloadError
 from tinyflux.shards.source import Source
 
 VALUES = 4096  # of each field of a sample that go into the histogram
@@ -138,7 +138,7 @@ def rejects(source: Source) -> Counter[str]:
     except FileNotFoundError:
         return Counter()
     except DownloadError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
+        if not error.missing:
             raise
         return Counter()
     return Counter(json.loads(line)["reason"].partition(":")[0] for line in text.splitlines())

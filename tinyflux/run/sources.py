@@ -1,5 +1,7 @@
 """The sources of a run: opened alike on all ranks, and recorded in its checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,19 +16,34 @@ from tinyflux.shards.stream import Stream
 def open_run_sources(config: DataConfig, groups: tuple[str, ...], checkpoints: Path) -> list[Source]:
     """The sources of a run, every remote one at the same revision on all ranks. Must be called on all ranks.
 
-    What a checkpoint of the run recorded is read again (see `resolve_revisions`). Raises as `open_sources`.
+    What a checkpoint of the run recorded is read again (see `resolve_revisions`). Where one rank fails, whatever it is,
+    all raise: it its own error, the others ValueError or OSError with what it said. Raises as `open_sources`.
     """
-    found, error = [None, None], None
-    if dist.get_rank() == 0:
-        try:
+    revisions = [None]
+    with _together():
+        if dist.get_rank() == 0:
             identity = newest_identity(checkpoints)
-            found[0] = resolve_revisions(config, identity.get("revisions", {}))
-        except (ValueError, OSError) as caught:  # the others must not wait for rank 0
-            error, found[1] = caught, str(caught)
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise error or ValueError(found[1])
-    return open_sources(config, groups, found[0])
+            revisions = [resolve_revisions(config, identity.get("revisions", {}))]
+    dist.broadcast_object_list(revisions, src=0)
+    with _together():
+        return open_sources(config, groups, revisions[0])
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Leave the block on all ranks, or raise on all of them: nobody waits for a rank that is not there any more."""
+    error = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001  it is raised below
+        error = caught
+    told = None if error is None else (isinstance(error, ValueError), f"rank {dist.get_rank()}: {error!r:.1000}")
+    everyone: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, told)
+    if error is not None:
+        raise error
+    for fault in filter(None, everyone):
+        raise (ValueError if fault[0] else OSError)(fault[1])
 
 
 def data_identity(stream: Stream) -> dict:

@@ -16,23 +16,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData,
 from huggingface_hub.errors import HTTPError
 
 from tinyflux.util.log import say
+from tinyflux.util.urls import public
 
 FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: the client's, of a file that it can't send
 RETRY = 60.0  # seconds after a failure, beside the client's own retries; twice as many after each further one
 LONGEST = 900.0
 LAST_RETRY = 5.0  # while the end of the run waits
-
-
-def public(value):
-    """A config without what its URLs may hide: user names, passwords and signed queries."""
-    if isinstance(value, dict):
-        return {key: public(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [public(x) for x in value]
-    if isinstance(value, str) and "://" in value:
-        url = urlsplit(value)
-        return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-    return value
 
 
 def section(repo: str, run: str, names: list[str], training: dict) -> str:

@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.manifest import OWN, diff_producers
 from tinyflux.shards.plan import MAX_BATCH
-from tinyflux.shards.remote import NodeCache, RemoteStore, is_remote, without_revision
+from tinyflux.shards.remote import is_remote, without_revision
 from tinyflux.shards.schema import SCHEMA
 from tinyflux.shards.source import Source, open_source
+from tinyflux.shards.store import open_store
 from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
 
@@ -129,9 +131,9 @@ def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str 
     recorded: {url: commit} of the run's checkpoint. A Hub source stays at its commit there, although the branch may
     have moved on, unless its URL now names another revision. Raises ValueError, DownloadError.
     """
-    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9))
+    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
     known = {without_revision(url): commit for url, commit in recorded.items()} | recorded
-    return [known.get(url) or RemoteStore(url, cache).revision if is_remote(url) else None for url in config.sources]
+    return [known.get(url) or open_store(url, cache).revision if is_remote(url) else None for url in config.sources]
 
 
 def open_sources(
@@ -146,7 +148,7 @@ def open_sources(
     if not config.sources:
         raise ValueError("data.sources is empty: name at least one source folder")
     ids = config.dataset_ids or [None] * len(config.sources)
-    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9))
+    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
     pins = revisions or [None] * len(config.sources)
     sources = [
         open_source(url, dataset_id, cache, revision, groups)

@@ -1,35 +1,61 @@
 """Look-ahead: the remote shards that the plan uses next are fetched before they are needed, and evicted last.
 
-Two threads walk the plan from the step that is being loaded, fetch what is missing in the order of its next use, and
-date the cached files by their next use, so that the cache, which evicts the oldest, keeps what is needed soonest.
+Threads walk the plan from the step that is being loaded, fetch what is missing in the order of its next use, and date
+the cached files by their next use, so that the cache, which evicts the oldest, keeps what is needed soonest. A step
+costs what its own shards cost, however many are looked at ahead.
 """
 
+import heapq
+import itertools
 import logging
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from tinyflux.shards.cache import NoRoom
 from tinyflux.shards.plan import Plan
-from tinyflux.shards.reader import StreamStats
-from tinyflux.shards.remote import NoRoom, RemoteStore, Stopped
 from tinyflux.shards.source import Source
+from tinyflux.shards.store import Store
+from tinyflux.shards.writer import Shard
+from tinyflux.util.files import Stopped
 
 log = logging.getLogger(__name__)
 
 DOWNLOADS = 2  # at a time: more of them would delay the first in order
+MOST_DOWNLOADS = 8  # for the first batch, which needs them all, and where readers had to wait
 STEPS = 1024  # looked ahead at most
-PORTION = 16  # steps walked at a time: readers wait for the lock meanwhile
+PORTION = 16  # steps walked at a time, and from which on a file is dated again
 RETRY = 60.0  # seconds until a shard whose download failed is tried again ahead of its use
 POLL = 1.0  # seconds between two looks at a cache that other processes change too
+LOOKED_AT = 64  # shards at such a look
 
 Key = tuple[int, int]  # source, shard
+
+
+@dataclass
+class _Needed:
+    """A shard in the window: its remote files, and the (step, place)s of its uses to come."""
+
+    key: Key
+    files: list[tuple[Store, Shard]]
+    bytes: int
+    uses: deque[tuple[int, int]] = field(default_factory=deque)
+    there: bool = False
+    dates: list[int] = field(default_factory=list)  # of its files in the cache
+    dated: int = 0  # the step that these are for
+
+    def paths(self) -> list[Path]:
+        return [store.path(shard.path) for store, shard in self.files]
 
 
 class LookAhead:
     """The downloads of one rank, from `step` on, for steps before `end_step`, until `stop`, of remote sources alone.
 
-    budget: bytes of the cache that the rank may fill ahead. timeout: seconds that `need` waits at most.
-    stats: `late` counts there the shards that a reader had to wait for.
+    first: samples of the rank's first batch, which are fetched before anything else. budget: bytes of the cache that
+    the rank may fill ahead. timeout: seconds that `need` waits at most. Raises ValueError where the shards of a single
+    step are more than the budget.
     """
 
     def __init__(
@@ -40,25 +66,43 @@ class LookAhead:
         world: int,
         step: int,
         *,
+        first: int,
         budget: int,
         timeout: float,
-        stats: StreamStats,
         end_step: int | None = None,
     ):
         self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
-        self.budget, self.timeout, self.stats = budget, timeout, stats
-        self._remote = [isinstance(source.store, RemoteStore) for source in sources]
+        self.budget, self.timeout = budget, timeout
+        self.late = 0
+        """How many shards a reader had to wait for."""
+        self._remote = [any(layer.store.cache for layer in source.layers) for source in sources]
         self._all = sum(len(s.manifest.shards) for s, remote in zip(sources, self._remote, strict=True) if remote)
         self._end = float("inf") if end_step is None else end_step
         self._step, self._window = step, deque()  # of every step from this one on, the shards in slot order
-        self._uses: dict[Key, deque[tuple[int, int]]] = {}  # (step, place) of each use in the window
-        self._bytes = 0  # of all those shards
+        self._needed: dict[Key, _Needed] = {}  # all shards of the window
+        self._bytes = 0  # of those
+        self._bytes_there, self._counted = 0, set()  # of those that are in the cache or on their way
+        self._missing: list[tuple[int, int, Key]] = []  # heap of what may be missing, by next use
+        self._last: list[tuple[int, Key]] = []  # heap of what was there, the latest next use first
         self._wanted: dict[Key, None] = {}  # what readers wait for, first come first
         self._errors: dict[Key, Exception] = {}  # for those readers
         self._busy: set[Key] = set()
-        self._later: dict[Key, float] = {}  # when to try again what failed or had no room
+        self._later: dict[Key, float] = {}  # when to try again what failed
+        self._pause = 0.0  # until when there is no room for what comes later
+        self._walking, self._polled, self._cursor, self._base = False, 0.0, 0, 0
+        self._caches = {layer.store.cache for source in sources for layer in source.layers} - {None}
         self._stopped, self._change = threading.Event(), threading.Condition()
-        self._threads = [threading.Thread(target=self._work, name="look-ahead", daemon=True) for _ in range(DOWNLOADS)]
+        self._add([self._shards_of(step)] if step < self._end else [])
+        if self._bytes > budget:
+            raise ValueError(
+                f"data.cache_gb is too small: rank {rank} reads {len(self._needed)} shards at once, which have "
+                f"{self._bytes / 1e9:.3g} GB, and may use {budget / 1e9:.3g} GB of the cache of its node. Give it "
+                "three times as much, or raise data.slots_per_stream"
+            )
+        self._first = {key for key, n in self._needed.items() if n.uses[0][1] < first}  # not there yet
+        self._threads = [
+            threading.Thread(target=self._work, name=f"look-ahead {i}", daemon=True) for i in range(MOST_DOWNLOADS)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -69,24 +113,26 @@ class LookAhead:
         """
         if not self._remote[source]:
             return
-        key, path = (source, shard), self._path((source, shard))
+        needed = self._of((source, shard))
+        key, paths = needed.key, needed.paths()
+        if all(path.is_file() for path in paths):
+            return
         with self._change:
-            if path.is_file():
-                return
-            self.stats.late += 1
+            self.late += 1
             self._wanted[key] = None
+            self._later.pop(key, None)
             self._change.notify_all()
-            deadline = time.monotonic() + self.timeout
+            deadline = time.monotonic() + 1.05 * self.timeout + 0.25  # the store's own error comes first: it says more
             try:
-                while not path.is_file() and any(thread.is_alive() for thread in self._threads):
+                while not all(path.is_file() for path in paths):
                     if self._stopped.is_set():
                         raise Stopped("the stream was closed")
                     if key in self._errors:
                         raise self._errors[key]
                     left = deadline - time.monotonic()
                     if left <= 0:
-                        url, name = self.sources[source].url, self._entry(key).name
-                        raise TimeoutError(f"waited {self.timeout:g} s for {url}/{name} to be downloaded")
+                        url, name = self.sources[source].url, needed.files[0][1].name
+                        raise TimeoutError(f"waited {self.timeout:g} s (data.timeout) for {url}/{name}")
                     self._change.wait(min(left, POLL))
             finally:
                 self._wanted.pop(key, None)
@@ -95,96 +141,216 @@ class LookAhead:
     def advance(self, step: int) -> None:
         """Everything before this step was read."""
         with self._change:
-            if step == self._step:
+            if step <= self._step:
                 return
             while self._step < step:
                 for key in self._window.popleft() if self._window else ():
-                    self._uses[key].popleft()
-                    if not self._uses[key]:
-                        del self._uses[key]
-                        self._bytes -= self._entry(key).bytes
+                    needed = self._needed[key]
+                    needed.uses.popleft()
+                    if not needed.uses:
+                        self._forget(needed)
+                    elif needed.there and needed.uses[0][0] - needed.dated >= PORTION:
+                        self._look_at(needed)
                 self._step += 1
+            self._first.clear()
             self._change.notify_all()
 
     def stop(self) -> None:
-        """End the threads: readers are let go at once, a download ends at the next of its blocks."""
+        """End the threads: readers are let go at once, a download ends at the next of its bytes."""
         self._stopped.set()
         with self._change:
             self._change.notify_all()
 
-    def _entry(self, key: Key):
-        return self.sources[key[0]].manifest.shards[key[1]]
-
-    def _path(self, key: Key):
-        return self.sources[key[0]].store.path(self._entry(key).path)
+    def _of(self, key: Key) -> _Needed:
+        files = [(layer.store, shard) for layer, shard in self.sources[key[0]].files(key[1]) if layer.store.cache]
+        return _Needed(key, files, sum(shard.bytes for _, shard in files))
 
     def _work(self) -> None:
         while not self._stopped.is_set():
-            with self._change:
-                chosen = self._choose()
-                if chosen is None:
-                    if not self._walk():
+            try:
+                with self._change:
+                    chosen = self._choose()
+                    if chosen is None and not self._may_walk():
+                        self._poll()
                         self._change.wait(POLL)
-                    continue
-                key, due = chosen
-                self._busy.add(key)
-            self._fetch(key, due)
+                        continue
+                    self._walking = self._walking or chosen is None  # one thread does
+                if chosen is None:
+                    self._walk()
+                else:
+                    self._fetch(*chosen)
+            except Exception:  # whatever it is, who waits must be told, and the next shard needs a thread
+                log.exception("look-ahead")
+                self._stopped.wait(POLL)
 
-    def _fetch(self, key: Key, due: int | None) -> None:
+    def _fetch(self, needed: _Needed, due: int | None) -> None:
         """Download a shard; a failure goes to who waits for it, or is tried again later."""
-        source, entry = self.sources[key[0]], self._entry(key)
-        error: Exception | None = RuntimeError(f"the thread that downloads {source.url}/{entry.name} died: see above")
+        error: Exception | None = None
         try:
-            source.store.fetch(entry.path, entry.bytes, entry.sha256, due=due, stopped=self._stopped)
-            error = None
-        except (OSError, NoRoom, Stopped) as caught:
+            for store, shard in needed.files:
+                date = due and store.cache.date_of(due)
+                store.fetch(shard.path, shard.bytes, shard.sha256, due=date, stopped=self._stopped)
+        except Exception as caught:  # noqa: BLE001  the reader that waits raises it
             error = caught
-        finally:
-            with self._change:
-                self._busy.discard(key)
-                if error is not None:
-                    again = isinstance(error, (NoRoom, FileNotFoundError))  # the latter: the cache was deleted
-                    self._later[key] = time.monotonic() + (POLL if again else RETRY)
-                    if key in self._wanted and not again:
-                        self._errors[key] = error
-                self._change.notify_all()
-        if isinstance(error, OSError) and not again:
+        key, again = needed.key, isinstance(error, (NoRoom, FileNotFoundError))  # the latter: the cache was deleted
+        with self._change:
+            self._busy.discard(key)
+            self._first.discard(key)
+            if error is not None:
+                self._later[key] = time.monotonic() + (POLL if again else RETRY)
+                if isinstance(error, NoRoom):
+                    self._pause = self._later[key]
+                if key in self._wanted and not again:
+                    self._errors[key] = error
+            if key in self._needed:
+                self._look_at(self._needed[key])
+            self._change.notify_all()
+        if error is not None and not again and not isinstance(error, Stopped):
             log.warning("look-ahead: %s", error)
 
-    def _choose(self) -> tuple[Key, int | None] | None:
-        """The shard to fetch next, and its age in the cache's order (None: it is needed now)."""
+    def _choose(self) -> tuple[_Needed, int | None] | None:
+        """The shard to fetch next, and the step that it is for (None: it is needed now)."""
+        now, put_off, chosen = time.monotonic(), [], None
         for key in self._wanted:
-            if key not in self._busy and key not in self._errors:
-                return key, None
-        now, total, chosen = time.time_ns(), 0, None
-        for key, uses in sorted(self._uses.items(), key=lambda item: item[1][0]):
-            total += self._entry(key).bytes
-            if total > self.budget:
+            if key not in self._busy and key not in self._errors and self._later.get(key, 0.0) <= now:
+                needed = self._needed.get(key) or self._of(key)
+                self._begin(needed)
+                return needed, None
+        most = MOST_DOWNLOADS if self._first else min(MOST_DOWNLOADS, DOWNLOADS + self.late)
+        while self._missing and len(self._busy) < most and chosen is None and self._pause <= now:
+            needed = self._needed.get(self._missing[0][2])
+            if needed is None or needed.there or needed.key in self._busy:
+                heapq.heappop(self._missing)
+            elif self._first and needed.key not in self._first:  # nothing takes its part of the line from the first
                 break
-            source = self.sources[key[0]]
-            due = now - 100 * (uses[0][0] - self._step)  # no step is as short as 100 ns
-            there = source.store.cache.date(self._path(key), due)
-            later = self._later.get(key, 0.0) > time.monotonic()
-            if chosen is None and not there and not later and key not in self._busy:
-                chosen = key, due
+            elif self._later.get(needed.key, 0.0) > now:
+                put_off.append(heapq.heappop(self._missing))
+            elif not self._fits(needed):
+                break
+            elif self._dated(needed):
+                heapq.heappop(self._missing)
+                self._count(needed, True)
+                self._first.discard(needed.key)
+            else:
+                heapq.heappop(self._missing)
+                chosen = needed, needed.uses[0][0]
+                self._begin(needed)
+        for item in put_off:
+            heapq.heappush(self._missing, item)
         return chosen
 
-    def _walk(self) -> bool:
-        """Look a few steps further. False where nothing is gained: budget, sources, window or run end here."""
-        ahead = len(self._window)
-        if self._bytes >= self.budget or len(self._uses) == self._all or ahead >= min(STEPS, self._end - self._step):
-            return False
-        for _ in range(PORTION):
-            step = self._step + len(self._window)
-            if step >= self._end:
-                break
-            mine = self.plan.batch(step, self.rank, self.world, rows=False)
-            pairs = dict.fromkeys(zip(mine.source.tolist(), mine.shard.tolist(), strict=True))
-            keys = [key for key in pairs if self._remote[key[0]]]
-            for place, key in enumerate(keys):
-                if key not in self._uses:
-                    self._uses[key] = deque()
-                    self._bytes += self._entry(key).bytes
-                self._uses[key].append((step, place))
-            self._window.append(keys)
+    def _fits(self, needed: _Needed) -> bool:
+        """Whether the budget has room for a shard; those that are needed later make room for it."""
+        while self._bytes_there + needed.bytes > self.budget:
+            if not self._last or -self._last[0][0] <= needed.uses[0][0]:
+                return False
+            step, key = heapq.heappop(self._last)
+            other = self._needed.get(key)
+            if other is not None and other.there and other.dated == -step and key in self._counted:
+                other.there = False
+                self._count(other, False)
+                heapq.heappush(self._missing, (*other.uses[0], key))
         return True
+
+    def _begin(self, needed: _Needed) -> None:
+        self._busy.add(needed.key)
+        needed.there = False
+        if needed.key in self._needed:
+            self._count(needed, True)
+
+    def _count(self, needed: _Needed, there: bool) -> None:
+        if there != (needed.key in self._counted):
+            self._counted ^= {needed.key}
+            self._bytes_there += needed.bytes if there else -needed.bytes
+
+    def _look_at(self, needed: _Needed) -> None:
+        """Date a shard of the window again; if it is not in the cache any more, it is missing."""
+        if self._dated(needed):
+            self._count(needed, True)
+        elif needed.key not in self._busy:
+            self._count(needed, False)
+            heapq.heappush(self._missing, (*needed.uses[0], needed.key))
+
+    def _dated(self, needed: _Needed) -> bool:
+        """Whether a shard is in the cache; its files get the date of its next use."""
+        needed.dated = needed.uses[0][0]
+        needed.dates = [store.cache.date_of(needed.dated) for store, _ in needed.files]
+        kept = [
+            store.cache.keep(path, date)
+            for (store, _), path, date in zip(needed.files, needed.paths(), needed.dates, strict=True)
+        ]
+        needed.there = all(kept)
+        if needed.there:
+            heapq.heappush(self._last, (-needed.dated, needed.key))
+            if len(self._last) > 1000 + 4 * len(self._needed):
+                self._last = [(-other.dated, key) for key, other in self._needed.items() if other.there]
+                heapq.heapify(self._last)
+        return needed.there
+
+    def _forget(self, needed: _Needed) -> None:
+        """A shard is not needed any more for now."""
+        del self._needed[needed.key]
+        self._bytes -= needed.bytes
+        self._later.pop(needed.key, None)
+        self._count(needed, False)
+        for (store, _), path, date in zip(needed.files, needed.paths(), needed.dates, strict=False):
+            store.cache.release(path, date)
+
+    def _may_walk(self) -> bool:
+        """Whether to look a few steps further; budget, sources, window or run may end here."""
+        ahead = len(self._window)
+        more = ahead < min(STEPS, self._end - self._step) and len(self._needed) < self._all
+        return more and self._bytes < self.budget and not self._walking
+
+    def _walk(self) -> None:
+        steps: list = []
+        with self._change:
+            begin = self._step + len(self._window)
+        try:  # without the lock: readers must not wait for it
+            steps = [self._shards_of(step) for step in range(begin, int(min(begin + PORTION, self._end)))]
+        finally:
+            with self._change:
+                self._walking = False
+                if begin == self._step + len(self._window):  # else the readers have overtaken
+                    self._add(steps)
+                self._change.notify_all()
+
+    def _shards_of(self, step: int) -> list[tuple[int, Key]]:
+        """(place, shard) of the rank's remote shards at a step, each once."""
+        draws = self.plan.batch(step, self.rank, self.world, rows=False)
+        pairs = list(zip(draws.source.tolist(), draws.shard.tolist(), strict=True))
+        places = {key: place for place, key in reversed(list(enumerate(pairs))) if self._remote[key[0]]}
+        return sorted((place, key) for key, place in places.items())
+
+    def _add(self, steps: list[list[tuple[int, Key]]]) -> None:
+        """Append steps to the window."""
+        for shards in steps:
+            step = self._step + len(self._window)
+            for place, key in shards:
+                if key not in self._needed:
+                    self._needed[key] = self._of(key)
+                    self._bytes += self._needed[key].bytes
+                    heapq.heappush(self._missing, (step, place, key))
+                self._needed[key].uses.append((step, place))
+            self._window.append([key for _, key in shards])
+
+    def _poll(self) -> None:
+        """See what other processes and people did to the cache, a few shards at a time."""
+        now = time.monotonic()
+        if now - self._polled < POLL:
+            return
+        self._polled = now
+        for cache in self._caches:
+            cache.close_unlinked()
+        soon = itertools.islice(itertools.chain.from_iterable(self._window), LOOKED_AT)
+        some = itertools.islice(self._needed, self._cursor, self._cursor + LOOKED_AT)
+        base = {cache.date_of(0) for cache in self._caches}
+        if base != self._base:  # the dates of all of them run out
+            self._base, some = base, self._needed
+            for layer in itertools.chain.from_iterable(source.layers for source in self.sources):
+                for name in ("manifest.json", "index.safetensors", "null.safetensors") if layer.store.cache else ():
+                    layer.store.cache.keep(layer.store.path(name), layer.store.cache.date_of(self._step))
+        for key in list(dict.fromkeys([*soon, *some])):
+            if self._needed[key].there:
+                self._look_at(self._needed[key])
+        self._cursor = self._cursor + LOOKED_AT if self._cursor < len(self._needed) else 0

@@ -17,11 +17,12 @@ import torch
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.decode import CHUNK, decode_chunk
 from tinyflux.shards.format import ShardError, bits
+from tinyflux.shards.lookahead import LookAhead
+from tinyflux.shards.opened import OpenShards
 from tinyflux.shards.plan import Draws, Plan, PlanSource, Shape, split
 from tinyflux.shards.schema import DTYPES, Field, fields_at
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.source import Source
-from tinyflux.shards.store import OpenShards
 from tinyflux.util import rng
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,11 @@ _HASHED = 1 << 20  # origins that are split at a time
 @dataclass
 class StreamStats:
     """Counters of one rank's stream. `samples`: delivered per source; `bad`: different bad samples seen;
-    `replaced`: samples delivered in place of a bad one; `late`: remote shards that were not in the cache when they were
-    wanted; `wait` and `last_wait`: seconds that the consumer waited."""
+    `replaced`: samples delivered in place of a bad one; `wait` and `last_wait`: seconds that the consumer waited."""
 
     samples: list[int]
     bad: int = 0
     replaced: int = 0
-    late: int = 0
     wait: float = 0.0
     last_wait: float = 0.0
 
@@ -76,7 +75,8 @@ class MicroBatch:
 
     rows: its tensors as `bits`. source, shard, row, position: which sample belongs into each row of it, lists of int;
     `row` counts all rows of the shard's file. good: which rows hold a sample. draws: of the plan, where bad samples are
-    replaced. Once it is `done` there is a `result` for the consumer, or an `error`.
+    replaced. ahead: what fetches remote shards, if anything does. Once it is `done` there is a `result` for the
+    consumer, or an `error`.
     """
 
     batch: dict[str, Any]
@@ -88,6 +88,7 @@ class MicroBatch:
     captions: list[int]
     good: list[bool]
     draws: Draws | None = None
+    ahead: LookAhead | None = None
     parts_left: int = 0
     done: bool = False
     error: BaseException | None = None
@@ -174,6 +175,7 @@ class Reader:
         slots: np.ndarray,
         step: int,
         draws: Draws | None = None,
+        ahead: LookAhead | None = None,
     ) -> MicroBatch:
         """An empty batch for these samples, all of one latent shape."""
         B, fields = len(source), fields_at(self.fields, shape)
@@ -201,7 +203,7 @@ class Reader:
         for group, has in self._has.items():
             batch[f"{group}_mask"] = torch.from_numpy(has[source])
         samples = (x.tolist() for x in (source, shard, row, position, caption_of(seeds, counts)))
-        return MicroBatch(batch, {name: bits(t) for name, t in tensors.items()}, *samples, [True] * B, draws)
+        return MicroBatch(batch, {name: bits(t) for name, t in tensors.items()}, *samples, [True] * B, draws, ahead)
 
     def load(self, micro: MicroBatch, part: range, stopped: Callable[[], bool] = lambda: False) -> None:
         """Put the samples of a part of a batch into its rows; a bad one is replaced, or `good` says so.
@@ -215,7 +217,7 @@ class Reader:
             opened: dict[tuple[int, int], ShardFile] = {}
             for i in rows:  # samples of a lane follow each other
                 if (pair := (micro.source[i], micro.shard[i])) not in opened:
-                    opened[pair] = self._open(*pair)
+                    opened[pair] = self._open(micro, *pair)
             files = [opened[micro.source[i], micro.shard[i]] for i in rows]
             out = {name: values[rows.start : rows.stop] for name, values in micro.rows.items()}
             chosen = slice(rows.start, rows.stop)
@@ -227,9 +229,9 @@ class Reader:
                     self._repair(micro, i)
             self.progress = time.monotonic()
 
-    def _open(self, source: int, shard: int) -> ShardFile:
+    def _open(self, micro: MicroBatch, source: int, shard: int) -> ShardFile:
         self.reading[threading.get_ident()] = source, shard
-        return self.shards.get(source, shard)
+        return self.shards.get(source, shard, micro.ahead)
 
     def _repair(self, micro: MicroBatch, i: int) -> None:
         """Load row i again, saying what is wrong with it; if it is bad, what stands in for it."""
@@ -260,12 +262,15 @@ class Reader:
         """Put a sample into row i, or log and count it as bad."""
         source = micro.source[i]
         position = int(self.sources[source].manifest.starts[shard]) + row
-        file = self._open(source, shard)
-        try:
-            file.decode(row, {name: values[i] for name, values in micro.rows.items()}, caption=caption)
-        except ShardError as error:
-            self._count_bad(source, position, error)
-            return False
+        while True:
+            file = self._open(micro, source, shard)
+            try:
+                file.decode(row, {name: values[i] for name, values in micro.rows.items()}, caption=caption)
+                break
+            except ShardError as error:
+                if not self.shards.heal(source, shard, file):
+                    self._count_bad(source, position, error)
+                    return False
         for name in micro.rows.keys() - self.sources[source].fields.keys():
             micro.rows[name][i] = 0
         micro.batch["keys"][i] = file.key(row)

@@ -1,300 +1,105 @@
-"""Remote sources: files behind fsspec, each copied once to a cache that all processes of a node share.
+"""Remote sources: files of a client's store, each copied once to the node's cache and checked before it is used.
 
-A file is downloaded in blocks under a lock, checked, and renamed into place, so no half file is ever used; a killed
-download goes on where it stopped. What was used longest ago is evicted first, where the look-ahead does not know
-better; open files stay readable.
+A download resumes where the last one stopped, survives whatever the store goes through for less than the cache's
+timeout, and is renamed into place when size, sum or syntax are right.
 """
 
-import fcntl
 import hashlib
+import json
 import logging
-import os
+import math
 import random
-import re
-import shutil
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-import fsspec
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
-
-from tinyflux.util.files import cache_folder
+from tinyflux.shards.cache import MIN_RATE, NodeCache
+from tinyflux.shards.clients import CLIENTS, HUB, Client, DownloadError
+from tinyflux.util import files
+from tinyflux.util.files import Stopped
+from tinyflux.util.urls import redacted
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("hf", "s3", "gs", "http", "https")
-BLOCK = 16 << 20  # bytes of one request
-TRIES = 8  # failures in a row, about two minutes of waiting, before a download is given up
 FIRST_WAIT = 1.0  # seconds, doubled with each try
-LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
-LOCK_TIMEOUT = 1800.0  # seconds for another process to finish the same download
+LONGEST_WAIT = 15.0  # seconds between two tries
+LONGEST_ASKED = 60.0  # seconds, whatever the store asks for
+SILENCE = 30.0  # seconds without a byte, or below MIN_RATE, after which a request is sent again
+LARGEST = 1 << 30  # bytes of a file of unknown size
+SMALL = 64 << 20  # bytes up to which a file is checked whenever it is opened; shards are when they prove damaged
 _NEVER = threading.Event()
-_HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
+T = TypeVar("T")
 
 
 def is_remote(url: str) -> bool:
     """Whether a source is read through the cache."""
     scheme, separator, _ = url.partition("://")
-    return bool(separator) and scheme in SCHEMES
+    return bool(separator) and scheme in CLIENTS
 
 
 def without_revision(url: str) -> str:
     """A Hub URL without its @REVISION; any other as it is."""
-    match = _HUB.fullmatch(url)
+    match = HUB.fullmatch(url)
     return "/".join(filter(None, (f"hf://{match[1]}", match[3]))) if match else url
 
 
-class DownloadError(OSError):
-    """A remote file could not be had; says which and what to look at."""
+class Patience:
+    """Tries of one thing: `wait` between two of them, until nothing came for `outage` seconds, or `seconds` are over.
 
-
-class NoRoom(Exception):
-    """The cache is full of files that are needed sooner."""
-
-
-class Stopped(Exception):
-    """Nobody waits for the download any more."""
-
-
-def _retry_after(error: BaseException) -> float:
-    """Seconds that the server asked to wait, 0 if it didn't."""
-    headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
-    value = headers.get("Retry-After", "")
-    return float(value) if value.replace(".", "", 1).isdigit() else 0.0
-
-
-def _status(error: BaseException) -> int:
-    return getattr(error, "status", 0) or getattr(getattr(error, "response", None), "status_code", 0)
-
-
-def retrying(
-    what: str, action: Callable[[], Any], errors: tuple[type[BaseException], ...], stopped: threading.Event = _NEVER
-) -> Any:
-    """The result of `action`, tried up to TRIES times with growing, jittered waits. Raises DownloadError, Stopped."""
-    began = time.monotonic()
-    for attempt in range(1, TRIES + 1):
-        try:
-            return action()
-        except errors as error:
-            status, last = _status(error), error
-            missing = isinstance(error, FileNotFoundError) or status == 404
-            if missing or isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 429)):
-                hint = "there is no such file" if missing else "check your access (token, credentials)"
-                raise DownloadError(f"{what}: {hint}: {error}") from error
-            if attempt < TRIES:
-                wait = min(
-                    LONGEST_WAIT, max(_retry_after(error), FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-                )
-                log.warning("%s: %s; try %d of %d in %.1f s", what, error, attempt + 1, TRIES, wait)
-                if stopped.wait(wait):
-                    raise Stopped(what) from error
-    spent = time.monotonic() - began
-    raise DownloadError(f"{what}: gave up after {TRIES} tries in {spent:.0f} s: {last!r}; is the store up?") from last
-
-
-class NodeCache:
-    """A folder of downloaded files with a size limit in bytes, shared by all processes of a node."""
-
-    def __init__(self, folder: str | Path | None = None, limit: int = 100 << 30):
-        self.folder, self.limit = Path(folder) if folder else cache_folder() / "shards", limit
-        self.fetched = 0  # bytes downloaded by this process
-
-    def get(
-        self,
-        path: Path,
-        size: int | None,
-        sha256: str | None,
-        read: Callable[[int, int | None], bytes],
-        what: str,
-        due: int | None = None,
-        stopped: threading.Event = _NEVER,
-    ) -> Path:
-        """`path` under the cache's folder, downloaded if it isn't there.
-
-        read: (start, stop) -> those bytes; where size is None the file is small, and (0, None) gives all of it.
-        due: its `date`, where it is downloaded ahead; then it takes no room from files with a later one.
-        Raises DownloadError, TimeoutError, NoRoom, and Stopped once that is set.
-        """
-        if _touch(path):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock"), f"another process to download {what}", stopped):
-            if _touch(path):
-                return path
-            with self._room(size or 0, due):
-                pass  # known before anything is downloaded
-            part = path.with_name(f".{path.name}.part")
-            try:
-                for resume in (True, False):  # a wrong sum may come from what a killed process left
-                    if self._download(part, size, sha256, read, resume, stopped):
-                        with self._room(size or 0, due, written=True):  # another may have taken it meanwhile
-                            os.replace(part, path)
-                        return path
-            except OSError as error:
-                if error.errno not in (28, 122):  # disk or quota full
-                    raise
-                part.unlink(missing_ok=True)
-                message = f"no room in the cache {self.folder} for {what} ({size} bytes): free space or choose another"
-                raise DownloadError(error.errno, message) from error
-        raise DownloadError(f"{what}: its content is not what the manifest says: it was replaced, or the manifest was")
-
-    def date(self, path: Path, when: int) -> bool:
-        """Give a file its place in the order of eviction, in ns; now is what was just used. False if it isn't there."""
-        return _touch(path, when)
-
-    def _download(
-        self,
-        part: Path,
-        size: int | None,
-        sha256: str | None,
-        read: Callable,
-        resume: bool,
-        stopped: threading.Event,
-    ) -> bool:
-        resume = resume and size is not None and part.exists()
-        with open(part, "r+b" if resume else "w+b") as file:
-            digest, done = hashlib.sha256(), 0
-            while block := file.read(BLOCK):
-                digest.update(block)
-                done += len(block)
-            while size is None or done < size:
-                if stopped.is_set():
-                    raise Stopped(str(part))
-                block = read(done, None if size is None else min(done + BLOCK, size))
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                self.fetched += len(block)
-                if size is None:
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-        good = (size is None or done == size) and (sha256 is None or digest.hexdigest() == sha256)
-        if not good:
-            part.unlink()
-        return good
-
-    @contextmanager
-    def _room(self, size: int, due: int | None, written: bool = False) -> Iterator[None]:
-        """Evict the oldest files until `size` bytes fit, and keep the room for the block.
-
-        written: the bytes are on the disk already. Raises NoRoom where that takes a file later than `due`.
-        """
-        with _locked(self.folder / ".lock", f"the eviction lock of {self.folder}"):
-            files = []
-            for path in self.folder.glob("*/*"):
-                try:
-                    stat = path.stat()
-                except FileNotFoundError:
-                    continue
-                if not path.name.startswith(".") and path.is_file():
-                    files.append((stat.st_mtime_ns, stat.st_size, path))
-            total = sum(length for _, length, _ in files)
-            for date, length, path in sorted(files):
-                if total + size <= self.limit and shutil.disk_usage(self.folder).free >= (0 if written else size):
-                    break
-                if due is not None and date >= due:
-                    raise NoRoom(str(path))
-                path.unlink(missing_ok=True)
-                total -= length
-            yield
-
-
-def _touch(path: Path, when: int | None = None) -> bool:
-    when = time.time_ns() if when is None else when
-    try:
-        os.utime(path, ns=(when, when))
-    except FileNotFoundError:
-        return False
-    return True
-
-
-@contextmanager
-def _locked(path: Path, waits_for: str, stopped: threading.Event = _NEVER) -> Iterator[None]:
-    """Hold a lock file; the kernel frees it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"waited {LOCK_TIMEOUT:.0f} s for {waits_for} (lock {path})") from error
-                if stopped.wait(0.05):
-                    raise Stopped(waits_for) from error
-        yield
-
-
-class RemoteStore:
-    """The files of a source under a URL of SCHEMES, pinned to one revision.
-
-    revision: as an earlier store reported it, to read the same content again; default: what is there now. For the Hub
-    it is the commit, elsewhere the SHA-256 of manifest.json. Raises DownloadError, ValueError.
+    what: names it in messages. stopped: nobody waits for it any more.
     """
 
-    def __init__(self, url: str, cache: NodeCache, revision: str | None = None):
-        self.url, self.cache = url.rstrip("/"), cache
-        scheme = url.partition("://")[0]
-        self._errors: tuple[type[BaseException], ...] = (OSError, HTTPError)
-        options: dict[str, Any] = {}
-        # the Hub's files read ahead and keep what they read unless they are told not to
-        self._reading: dict[str, Any] = {"cache_type": "none"} if scheme == "hf" else {}
-        try:
-            if scheme in ("http", "https"):
-                import aiohttp
+    def __init__(self, what: str, outage: float, seconds: float | None = None, stopped: threading.Event = _NEVER):
+        self.what, self.outage, self.stopped = what, outage, stopped
+        self.seconds = outage if seconds is None else seconds
+        self.began = self.came = time.monotonic()
+        self.tries, self.failures = 0, 0
 
-                self._errors += (aiohttp.ClientError,)
-                options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
-            self._fs = fsspec.filesystem(scheme, **options)
-        except ImportError as error:
-            raise ValueError(f"source {url!r}: {scheme} needs a package that is not installed: {error}") from error
-        self._root = self.url
-        if scheme == "hf":
-            match = _HUB.fullmatch(url)
-            if match is None:
-                raise ValueError(f"source {url!r}: a Hub source is hf://datasets/USER/REPO[@REVISION][/FOLDER]")
-            repo, wanted, folder = match.groups()
-            api = HfApi(endpoint=self._fs.endpoint, token=self._fs.token)
-            name = repo.removeprefix("datasets/")
-            self.revision = revision or retrying(url, lambda: api.dataset_info(name, revision=wanted).sha, self._errors)
-            self._root = "/".join(filter(None, (f"{repo}@{self.revision}", folder)))
-            self._folder = self._folder_of(self.revision)
-            self.manifest = self.fetch("manifest.json").read_bytes()
-        else:
-            if revision is not None and (cached := self._folder_of(revision) / "manifest.json").is_file():
-                self.manifest = cached.read_bytes()
-            else:
-                self.manifest = self._read("manifest.json", 0, None)
-            self.revision = hashlib.sha256(self.manifest).hexdigest()
-            if revision not in (None, self.revision):
-                raise ValueError(f"source {url}: its manifest is not the one of revision {revision}: it was replaced")
-            self._folder = self._folder_of(self.revision)
+    def wait(self, error: DownloadError) -> None:
+        """Sleep before the next try. Raises DownloadError where another one is of no use, Stopped."""
+        self.tries += 1
+        self.failures += 1
+        if not error.again:
+            raise DownloadError(f"{self.what}: {error}", status=error.status) from error
+        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self.failures - 1, 30)) * random.uniform(0.5, 1)
+        wait = max(wait, min(error.after, LONGEST_ASKED))
+        now, end = time.monotonic(), min(self.began + self.seconds, self.came + self.outage)
+        if now >= end:
+            spent = f"{self.tries} tries in {now - self.began:.0f} s"
+            raise DownloadError(f"{self.what}: gave up after {spent}: {error}; is the store up?") from error
+        wait = min(wait, end - now)
+        log.warning("%s: %s; try %d in %.1f s", self.what, error, self.tries + 1, wait)
+        if self.stopped.wait(wait):
+            raise Stopped(self.what) from error
 
-    def _folder_of(self, revision: str) -> Path:
-        key = hashlib.sha256(f"{self.url}\n{revision}".encode()).hexdigest()[:16]
-        return self.cache.folder / f"{self.url.rpartition('/')[2]}-{key}"
+    def progress(self) -> None:
+        """Bytes came: the next failure is a first one again. Raises DownloadError where the time is over, Stopped."""
+        self.failures, self.came = 0, time.monotonic()
+        if self.stopped.is_set():
+            raise Stopped(self.what)
+        if self.came - self.began > self.seconds:
+            raise DownloadError(f"{self.what}: has not come in {self.seconds:.0f} s; is the store up?")
 
-    def _read(self, name: str, start: int, stop: int | None, stopped: threading.Event = _NEVER) -> bytes:
-        what = f"{self.url}/{name}"
+    def of(self, action: Callable[[], T]) -> T:
+        """The result of an action, tried until it succeeds. Raises as `wait`."""
+        while True:
+            try:
+                return action()
+            except DownloadError as error:
+                self.wait(error)
 
-        def once() -> bytes:
-            if stop is None:
-                return self._fs.cat_file(f"{self._root}/{name}", **self._reading)
-            data = self._fs.cat_file(f"{self._root}/{name}", start=start, end=stop, **self._reading)
-            if len(data) > stop - start:  # a server that ignores ranges sends the whole file
-                data = data[start:stop]
-            if len(data) != stop - start:
-                raise OSError(f"{len(data)} bytes came instead of bytes {start} to {stop}")
-            return data
 
-        return retrying(what, once, self._errors, stopped)
+class RemoteFiles:
+    """Files under a URL, each copied to `folder` of a cache when it is fetched."""
+
+    def __init__(self, url: str, client: Client, cache: NodeCache, folder: Path):
+        self.url, self.cache = redacted(url.rstrip("/")), cache
+        self._client, self._folder = client, folder
 
     def path(self, name: str) -> Path:
         """Where the local copy of a file is or will be."""
@@ -309,9 +114,191 @@ class RemoteStore:
         due: int | None = None,
         stopped: threading.Event = _NEVER,
     ) -> Path:
-        """A local copy of a file, checked against size and sum where given. Raises as `NodeCache.get`."""
+        """A local copy of a file, checked against size and sum where given. Raises as `NodeCache.get`.
 
-        def read(start: int, stop: int | None) -> bytes:
-            return self._read(name, start, stop, stopped)
+        A small one that is there already is checked again, and fetched once more where it is damaged.
+        """
+        fill = partial(self._fill, name, size, sha256, stopped)
+        valid = partial(self._holds, name, size, sha256)
+        what = f"{self.url}/{name}"
+        return self.cache.get(self.path(name), size, fill, what=what, valid=valid, due=due, stopped=stopped)
 
-        return self.cache.get(self.path(name), size, sha256, read, f"{self.url}/{name}", due, stopped)
+    def heal(self, name: str, size: int, sha256: str) -> bool:
+        """Whether a local copy that proved damaged was indeed not what it should be; the next `fetch` gets it again."""
+        path = self.path(name)
+        if not path.is_file() or self._is_whole(path, name, size, sha256):
+            return False
+        self.cache.drop(path)
+        return True
+
+    def _holds(self, name: str, size: int | None, sha256: str | None, path: Path) -> bool:
+        return name.endswith(".tar") or (size or 0) > SMALL or self._is_whole(path, name, size, sha256)
+
+    def _is_whole(self, path: Path, name: str, size: int | None, sha256: str | None) -> bool:
+        if fault := _fault(path, name, size, sha256):
+            log.warning("%s/%s: the copy in the cache is damaged and is fetched again: %s", self.url, name, fault)
+        return not fault
+
+    def _fill(self, name: str, size: int | None, sha256: str | None, stopped: threading.Event, part: Path) -> None:
+        """Download to `part`, which may have the beginning. Raises DownloadError, Stopped."""
+        patience = Patience(f"{self.url}/{name}", self.cache.timeout, self.cache.deadline(size), stopped)
+        for last in (False, True):  # a wrong sum may come of what a killed process left, a wrong syntax of a proxy
+            fault = self._download(name, size, sha256, patience, part)
+            if not fault:
+                return
+            part.unlink()
+            if not last:
+                log.warning("%s: %s; it is fetched again", patience.what, fault)
+        said = "its content is not what the manifest says: it was replaced, or the manifest was: " if sha256 else ""
+        raise DownloadError(f"{patience.what}: {said}{fault}")
+
+    def _download(self, name: str, size: int | None, sha256: str | None, patience: Patience, part: Path) -> str:
+        """What is wrong with the download, "" if nothing. Raises DownloadError, Stopped."""
+        digest = hashlib.sha256()  # on the way, so that the end of a download is the end of it
+        with open(part, "a+b") as file:
+            file.seek(0)
+            while size is not None and (data := file.read(1 << 20)):
+                digest.update(data)
+            while file.tell() != size:
+                if size is None:
+                    file.seek(0)
+                    file.truncate()
+                try:
+                    self._request(name, size, patience, file, digest)
+                except DownloadError as error:
+                    if error.status == 416:
+                        return f"it has {file.tell()} bytes instead of {size}"
+                    patience.wait(error)
+                    continue
+                if size is None:
+                    break
+        if size is None or sha256 is None:
+            return _fault(part, name, size, sha256)
+        return "" if digest.hexdigest() == sha256 else "its sha256 is another"
+
+    def _request(self, name: str, size: int | None, patience: Patience, file: BinaryIO, digest: Any) -> None:
+        """One request for what the file lacks. Raises DownloadError, Stopped."""
+        done = file.tell()
+        silence, began, received = min(SILENCE, self.cache.timeout), time.monotonic(), 0
+        limit = size if size is not None else LARGEST if _syntax(name) else math.inf
+        with closing(self._client.read(name, done, size, silence)) as chunks:
+            for chunk in chunks:
+                received += len(chunk.data)
+                self.cache.count(len(chunk.data))
+                data = chunk.data[max(0, done - chunk.start) :]  # a server without ranges begins at the beginning
+                if chunk.start > done or done + len(data) > limit:
+                    raise DownloadError(f"it has more than {limit} bytes: is it another file than the manifest's?")
+                file.write(data)
+                digest.update(data)
+                done += len(data)
+                patience.progress()
+                seconds = time.monotonic() - began
+                if seconds > silence and received < MIN_RATE * seconds:
+                    raise DownloadError(f"only {received} bytes came in {seconds:.0f} s", again=True)
+        if size is not None and done < size:
+            raise DownloadError(f"the answer ended at byte {done} of {size}", again=True)
+
+
+class RemoteStore(RemoteFiles):
+    """The files of a source at a URL whose scheme is in CLIENTS, pinned to one revision.
+
+    revision: as an earlier store reported it, to read the same content again; default: what is there now. For the Hub
+    it is the commit, elsewhere the SHA-256 of manifest.json. Raises DownloadError, ValueError.
+    """
+
+    def __init__(self, url: str, cache: NodeCache, revision: str | None = None):
+        client = _client(url, cache, revision)
+        super().__init__(url, client, cache, _folder_of(url, client.pin or revision or "", cache))
+        if client.pin is not None:
+            self.revision = client.pin
+            self.manifest = self.fetch("manifest.json").read_bytes()
+        elif revision is not None:
+            self.revision = revision
+            try:
+                self.manifest = self.fetch("manifest.json", None, revision).read_bytes()
+            except DownloadError as error:
+                if error.again or error.missing or error.__cause__ is not None:
+                    raise
+                message = f"source {self.url}: its manifest is not the one of revision {revision}: it was replaced"
+                raise ValueError(message) from error
+        else:
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            part = cache.folder / f".{secrets.token_hex(8)}.0.part"
+            try:
+                self._fill("manifest.json", None, None, _NEVER, part)
+                self.manifest = part.read_bytes()
+                self.revision = hashlib.sha256(self.manifest).hexdigest()
+                self._folder = _folder_of(url, self.revision, cache)
+                cache.publish(part, self.path("manifest.json"))
+            finally:
+                part.unlink(missing_ok=True)
+
+
+def _client(url: str, cache: NodeCache, revision: str | None = None) -> Client:
+    make = CLIENTS[url.partition("://")[0]]
+    return Patience(redacted(url), cache.timeout).of(partial(make, url, revision))
+
+
+def _folder_of(url: str, revision: str, cache: NodeCache) -> Path:
+    shown = redacted(url.rstrip("/"))
+    key = hashlib.sha256(f"{shown}\n{revision}".encode()).hexdigest()[:16]
+    return cache.folder / f"{shown.rpartition('/')[2]}-{key}"
+
+
+def download(url: str, cache: NodeCache) -> Path:
+    """A local copy of one file at a URL whose scheme is in CLIENTS. Raises ValueError, DownloadError, TimeoutError."""
+    folder, _, name = url.partition("?")[0].rpartition("/")
+    query = url[len(folder) + len(name) + 1 :]
+    client = _client(folder + query, cache)
+    remote = RemoteFiles(folder, client, cache, _folder_of(folder, "", cache))
+    if remote.path(name).is_file():
+        return remote.fetch(name)
+
+    def size() -> int | None:
+        with closing(client.read(name, 0, None, SILENCE)) as chunks:
+            return next(chunks).total
+
+    return remote.fetch(name, Patience(redacted(url), cache.timeout).of(size))
+
+
+def _fault(path: Path, name: str, size: int | None, sha256: str | None) -> str:
+    """What is wrong with a file, "" if nothing: its size, its sum, or where there is none its syntax."""
+    length = path.stat().st_size
+    if size is not None and length != size:
+        return f"it has {length} bytes instead of {size}"
+    if sha256 is not None:
+        return "" if sha256 == files.sha256(path) else "its sha256 is another"
+    try:
+        if check := _syntax(name):
+            check(path)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        with open(path, "rb") as file:
+            return f"it is not what its name says ({error}): it begins with {file.read(40)!r}"
+    return ""
+
+
+def _syntax(name: str) -> Callable[[Path], Any] | None:
+    return _SYNTAX.get(name.rpartition(".")[2])
+
+
+def _json(path: Path) -> None:
+    if not isinstance(json.loads(path.read_bytes()), dict):
+        raise ValueError("not an object")
+
+
+def _json_lines(path: Path) -> None:
+    with open(path, "rb") as file:
+        for line in file:
+            json.loads(line)
+
+
+def _safetensors(path: Path) -> None:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if length < 100 << 20 else None
+    ends = [entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"]
+    if not ends or path.stat().st_size != 8 + length + max(ends):
+        raise ValueError("its header does not fit its size")
+
+
+_SYNTAX: dict[str, Callable[[Path], Any]] = {"json": _json, "jsonl": _json_lines, "safetensors": _safetensors}

@@ -89,6 +89,17 @@ class ShardFile:
                     continue
         return None
 
+    @property
+    def is_unlinked(self) -> bool:
+        """Whether the cache has evicted it, or its base: it can still be read, and keeps its room on the disk."""
+        return os.fstat(self.fd).st_nlink == 0 or (self.base is not None and self.base.is_unlinked)
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something is wrong with its tar, or its base's."""
+        missing = any(sample is None for sample in self.samples)
+        return missing or self.fault is not None or (self.base is not None and self.base.is_damaged)
+
     def __del__(self):
         if hasattr(self, "fd"):
             os.close(self.fd)

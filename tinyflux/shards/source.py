@@ -10,17 +10,17 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.discover import adopt
 from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.manifest import Manifest, ManifestError, parse
-from tinyflux.shards.remote import SCHEMES, NodeCache, RemoteStore
 from tinyflux.shards.schema import SCHEMA, Group, flat
 from tinyflux.shards.shardfile import ShardFile
-from tinyflux.shards.store import LocalStore
+from tinyflux.shards.store import Store, open_store
 from tinyflux.shards.writer import Shard
 from tinyflux.util import files
+from tinyflux.util.urls import redacted
 
-ACCEPTED = "a folder, file:///folder, hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"
 MOST_LAYERS = 8  # overlays on overlays
 
 
@@ -29,7 +29,7 @@ class Layer:
     """A base or an overlay of a source, and the `groups` that are read from it."""
 
     url: str
-    store: LocalStore | RemoteStore
+    store: Store
     manifest: Manifest
     groups: dict[str, Group]
 
@@ -65,7 +65,7 @@ class Source:
         return self.manifest.source
 
     @property
-    def store(self) -> LocalStore | RemoteStore:
+    def store(self) -> Store:
         """Where the overlay's files are, or the source's if it is none."""
         return self.layers[-1].store
 
@@ -107,7 +107,7 @@ def _open_file(layer: Layer, entry: Shard, base: ShardFile | None) -> ShardFile:
             path = layer.store.fetch(entry.path, entry.bytes, entry.sha256)
             return ShardFile(path, entry, layer.groups, base)
         except FileNotFoundError:  # a cache that was emptied between the two calls
-            if not tries_left or isinstance(layer.store, LocalStore):
+            if not tries_left or layer.store.cache is None:
                 raise
 
 
@@ -126,15 +126,15 @@ def open_source(
     FileNotFoundError, and DownloadError for remote ones.
     """
     layers = open_layers(os.fspath(url), dataset_id, cache, revision)
-    url, store, manifest = os.fspath(url), layers[-1].store, layers[-1].manifest
-    pinned = store.revision if isinstance(store, RemoteStore) else manifest.sha256
+    store, manifest = layers[-1].store, layers[-1].manifest
+    pinned = store.revision or manifest.sha256
     if groups is not None:
         wanted = {*groups, *(name for name, entry in SCHEMA.items() if not entry.optional)}
         layers = [layer.reading(wanted) for layer in layers]
     layers = [layer for i, layer in enumerate(layers) if layer.groups or i == 0]
     null = check_null(next(layer for layer in layers if "text" in layer.groups))
     base_id = layers[0].manifest.dataset_id
-    return Source(url, tuple(layers), null, base_id if dataset_id is None else dataset_id, pinned)
+    return Source(redacted(os.fspath(url)), tuple(layers), null, base_id if dataset_id is None else dataset_id, pinned)
 
 
 def open_layers(
@@ -149,9 +149,10 @@ def open_layers(
     Arguments and errors are those of `open_source`; above: the overlays that have led to `url`.
     """
     if url in above or len(above) >= MOST_LAYERS:
-        raise ValueError(f"source {above[0]}: its overlays have no base: {' -> '.join([*above, url])}")
+        raise ValueError(redacted(f"source {above[0]}: its overlays have no base: {' -> '.join([*above, url])}"))
     store, manifest = _open(url, dataset_id, cache, revision)
-    top = Layer(url, store, manifest, manifest.groups)
+    shown = redacted(url)
+    top = Layer(shown, store, manifest, manifest.groups)
     if manifest.base is None:
         return [top]
     below = base_url(url, manifest.base.location)
@@ -160,33 +161,28 @@ def open_layers(
     try:
         layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"base of the overlay {url}: {error}") from error
+        raise type(error)(f"base of the overlay {shown}: {error}") from error
     found = layers[-1].manifest.sha256
     if found != manifest.base.sha256:
         raise ValueError(
-            f"overlay {url}: its base {below} is not as it was when the overlay was made (its manifest's sha256 is "
-            f"{found}, was {manifest.base.sha256}): make the overlay again"
+            f"overlay {shown}: its base {redacted(below)} is not as it was when the overlay was made (its manifest's "
+            f"sha256 is {found}, was {manifest.base.sha256}): make the overlay again"
         )
-    check_overlay(layers[0].manifest, manifest, url)
+    check_overlay(layers[0].manifest, manifest, shown)
     return [*(layer.without(manifest.groups) for layer in layers), top]
 
 
 def _open(
     url: str, dataset_id: int | None, cache: NodeCache | None, revision: str | None
-) -> tuple[LocalStore | RemoteStore, Manifest]:
+) -> tuple[Store, Manifest]:
     """The store and the manifest of one folder."""
-    scheme, colon, _ = url.partition("://" if "://" in url else ":")
-    if colon == "://" and scheme in SCHEMES:
-        store, where = RemoteStore(url, cache or NodeCache(), revision), f"{url}/manifest.json"
+    store = open_store(url, cache, revision)
+    where = f"{store.url}/manifest.json"
+    if store.cache is not None:
         entry = parse(store.manifest, where)["index"]
         return store, Manifest.from_parts(store.manifest, store.fetch(INDEX, entry["bytes"], entry["sha256"]), where)
-    if colon and scheme != "file" and not os.path.exists(url):
-        raise ValueError(f"source {url!r}: scheme {scheme!r} is not accepted; a source is {ACCEPTED}")
-    store = LocalStore(os.path.abspath(url.removeprefix("file://")))
-    if not store.root.is_dir():
-        raise FileNotFoundError(f"source {url!r}: there is no folder {store.root}; a source is {ACCEPTED}")
-    has_manifest = (store.root / "manifest.json").is_file()
-    manifest = Manifest.load(store.root) if has_manifest else adopt(store.root, dataset_id)
+    folder = store.path("")
+    manifest = adopt(folder, dataset_id) if store.manifest is None else Manifest.load(folder)
     if revision not in (None, manifest.sha256):
         raise ValueError(f"source {url}: its manifest is not the one of revision {revision}: it was rebuilt")
     return store, manifest
@@ -198,16 +194,18 @@ def base_url(url: str, location: str) -> str:
         return location
     if "://" not in url or url.startswith("file://"):
         return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
+    url, question, query = url.partition("?")  # a signature stays
     scheme, _, path = url.partition("://")
     parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # the repo, or the host or bucket, stays
     for part in location.split("/"):
         if part == ".." and len(parts) > keep:
             parts.pop()
         elif part in ("..", "") or part.startswith("@"):
-            raise ValueError(f"overlay {url}: its base {location!r} is not a path inside the same {scheme} store")
+            where = redacted(url)
+            raise ValueError(f"overlay {where}: its base {location!r} is not a path inside the same {scheme} store")
         elif part != ".":
             parts.append(part)
-    return f"{scheme}://{'/'.join(parts)}"
+    return f"{scheme}://{'/'.join(parts)}{question}{query}"
 
 
 def repo_of(url: str) -> str:

@@ -1,63 +1,103 @@
-"""Where the files of sources live, and the shards that are open now."""
+"""Where the files of a source are: a folder, or a remote store behind the node's cache."""
 
+import hashlib
+import os
 import threading
-from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from tinyflux.shards.remote import RemoteStore
-from tinyflux.shards.shardfile import ShardFile
+from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.remote import RemoteStore, is_remote
 
-if TYPE_CHECKING:  # a source has a store
-    from tinyflux.shards.source import Source
+ACCEPTED = "a folder, file:///folder, hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"
+_NEVER = threading.Event()
+
+
+class Store(Protocol):
+    """The files of a source."""
+
+    url: str
+    """Where they are, without secrets."""
+    cache: NodeCache | None
+    """Where copies of them go; None where they are read in place."""
+    manifest: bytes | None
+    """manifest.json; None where there is none."""
+    revision: str | None
+    """What pins their content: a Hub commit, or the SHA-256 of manifest.json."""
+
+    def path(self, name: str) -> Path:
+        """Where a file is or will be on this machine."""
+        ...
+
+    def fetch(
+        self,
+        name: str,
+        size: int | None = None,
+        sha256: str | None = None,
+        *,
+        due: int | None = None,
+        stopped: threading.Event = _NEVER,
+    ) -> Path:
+        """A file on this machine. Raises FileNotFoundError where the store has no such file, or DownloadError."""
+        ...
+
+    def heal(self, name: str, size: int, sha256: str) -> bool:
+        """Whether a copy that proved damaged is not what the store has; then the next `fetch` gets it again."""
+        ...
 
 
 class LocalStore:
     """The files of a source in a local folder."""
 
+    cache = None
+
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self.url = os.fspath(root)
 
-    def fetch(self, name: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """The path of a file; it is not read here. Raises FileNotFoundError."""
+    @cached_property
+    def manifest(self) -> bytes | None:
+        path = self.root / "manifest.json"
+        return path.read_bytes() if path.is_file() else None
+
+    @property
+    def revision(self) -> str | None:
+        return None if self.manifest is None else hashlib.sha256(self.manifest).hexdigest()
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def fetch(
+        self,
+        name: str,
+        size: int | None = None,
+        sha256: str | None = None,
+        *,
+        due: int | None = None,
+        stopped: threading.Event = _NEVER,
+    ) -> Path:
         path = self.root / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         return path
 
+    def heal(self, name: str, size: int, sha256: str) -> bool:
+        return False  # it is the only copy
 
-class OpenShards:
-    """The shards of a run's sources that are open now: at most `limit`, the least recently used dropped first.
 
-    `opened` counts how often a remote one was opened.
+def open_store(url: str | Path, cache: NodeCache | None = None, revision: str | None = None) -> Store:
+    """The store at a folder or URL. cache: where copies go. revision: of a store, to get the same content again.
+
+    Raises ValueError, FileNotFoundError, DownloadError.
     """
-
-    def __init__(self, sources: "list[Source]", limit: int = 64):
-        self.sources, self.limit = sources, limit
-        self.opened = 0
-        self.ahead = None  # the LookAhead of the stream that runs, if any
-        self._lock = threading.Lock()
-        self._slots: OrderedDict[tuple[int, int], _Slot] = OrderedDict()
-
-    def get(self, source: int, shard: int) -> ShardFile:
-        """The open shard; threads that want the same one wait for one opening. Raises as Source.open does."""
-        ahead = self.ahead  # as it was before any waiting: one that is stopped meanwhile lets go
-        with self._lock:
-            slot = self._slots.setdefault((source, shard), _Slot())
-            self._slots.move_to_end((source, shard))
-            while len(self._slots) > self.limit:
-                self._slots.popitem(last=False)
-        with slot.lock:
-            if slot.file is None:
-                if ahead is not None:
-                    ahead.need(source, shard)
-                slot.file = self.sources[source].open(shard)
-                if isinstance(self.sources[source].store, RemoteStore):
-                    with self._lock:
-                        self.opened += 1
-            return slot.file
-
-
-class _Slot:
-    def __init__(self):
-        self.lock, self.file = threading.Lock(), None
+    url = os.fspath(url)
+    if is_remote(url):
+        return RemoteStore(url, cache or NodeCache(), revision)
+    scheme, colon, _ = url.partition("://" if "://" in url else ":")
+    if colon and scheme != "file" and not os.path.exists(url):
+        raise ValueError(f"source {url!r}: scheme {scheme!r} is not accepted; a source is {ACCEPTED}")
+    store = LocalStore(os.path.abspath(url.removeprefix("file://")))
+    if not store.root.is_dir():
+        raise FileNotFoundError(f"source {url!r}: there is no folder {store.root}; a source is {ACCEPTED}")
+    return store

@@ -19,10 +19,8 @@ import torch
 
 from tinyflux.shards.config import DataConfig, open_sources
 from tinyflux.shards.decode import CHUNK
-from tinyflux.shards.lookahead import LookAhead
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, MicroBatch, Reader, StreamStats
-from tinyflux.shards.remote import RemoteStore, is_remote
 from tinyflux.shards.schema import Field, fields_at
 from tinyflux.shards.source import Source
 from tinyflux.util import rng
@@ -58,20 +56,16 @@ class _Pipeline:
         self.gpu = None  # that batches are pinned for
         if device.type == "cuda":
             self.gpu = torch.cuda.current_device() if device.index is None else device.index
-        self.ahead = None
-        if limits := [s.store.cache.limit for s in reader.sources if isinstance(s.store, RemoteStore)]:
-            self.ahead = LookAhead(
-                reader.sources,
-                reader.plan,
-                rank,
-                world,
-                position // reader.config.accumulation(world),
-                budget=min(limits) // ranks_on_node,
-                timeout=reader.config.timeout,
-                stats=reader.stats,
-                end_step=end_step,
-            )
-            reader.shards.ahead = self.ahead
+        self.ahead = reader.shards.look_ahead(
+            reader.plan,
+            rank,
+            world,
+            position // reader.config.accumulation(world),
+            first=reader.config.micro_batch_size,
+            timeout=reader.config.timeout,
+            ranks_on_node=ranks_on_node,
+            end_step=end_step,
+        )
         B = reader.config.micro_batch_size
         self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # micro-batches begun at a time
         self._change, self._planning = threading.Condition(), threading.Lock()
@@ -104,6 +98,7 @@ class _Pipeline:
                 slots=mine.slot,
                 step=step,
                 draws=mine,
+                ahead=self.ahead,
             )
             parts = [range(i, min(i + CHUNK, B)) for i in range(0, B, CHUNK)]
             micro.parts_left = len(parts)
@@ -195,7 +190,6 @@ class _Pipeline:
         self.stopped = True
         if self.ahead is not None:
             self.ahead.stop()
-            self.reader.shards.ahead = None
         me = {threading.get_ident()}  # a worker may be the one that collects a forgotten stream
         with self._change:
             self._change.notify_all()
@@ -267,11 +261,11 @@ class Stream:
         """What this stream did so far, to be summed over ranks: `samples/NAME` delivered of each source,
         `bad_samples`, `replaced_samples`, and of remote shards `late_shards` that a reader had to wait for,
         `cache_hits` that it found in the cache, `fetched_bytes`."""
-        stats, caches = self.stats, {s.store.cache for s in self.sources if isinstance(s.store, RemoteStore)}
+        stats, shards = self.stats, self._reader.shards
         counts = {f"samples/{name}": n for name, n in zip(self.requested, stats.samples, strict=True)}
-        counts |= {"bad_samples": stats.bad, "replaced_samples": stats.replaced, "late_shards": stats.late}
-        counts["cache_hits"] = max(0, self._reader.shards.opened - stats.late)
-        return counts | {"fetched_bytes": sum(cache.fetched for cache in caches)}
+        counts |= {"bad_samples": stats.bad, "replaced_samples": stats.replaced, "late_shards": shards.late}
+        counts["cache_hits"] = max(0, shards.opened - shards.late)
+        return counts | {"fetched_bytes": sum(cache.fetched for cache in shards.caches)}
 
     @property
     def labels(self) -> list[str]:
@@ -354,7 +348,7 @@ class Stream:
         for s, opened in enumerate(self.sources):
             part = self._reader.held_out(s)
             order = rng.permutation(len(part), seed, "validation order", s)
-            if is_remote(opened.url) and len(part):
+            if self._reader.shards.is_remote(s) and len(part):
                 shard, _ = opened.manifest.locate(part[order])
                 ranks = np.argsort(rng.permutation(len(opened.manifest.shards), seed, "validation shards", s))
                 order = order[np.argsort(ranks[shard], kind="stable")]

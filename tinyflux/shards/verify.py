@@ -14,7 +14,6 @@ from tinyflux.shards.format import ShardError, member_name, origin_hash, parse_k
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.source import Source, check_null, open_layers
-from tinyflux.shards.store import LocalStore
 from tinyflux.util import files
 
 
@@ -41,9 +40,9 @@ class Check:
                 check_null(layer)
             except (ValueError, FileNotFoundError) as error:
                 self.faults.append(f"null.safetensors: {error}")
-        if isinstance(layer.store, LocalStore):
+        if layer.store.cache is None:
             known = {shard.path for shard in self.manifest.shards}
-            found = [path.relative_to(layer.store.root).as_posix() for path in tars(layer.store.root)]
+            found = [path.relative_to(layer.store.path("")).as_posix() for path in tars(layer.store.path(""))]
             self.faults += [f"{path}: not in the manifest" for path in found if path not in known]
         base = self.source.manifest
         if base is not self.manifest:

@@ -24,9 +24,9 @@ from torch import Tensor
 from tinyflux.precache.legacy import LegacyCache, is_legacy
 from tinyflux.shards.format import bits
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.opened import OpenShards
 from tinyflux.shards.schema import DTYPES, Field, fields_at
 from tinyflux.shards.source import Source, open_source
-from tinyflux.shards.store import LocalStore, OpenShards
 from tinyflux.util.buckets import interpolate
 from tinyflux.util.files import atomic_write
 
@@ -242,7 +242,7 @@ class DatasetCache:
             (folder / shard.path).parent.mkdir(exist_ok=True)
             _place(source.store.fetch(shard.path, shard.bytes, shard.sha256), folder / shard.path)
         atomic_write(folder / "null.safetensors", source.store.fetch("null.safetensors").read_bytes())
-        if isinstance(source.store, LocalStore) and (rejected := source.store.root / "rejected.jsonl").is_file():
+        if source.store.cache is None and (rejected := source.store.path("rejected.jsonl")).is_file():
             atomic_write(folder / "rejected.jsonl", rejected.read_bytes())
         source.manifest.save(folder)
         return folder

@@ -15,6 +15,7 @@ from tinyflux.shards.config import DataConfig
 from tinyflux.trainer.optim.registry import OPTIMIZERS
 from tinyflux.util import settings
 from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
+from tinyflux.util.urls import public
 
 
 @dataclass
@@ -231,8 +232,8 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict:
-        """Plain values, as training_config.json has them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain values, as training_config.json has them: URLs without secrets."""
+        return public(json.loads(json.dumps(dataclasses.asdict(self))))
 
 
 def load_config(argv: list[str], presets: Path, description: str = "") -> tuple[RunConfig, set[str]]:

@@ -1,0 +1,234 @@
+"""The stores that files are read from: a client for each URL scheme, the only place that knows its library's errors.
+
+A new scheme is a class with `Client`'s two members and a line in CLIENTS.
+"""
+
+import asyncio
+import base64
+import http.client
+import re
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote, unquote, urlsplit
+
+from tinyflux.util.urls import redacted
+
+CHUNK = 1 << 20  # bytes that are handed on at a time
+BLOCK = 8 << 20  # bytes of one request, where a store is read in blocks
+REQUESTS = 4  # blocks of a file that are under way
+HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
+
+
+class DownloadError(OSError):
+    """A remote file could not be had; says which and what to look at.
+
+    again: whether another try may help. status: HTTP's, as far as there is one. after: seconds the store asked to wait.
+    """
+
+    def __init__(self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0):
+        super().__init__(redacted(message))
+        self.again, self.status, self.after = again, status, after
+
+    @property
+    def missing(self) -> bool:
+        """Whether the store says that there is no such file."""
+        return self.status in (404, 410)
+
+    @classmethod
+    def of(cls, error: BaseException, status: int = 0, after: str | None = None) -> "DownloadError":
+        """What a library's error means, by its type and its HTTP status. after: the Retry-After header."""
+        said = f"{type(error).__name__}: {error}".strip(": ")
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
+            return cls(f"there is no such file: {said}", status=404)
+        if status == 416:
+            return cls("the file is shorter than expected", status=status)
+        if isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 425, 429)):
+            return cls(f"check your access (token, credentials): {said}", status=status)
+        seconds = float(after) if after and after.replace(".", "", 1).isdigit() else 0.0
+        return cls(said, again=True, status=status, after=seconds)
+
+
+class Chunk(NamedTuple):
+    """Bytes of a file, where they begin, and the file's size if the store said it."""
+
+    start: int
+    data: bytes
+    total: int | None
+
+
+class Client(Protocol):
+    """The files under one URL. Its constructor takes the URL and a revision, and raises ValueError, DownloadError."""
+
+    pin: str | None
+    """What fixes the content of all files, such as a commit; None where the store has nothing of the kind."""
+
+    def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
+        """The bytes of a file in order, from `start`, or from 0 where the store has no ranges.
+
+        size: the file's, if it is known. silence: seconds without a byte that end the request. Raises DownloadError.
+        """
+        ...
+
+
+class HttpClient:
+    """Files of a web server. `user:password@` becomes a header, a query stays at the end of each file's URL."""
+
+    pin = None
+
+    def __init__(self, url: str, revision: str | None = None):
+        parts = urlsplit(url)
+        user, at, host = parts.netloc.rpartition("@")
+        self._base = f"{parts.scheme}://{host}{quote(parts.path.rstrip('/'), safe='/%:@~+,;=!$&()*')}"
+        self._query = f"?{parts.query}" if parts.query else ""
+        self._secret = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
+
+    def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
+        request = urllib.request.Request(f"{self._base}/{name}{self._query}", headers=_range(start))
+        if self._secret:
+            request.add_unredirected_header("Authorization", self._secret)  # for this host alone
+        try:
+            with urllib.request.urlopen(request, timeout=silence) as response:
+                yield from _body(response.status, response.headers, iter(lambda: response.read1(CHUNK), b""))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise DownloadError.of(error, error.code, error.headers.get("Retry-After")) from error
+        except DownloadError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise DownloadError.of(error) from error
+        except ValueError as error:
+            raise DownloadError(f"not a URL that can be read: {error}") from error
+
+
+class HubClient:
+    """Files of a dataset repo of the Hugging Face Hub at one commit. The token is HF_TOKEN's or `hf auth login`'s."""
+
+    def __init__(self, url: str, revision: str | None = None):
+        match = HUB.fullmatch(url)
+        if match is None:
+            raise ValueError(f"source {url!r}: a Hub source is hf://datasets/USER/REPO[@REVISION][/FOLDER]")
+        repo, wanted, folder = match.groups()
+        self._repo, self._folder = repo.removeprefix("datasets/"), f"{folder}/" if folder else ""
+        self.pin = revision or self._asked(wanted)
+
+    def _asked(self, revision: str | None) -> str:
+        from huggingface_hub import HfApi
+
+        with _hub_errors():
+            return HfApi().dataset_info(self._repo, revision=revision, timeout=30).sha
+
+    def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        url = hf_hub_url(self._repo, self._folder + name, repo_type="dataset", revision=self.pin)
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"} | _range(start)
+        asked = {"headers": headers, "timeout": silence, "follow_redirects": True}
+        with _hub_errors(), get_session().stream("GET", url, **asked) as response:
+            if response.status_code >= 400:
+                said = OSError(f"{response.status_code} {response.reason_phrase}")
+                raise DownloadError.of(said, response.status_code, response.headers.get("Retry-After"))
+            yield from _body(response.status_code, response.headers, response.iter_raw())
+
+
+@contextmanager
+def _hub_errors() -> Iterator[None]:
+    """Errors of the Hub's client as DownloadErrors."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except DownloadError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise DownloadError(f"HF_HUB_OFFLINE is set: {error}") from error
+    except (HTTPError, OSError) as error:
+        response = getattr(error, "response", None)
+        headers = getattr(response, "headers", {})
+        raise DownloadError.of(error, getattr(response, "status_code", 0), headers.get("Retry-After")) from error
+
+
+class FsspecClient:
+    """Files of a store with an asynchronous fsspec file system, in blocks, some of which are under way at a time."""
+
+    pin = None
+
+    def __init__(self, url: str, revision: str | None = None, **options: Any):
+        import fsspec
+
+        scheme = url.partition("://")[0]
+        try:
+            self._fs = fsspec.filesystem(scheme, **options)
+        except ImportError as error:
+            what = f"source {redacted(url)!r}: {scheme}://"
+            raise ValueError(f"{what} needs a package that is not installed: {error}") from error
+        self._root = self._fs._strip_protocol(url.rstrip("/"))
+
+    def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
+        path, under_way = f"{self._root}/{name}", deque()
+        try:
+            if size is None:
+                size = self._begin(self._fs._info(path)).result(silence)["size"]
+            places = iter(range(start, size, BLOCK))
+            while True:
+                while len(under_way) < REQUESTS and (place := next(places, None)) is not None:
+                    stop = min(place + BLOCK, size)
+                    under_way.append((place, stop, self._begin(self._fs._cat_file(path, start=place, end=stop))))
+                if not under_way:
+                    return
+                place, stop, future = under_way.popleft()
+                data = future.result(2 * silence)  # a block comes as a whole
+                if not data:
+                    raise DownloadError("the file is shorter than expected", status=416)
+                yield Chunk(place, data[: stop - place], size)
+                if len(data) < stop - place:
+                    raise OSError(f"{len(data)} bytes came instead of bytes {place} to {stop}")
+        except DownloadError:
+            raise
+        except Exception as error:  # each store's library has errors of its own; this is where they end
+            response = getattr(error, "response", None)
+            answer = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+            status = answer.get("HTTPStatusCode") or getattr(error, "status", 0) or getattr(error, "code", 0)
+            if type(error).__name__ in ("NoCredentialsError", "RefreshError", "DefaultCredentialsError"):
+                status = 401
+            raise DownloadError.of(error, status if isinstance(status, int) else 0) from error
+        finally:
+            for _, _, future in under_way:
+                future.cancel()
+
+    def _begin(self, request) -> Any:
+        return asyncio.run_coroutine_threadsafe(request, self._fs.loop)
+
+
+def _range(start: int) -> dict[str, str]:
+    return {"Range": f"bytes={start}-"} if start else {}
+
+
+def _body(status: int, headers: Any, chunks: Iterator[bytes]) -> Iterator[Chunk]:
+    """The chunks of an HTTP answer; one that is shorter than it said raises."""
+    length = headers.get("Content-Length")
+    place, total = 0, int(length) if length else None
+    if status == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        if match is None:
+            raise OSError(f"an answer of a range without its place: {headers.get('Content-Range')!r}")
+        place, total = int(match[1]), None if match[2] == "*" else int(match[2])
+    for data in chunks:
+        yield Chunk(place, data, total)
+        place += len(data)
+    if total is not None and place < total:
+        raise OSError(f"the answer ended at byte {place} of {total}")
+
+
+CLIENTS: dict[str, Callable[[str, str | None], Client]] = {
+    "hf": HubClient,
+    "http": HttpClient,
+    "https": HttpClient,
+    "s3": partial(FsspecClient, config_kwargs={"retries": {"total_max_attempts": 1}}),  # there are tries enough here
+    "gs": FsspecClient,
+}
