@@ -174,7 +174,6 @@ def test_resumes_on_another_rank_count(sources, tmp_path, name):
     whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
-    assert whole[-1]["loss"] < whole[0]["loss"]
 
 
 def test_another_optimizer_or_freeze_than_the_checkpoint_s(sources, tmp_path):
