@@ -9,6 +9,8 @@ content still need are replaced in the last commit, together with the manifest. 
 """
 
 import hashlib
+import posixpath
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from tinyflux.precache.card import PREVIEW, contact_sheet, render
 from tinyflux.shards.index import FILE as INDEX
-from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.manifest import Manifest, check_name
 from tinyflux.shards.source import open_source
 
 COMMIT = 100  # new shards a commit
@@ -37,6 +39,12 @@ class PushConfig:
     """USER/NAME of the dataset repo; it is made if there is none."""
     private: bool = False
     """The repo must be private; one that is made will be."""
+    rejected: bool = False
+    """Send rejected.jsonl too; it names files of this machine."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise ValueError(f"--repo must be USER/NAME, not {self.repo!r}")
 
 
 def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = None) -> bool:
@@ -60,6 +68,23 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise ValueError(
                 f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}: nothing was pushed"
             )
+
+
+def place_of(folder: Path, manifest: Manifest) -> str:
+    """The folder of the repo that a source goes to: of its name, an overlay's as it is called here."""
+    return manifest.source if manifest.base is None else check_name(folder.resolve().name)
+
+
+def check_base(repo: "Repo", place: str, manifest: Manifest) -> None:
+    """Raises ValueError where the repo has not the base that an overlay there would look for."""
+    if manifest.base is None or "://" in manifest.base.location:
+        return
+    path = posixpath.normpath(f"{place}/{manifest.base.location}/manifest.json")
+    if path not in repo.files or hashlib.sha256(repo.file(path).read_bytes()).hexdigest() != manifest.base.sha256:
+        raise ValueError(
+            f"{repo.name} has no {path}, or another one than {place} was made for: push the base first, from a folder "
+            "of its own name beside the overlay's"
+        )
 
 
 def check_hash(path: Path, sha256: str) -> None:
@@ -106,8 +131,8 @@ class Repo:
             self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset")
 
 
-def push(folder: Path, name: str, private: bool) -> str:
-    """Push a source; returns the URL to train from. Raises ValueError, OSError (the Hub's errors among them)."""
+def push(folder: Path, name: str, private: bool, rejected: bool = False) -> str:
+    """Push a source or an overlay; returns the URL to train from. Raises ValueError, OSError, the Hub's errors too."""
     manifest = Manifest.load(folder)
     source = open_source(folder)
     check_files(folder, manifest)
@@ -115,7 +140,8 @@ def push(folder: Path, name: str, private: bool) -> str:
     api.create_repo(name, repo_type="dataset", private=True if private else None, exist_ok=True)
     if private and not api.dataset_info(name).private:
         raise ValueError(f"{name} is a public repo and --private was asked for: change it on the Hub, or name another")
-    repo, place = Repo(api, name), manifest.source
+    repo, place = Repo(api, name), place_of(folder, manifest)
+    check_base(repo, place, manifest)
 
     changed = [s for s in manifest.shards if not same(repo.files.get(f"{place}/{s.path}"), s.bytes, s.sha256)]
     replaced = {shard.name for shard in changed if f"{place}/{shard.path}" in repo.files}
@@ -140,11 +166,12 @@ def push(folder: Path, name: str, private: bool) -> str:
         "README.md": render(repo.text("README.md"), name, manifests, pictured | ({place} if sheet else set())).encode(),
         f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
         f"{place}/{INDEX}": (folder / INDEX).read_bytes(),
-        f"{place}/null.safetensors": (folder / "null.safetensors").read_bytes(),
     }
+    if manifest.null_sha256:
+        small[f"{place}/null.safetensors"] = (folder / "null.safetensors").read_bytes()
     if sheet:
         small[f"{place}/{PREVIEW}"] = sheet
-    if (folder / "rejected.jsonl").is_file():
+    if rejected and (folder / "rejected.jsonl").is_file():
         small[f"{place}/rejected.jsonl"] = (folder / "rejected.jsonl").read_bytes()
     sent = len(operations)
     for path, data in small.items():
@@ -172,7 +199,7 @@ def main(args: list[str] | None = None) -> int:
     """The command; `args` default to the process's own."""
     config = tyro.cli(PushConfig, prog="python -m sharding.push", description=__doc__, args=args)
     try:
-        print(push(config.source, config.repo, config.private))
+        print(push(config.source, config.repo, config.private, config.rejected))
         return 0
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

@@ -116,9 +116,7 @@ def test_the_card_has_one_config_a_source_and_keeps_what_people_wrote(hub, clien
         "# pictures", "# pictures\n\nBy hand."
     )
     hub.repos[REPO].append(hub.files(REPO) | {"README.md": f"{written}\nAlso by hand.\n".encode()})
-    other = make_source(
-        tmp_path / "other", (2,), dataset_id=7, groups=("latents", "text")
-    )
+    other = make_source(tmp_path / "other", (2,), dataset_id=7, groups=("latents", "text"))
     done = client.push(other)
     assert done.returncode == 0, done.stderr
     found = DatasetCard(hub.files(REPO)["README.md"].decode())
@@ -230,3 +228,27 @@ def test_text_in_a_fingerprint_cannot_leave_its_block(source):
     manifest.fingerprint = {"source": {"location": "```\n# gotcha\n<script>alert(1)</script>"}}
     lines = card.section(REPO, "portraits", manifest, preview=False).splitlines()
     assert all(line.startswith("    ") for line in lines if "gotcha" in line or "script" in line)
+
+
+def test_an_overlay_goes_beside_its_base(hub, client, source, tmp_path):
+    overlay = make_source(tmp_path / "portraits-sol2", base=source, groups=("mask",))
+    done = client.push(overlay)
+    assert done.returncode == 2 and "push the base first" in done.stderr
+    assert client.push(source).returncode == 0
+    done = client.push(overlay)
+    assert done.returncode == 0 and f"hf://datasets/{REPO}/portraits-sol2" in done.stdout, done.stderr
+    files = hub.files(REPO)
+    assert {"portraits/manifest.json", "portraits-sol2/portraits-000000.tar"} <= files.keys()
+    assert "portraits-sol2/null.safetensors" not in files
+    code = f"""
+from tinyflux.shards.source import open_source
+source = open_source("hf://datasets/{REPO}/portraits-sol2")
+print(sorted(source.open(2).decode(3)))
+"""
+    done = client.process("-c", code)
+    assert done.returncode == 0 and "'lune', 'mask'" in done.stdout, done.stderr
+
+
+def test_a_repo_without_a_user_is_refused_before_anything_is_made(hub, client, source):
+    done = client.process("-m", "sharding.push", source, "--repo", "photos")
+    assert done.returncode == 2 and "--repo must be USER/NAME, not 'photos'" in done.stderr and not hub.repos

@@ -24,8 +24,8 @@ def render(old: str, repo: str, manifests: dict[str, Manifest], with_preview: se
     data = card.data.to_dict()
     kept = [config for config in data.get("configs") or [] if config.get("config_name") not in manifests]
     data["configs"] = kept + [
-        {"config_name": folder, "data_files": [{"split": "train", "path": f"{folder}/*.tar"}]}
-        for folder in sorted(manifests)
+        {"config_name": folder, "data_files": [{"split": "train", "path": f"{folder}/{tars}"}]}
+        for folder, tars in ((name, "*/*.tar" if m.subfolders else "*.tar") for name, m in sorted(manifests.items()))
     ]
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "webdataset", "tinyflux"]))
     parts = [section(repo, folder, manifests[folder], folder in with_preview) for folder in sorted(manifests)]
@@ -56,7 +56,10 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
             *rows,
             "",
             "A sample is a few members of a WebDataset tar: its tensors as zstd-compressed safetensors, a `.json` with "
-            "the prompt and the image's origin, maybe a `.jpg` preview.",
+            "the prompts and the image's origin, maybe a `.jpg` preview. A float16 tensor is two planes of bytes, the "
+            "low and the high ones; one line of numpy joins them:",
+            "",
+            '    (x["latents.1"].astype("<u2") << 8 | x["latents.0"]).view("<f2")     # x: safetensors.numpy.load(...)',
             "",
             f'    datasets.load_dataset("{repo}", "{folder}", streaming=True)     # each member as bytes',
             f"    torchrun launch/train.py --data.sources hf://datasets/{repo}/{folder}",
