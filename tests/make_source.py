@@ -22,6 +22,9 @@ SIZES = {
     "clip_width": 8,
     "lune_width": 6,
     "sol_size": 8,
+    "align_width": 12,
+    "align_rows": 2,
+    "align_columns": 2,
     "timesteps": len(BUCKETS),
 }
 """The axes of the schema in these sources; for training the widths must be the network's."""
@@ -49,7 +52,7 @@ def make_tensors(
     generator = torch.Generator().manual_seed(index + 1_000_000 * seed)
     known, tensors = SIZES | sizes | {"h": shape[0], "w": shape[1]}, {}
     for name, group in GROUP_OF.items():
-        if group == "mask" and group not in groups:
+        if group in ("mask", "align") and group not in groups:
             continue  # the others are drawn in any case, so that leaving one out changes no other
         axes = [known.get(axis, axis) for axis in SCHEMA[group].fields[name]]
         axes = [captions, *axes] if SCHEMA[group].repeated and captions != 1 else axes

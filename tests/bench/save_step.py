@@ -8,6 +8,7 @@ writing thread then takes from the steps after it, where it has no core of its o
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -42,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--every", type=int, default=8, help="steps from save to save")
     parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     return parser.parse_args()
 
 
@@ -49,7 +51,8 @@ def main() -> None:
     args, world, rank = parse(), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     folder = Path(tempfile.gettempdir(), f"save_step-{os.getppid() if world > 1 else os.getpid()}")
     if rank == 0:
-        training.make_source(folder / "making" / "source", 1, latents=(16, args.grid, args.grid), width=256)
+        shape = {"shapes": ((args.grid, args.grid),), "channels": 16}
+        training.make_source(folder / "making" / "source", 1, **shape, t5_width=256, clip_width=256, lune_width=256)
         (folder / "making").rename(folder / "sources")
     while not (folder / "sources").exists():
         time.sleep(0.1)
@@ -67,6 +70,7 @@ def main() -> None:
         "trainer.log-every": steps,
         "trainer.save-every-steps": args.every,
         "trainer.save-every-epochs": 0,
+        "trainer.save-every-minutes": 0,
         "trainer.keep-last-n-steps": 1,
     }
     status = train([str(x) for key, value in options.items() for x in ("--" + key, value)])
@@ -82,6 +86,9 @@ def main() -> None:
     plain = [s for place, several in by_place.items() if place > args.every // 2 for s in several]
     print(f"\n{world} ranks, torch {torch.__version__}, {size / 1e9:.2f} GB of state in a checkpoint")
     print(f"plain step    {median(plain):.3f} s, median of {len(plain)}; slowest {max(plain):.3f} s")
+    figures = {"state_gb": size / 1e9, "plain_s": median(plain), "saving_s": median(by_place[0])}
+    if args.json:
+        args.json.write_text(json.dumps(figures))
     for place, name in ((0, "saving step"), (1, "the one after"), (2, "the second")):
         ratio = median(by_place[place]) / median(plain)
         print(f"{name:14}{median(by_place[place]):.3f} s, {ratio:.2f} times a plain one")

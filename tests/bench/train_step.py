@@ -13,6 +13,7 @@ baseline (medians of the ratios within a turn).
 
 import argparse
 import copy
+import json
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.reference_model import ReferenceTinyFlux
 from tinyflux.model.loader import from_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.trainer.parallel import prepare_block
+from tinyflux.util.devices import PEAK
 
 # name: (network, compiled, activation checkpointing)
 VARIANTS = {
@@ -60,8 +62,6 @@ SIZES = {
     "short": (TinyFluxConfig(num_double_layers=2, num_single_layers=3), {"grid": 16, "text": 32, "batch": 4}),
     "deep": (TinyFluxConfig(), {"grid": 64, "text": 128, "batch": 16}),
 }
-# dense peaks of bfloat16 products, from the makers' data sheets
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Runner:
@@ -136,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--turns", type=int, default=20, help="timed steps of each variant")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
     args.size = args.size or ("demo" if args.device == "cpu" else "deep")
     for name, value in SIZES[args.size][1].items():
@@ -169,8 +170,14 @@ def main() -> None:
     )
     head = ("samples/s", "fastest", "TFLOP/s", "MFU %", "MiB", "x eager", "x compiled")
     print(f"{'':24}" + "".join(f"{title:>12}" for title in head))
+    figures = {}
     for runner in runners.values():
         best = min(runner.seconds)
+        figures[runner.name] = {
+            "samples_per_s": args.batch / median(runner.seconds),
+            "mfu": flops / best / peak if peak else None,
+            "bytes_per_sample": runner.memory / args.batch,
+        }
         cells = [f"{args.batch / median(runner.seconds):.2f}", f"{args.batch / best:.2f}", f"{flops / best / 1e12:.3f}"]
         cells += [f"{100 * flops / best / peak:.1f}" if peak else "-", f"{runner.memory / 2**20:.0f}"]
         for baseline in ("baseline-eager", "baseline-compiled"):
@@ -178,6 +185,8 @@ def main() -> None:
             ratios = [theirs / ours for theirs, ours in turns]
             cells.append(f"{median(ratios):.2f}" if ratios else "-")
         print(f"{runner.name:24}" + "".join(f"{cell:>12}" for cell in cells))
+    if args.json:
+        args.json.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Training on one and on two ranks: the same samples, draws and losses."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -84,7 +85,7 @@ def test_two_ranks_have_the_losses_of_one(one_rank, sources, tmp_path):
             assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
         assert a["loss"] == pytest.approx(sum(a[name] * weight for name, weight in a["weights"].items()), abs=1e-6)
     slowest = [r["slowest"] for r in records(tmp_path / "run")]
-    assert {s["rank"] for s in slowest} <= {0, 1} and all(s["late_s"] >= s["data_wait_s"] >= 0 for s in slowest)
+    assert {s["rank"] for s in slowest} <= {0, 1} and all(s["late_s"] > 0 for s in slowest)
 
 
 def test_accumulation_split_does_not_change_the_losses(one_rank, sources, tmp_path):
@@ -138,7 +139,8 @@ def test_validation_epochs_and_exports(sources, tmp_path):
 
     root = tmp_path / "one" / "checkpoints"
     best = min((r for r in one if "val_loss" in r), key=lambda r: r["val_loss"])["step"]
-    epochs = [step for step in range(1, 17) if step * 8 // 50 > (step - 1) * 8 // 50]  # 50 samples are trained on
+    total = int(re.search(r"(\d+) samples in 2 sources", done.stdout)[1])  # that are trained on
+    epochs = [step for step in range(1, 17) if step * 8 // total > (step - 1) * 8 // total]
     kept = {int(path.name.removeprefix("step_")) for path in root.glob("step_*") if path.is_dir()}
     assert kept == {best, epochs[-1], 16}
     weights, best_weights = load_file(root / f"step_{best}_ema.safetensors"), load_file(root / "best_ema.safetensors")

@@ -40,6 +40,8 @@ SCHEMA = {
         optional=True,
     ),
     "mask": GroupSchema({"mask": ("h", "w")}, optional=True),
+    # one feature grid an image, of any teacher: its producer says which
+    "align": GroupSchema({"align": ("align_width", "align_rows", "align_columns")}, optional=True),
 }
 GROUP_OF = {name: group for group, entry in SCHEMA.items() for name in entry.fields}
 """The group of each field."""

@@ -24,8 +24,10 @@ class Batch(TypedDict):
     lune_features: NotRequired[Tensor]  # [B, D]
     sol_stats: NotRequired[Tensor]  # [B, 3]
     sol_spatial: NotRequired[Tensor]  # [B, s, s]
+    align_features: NotRequired[Tensor]  # [B, D, rows, columns]
     lune_mask: NotRequired[Tensor]  # bool [B], which samples have features, where a source lacks them
     sol_mask: NotRequired[Tensor]
+    align_mask: NotRequired[Tensor]
     valid: NotRequired[Tensor]  # bool [B], which rows count in a validation
 
 

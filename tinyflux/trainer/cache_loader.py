@@ -23,6 +23,8 @@ class CacheCollate(StreamCollate):
     """The stream's collate for batches of `collate_fn`: the teachers' features come out of the caches."""
 
     def __init__(self, config: TrainerConfig, cache: DatasetCache | MultiSourceCache | None, **options):
+        if config.enable_align:
+            raise ValueError("trainer.enable_align needs shards with the group align: train on them by launch/train.py")
         self.cache = cache
         caches = cache.caches.values() if isinstance(cache, MultiSourceCache) else [cache] if cache else []
         for one in caches:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from tinyflux.shards.schema import GROUP_OF, SCHEMA
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.batches import Batch
@@ -55,9 +56,12 @@ class StreamCollate:
         return keyed_timesteps(seeds, strata, self.global_batch_size, **self.distribution)
 
     def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
-        """What the terms read of the teachers, at t."""
-        pairs = [pair for term in self.terms for pair in term.fields.items()]
-        return {name: interpolate(raw[stored], t, self.buckets) for name, stored in pairs}
+        """What the terms read of the teachers, at t where they have a grid of timesteps."""
+        found = {}
+        for name, stored in (pair for term in self.terms for pair in term.fields.items()):
+            on_grid = SCHEMA[GROUP_OF[stored]].on_grid
+            found[name] = interpolate(raw[stored], t, self.buckets) if on_grid else raw[stored].float()
+        return found
 
     def at(self, raw: dict, t: Tensor) -> Batch:
         """The batch at given timesteps [B], with all prompts."""

@@ -117,6 +117,15 @@ class TrainerConfig:
     """Steps over which that weight rises."""
     sol_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Probability that the network sees its own Sol prediction instead of the teacher's."""
+    enable_align: bool = False
+    """Align a block's features with a teacher's grid, the shards' group `align` (REPA), by a head that exported weights
+    do not hold."""
+    align_block: Annotated[int, AtLeast(0)] = 8
+    """The block that is aligned, counted from 0 through double blocks, then single ones."""
+    align_weight: Annotated[float, AtLeast(0)] = 0.5
+    """Weight of the alignment loss."""
+    align_warmup_steps: Annotated[int, AtLeast(0)] = 0
+    """Steps over which that weight rises."""
 
     checkpoint_dir: str = "checkpoints"
     """Where checkpoints go, relative to the run folder."""

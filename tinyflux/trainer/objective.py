@@ -59,6 +59,7 @@ class Objective:
             t,
             self.model.create_img_ids(1, height, width, latents.device)[0],
             return_expert_pred=True,
+            grid=(height, width),
             **inputs,
         )
         prediction = Prediction(velocity, flow_velocity(data, noise), info, batch, (height, width))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from tinyflux.model.align import PREFIX, AlignHead
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.run.checkpoint import starting_weights
 from tinyflux.run.identity import agree, software
@@ -22,6 +24,7 @@ from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import cli
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.log import say
+from tinyflux.util.settings import require
 
 
 def start(config: RunConfig, given: set[str]) -> int:
@@ -94,8 +97,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
             guidance=c.guidance_scale,
             shift=c.shift,
         )
-    with torch.device("meta"):
-        model = TinyFluxDeep(config.model)
+    model, weights = build(config, shapes, weights)
     trainer = Trainer(
         model,
         c,
@@ -120,3 +122,24 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
             start_over=config.start_over,
         )
         return trainer.train()
+
+
+def build(
+    config: RunConfig, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor] | None
+) -> tuple[TinyFluxDeep, dict[str, Tensor] | None]:
+    """The network on the meta device, and the weights for it: where they are given, with those of a head that only
+    training has. Raises ValueError for a block that it has not."""
+    c, blocks = config.trainer, config.model.num_double_layers + config.model.num_single_layers
+    if not c.enable_align:
+        with torch.device("meta"):
+            return TinyFluxDeep(config.model), weights
+    require(c.align_block < blocks, "trainer.align_block", c.align_block, f"less than the number of blocks, {blocks}")
+    of = {"dim": config.model.hidden_size, "block": c.align_block, "features": shapes["align"]}
+    with torch.device("meta"):
+        model = TinyFluxDeep(config.model, AlignHead(**of))
+    if weights:
+        head, generator = AlignHead(**of), torch.Generator().manual_seed(config.data.seed)
+        for name, p in head.named_parameters():
+            values = torch.zeros_like(p)
+            weights[PREFIX + name] = values if p.ndim < 2 else nn.init.xavier_uniform_(values, generator=generator)
+    return model, weights

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tinyflux.model.align import align_loss
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.trainer import losses
 from tinyflux.trainer.batches import Batch
@@ -96,6 +97,11 @@ def sol(p: Prediction, config: TrainerConfig) -> Tensor:
     )
 
 
+def align(p: Prediction, config: TrainerConfig) -> Tensor:
+    """1 - cosine of a block's features, through a head that only training has, and the teacher's grid."""
+    return align_loss(p.info["align_pred"], p.batch["align_features"])
+
+
 TERMS = (
     Term("main", main),
     Term("lune", lune, group="lune", fields={"lune_features": "lune"}, head="use_lune_expert"),
@@ -106,6 +112,7 @@ TERMS = (
         fields={"sol_stats": "sol_stats", "sol_spatial": "sol_spatial"},
         head="use_sol_prior",
     ),
+    Term("align", align, group="align", fields={"align_features": "align"}),
 )
 
 

@@ -1,0 +1,43 @@
+"""A head that only training has: tokens of a block learn to predict a teacher's feature grid, DINO's for instance
+(REPA, Yu et al. 2024, arXiv:2410.06940). Exported weights do not hold it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyflux.model.layers import Linear
+
+PREFIX = "align."  # of its parameters in a network
+WIDEN = 4  # width of the head's hidden layers, in those of the network
+
+
+def pooling(size: int, cells: int) -> Tensor:
+    """Weights [cells, size] of the mean over each of `cells` equal parts of a line of `size` points."""
+    edges = torch.arange(cells + 1, dtype=torch.float32) * (size / cells)
+    points = torch.arange(size, dtype=torch.float32)
+    overlap = torch.minimum(edges[1:, None], points + 1) - torch.maximum(edges[:-1, None], points)
+    return overlap.clamp(min=0) / (size / cells)
+
+
+class AlignHead(nn.Module):
+    """block: the place of the block that it reads, counted through double blocks, then single ones. features: shape of
+    the teacher's grid, (D, rows, columns)."""
+
+    def __init__(self, dim: int, block: int, features: tuple[int, int, int]):
+        super().__init__()
+        self.block, self.grid = block, features[1:]
+        hidden = WIDEN * dim
+        self.layers = nn.Sequential(
+            Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, features[0])
+        )
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image tokens [B, H*W, C] of a grid (H, W) -> predicted features [B, D, rows, columns]."""
+        rows, columns = (pooling(*pair).to(tokens) for pair in zip(grid, self.grid, strict=True))
+        pooled = rows @ tokens.unflatten(1, grid).movedim(-1, 1) @ columns.mT  # [B, C, rows, columns]
+        return self.layers(pooled.movedim(1, -1)).movedim(-1, 1)
+
+
+def align_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of the features [B, D, rows, columns], mean over the grid, float32 [B]."""
+    return 1 - F.cosine_similarity(pred.float(), target.float(), dim=1).mean((1, 2))
