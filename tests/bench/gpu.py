@@ -18,8 +18,7 @@ from statistics import median
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.make_source import make_source
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -27,6 +26,7 @@ from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.trainer.sampling import Settings, denoise
 from tinyflux.util.cli import table
 
+ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
 BENCH = "tests/bench"
 TRAIN = ("baseline-eager", "baseline-compiled", "ours-eager", "ours-compiled", "ours-compiled-selective")
