@@ -15,6 +15,9 @@ from tinyflux.shards.source import Source, open_source
 from tinyflux.shards.store import open_store
 from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
+DEFAULT_GROUPS = ("latents", "text", "lune", "sol", "mask")
+"""What a run reads unless it is told otherwise."""
+
 
 @dataclass
 class DataConfig:
@@ -137,7 +140,7 @@ def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str 
 
 
 def open_sources(
-    config: DataConfig, groups: tuple[str, ...] = tuple(SCHEMA), revisions: list[str] | None = None
+    config: DataConfig, groups: tuple[str, ...] = DEFAULT_GROUPS, revisions: list[str] | None = None
 ) -> list[Source]:
     """Open the sources of a run and check that they go together.
 
