@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-LIBRARIES = ("torch", "torchdata", "numpy", "safetensors", "zstandard", "diffusers", "transformers")
+LIBRARIES = ("torch", "numpy", "safetensors", "zstandard", "diffusers", "transformers")
 # may differ between nodes, or say nothing about what is computed
 LOCAL = {"run_dir", "dry_run", "start_over", "data.sources", "data.cache_dir", "data.cache_gb", "data.threads"}
 
