@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from tinyflux.shards.config import DataConfig, open_sources
-from tinyflux.shards.format import ShardError
-from tinyflux.shards.reader import Reader
+from tinyflux.shards.config import DataConfig
 from tinyflux.util import cli, settings
 from tinyflux.util.settings import AtLeast
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from tinyflux.shards.reader import Reader
 
 HEAD = ("rank", "slot", "source", "shape", "shard", "row", "key")
 
@@ -35,8 +36,10 @@ class Options:
         settings.check(self)
 
 
-def samples(reader: Reader, step: int, ranks: int) -> Iterator[tuple]:
+def samples(reader: "Reader", step: int, ranks: int) -> Iterator[tuple]:
     """Rows of HEAD: the samples of a step in slot order. A bad sample, which training would replace, says so."""
+    from tinyflux.shards.format import ShardError
+
     draws = reader.plan.batch(step)
     for slot, row in enumerate(reader.locate(draws).tolist()):
         s, shard, key = int(draws.source[slot]), int(draws.shard[slot]), "-"
@@ -49,7 +52,7 @@ def samples(reader: Reader, step: int, ranks: int) -> Iterator[tuple]:
         yield slot * ranks // len(draws), slot, source.name, shape, source.manifest.shards.name(shard), row, key
 
 
-def shares(reader: Reader, step: int) -> Iterator[tuple]:
+def shares(reader: "Reader", step: int) -> Iterator[tuple]:
     """Rows of the second table: what each source has given once the step is done, and what was asked for."""
     plan = reader.plan
     taken = plan.start(step + 1)
@@ -59,6 +62,9 @@ def shares(reader: Reader, step: int) -> Iterator[tuple]:
 
 def show(options: Options) -> None:
     """Print both tables. Raises as `open_sources`."""
+    from tinyflux.shards.reader import Reader
+    from tinyflux.shards.sources import open_sources
+
     config, step, ranks = options.data, options.step, options.ranks
     micro_batches = config.accumulation(ranks)
     reader = Reader(open_sources(config, ()), config, ranks)

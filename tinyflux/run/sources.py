@@ -7,9 +7,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tinyflux.run.folders import newest_identity
-from tinyflux.shards.config import DataConfig, open_sources, resolve_revisions
+from tinyflux.shards.config import DataConfig
 from tinyflux.shards.plan import PLAN_VERSION
 from tinyflux.shards.source import Source
+from tinyflux.shards.sources import open_sources, resolve_revisions
 from tinyflux.shards.stream import Stream
 
 

@@ -1,22 +1,13 @@
-"""What a run reads: its sources, checked to go together, and the sizes of its batches."""
+"""What a run reads, and the sizes of its batches. Needs no torch, so that commands show their options at once."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import numpy as np
-
-from tinyflux.shards.cache import NodeCache
-from tinyflux.shards.manifest import OWN, diff_producers
-from tinyflux.shards.plan import MAX_BATCH
-from tinyflux.shards.remote import is_remote, without_revision
-from tinyflux.shards.schema import SCHEMA
-from tinyflux.shards.source import Source, open_source
-from tinyflux.shards.store import open_store
 from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
-DEFAULT_GROUPS = ("latents", "text", "lune", "sol", "mask")
-"""What a run reads unless it is told otherwise."""
+MAX_BATCH = 1 << 18
+"""A slot's place in a step is sorted as one integer of 64 bits."""
 
 
 @dataclass
@@ -79,7 +70,7 @@ class DataConfig:
             where, text = "data.weights_at", f"{step}:{','.join(map(str, weights))}"
             require(step > 0, where, text, "of step 1 or later")
             require(len(weights) == len(self.sources), where, text, f"of {len(self.sources)} weights, one a source")
-            good = all(np.isfinite(w) and w >= 0 for w in weights) and any(weights)
+            good = all(math.isfinite(w) and w >= 0 for w in weights) and any(weights)
             require(good, where, text, "of numbers from 0, more than zero for one source at least")
         size, unit = self.global_batch_size, self.unit_size
         require(size % unit == 0, "data.unit", unit, f"a divisor of data.global_batch_size = {size}")
@@ -126,76 +117,3 @@ class DataConfig:
                 f"the sources have several latent shapes: data.global_batch_size = {self.global_batch_size} must be a "
                 f"multiple of ranks x data.unit = {world} x {unit} = {world * unit}"
             )
-
-
-def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str | None]:
-    """What pins each source's content now, for `open_sources` on all ranks; None for local ones.
-
-    recorded: {url: commit} of the run's checkpoint. A Hub source stays at its commit there, although the branch may
-    have moved on, unless its URL now names another revision. Raises ValueError, DownloadError.
-    """
-    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
-    known = {without_revision(url): commit for url, commit in recorded.items()} | recorded
-    return [known.get(url) or open_store(url, cache).revision if is_remote(url) else None for url in config.sources]
-
-
-def open_sources(
-    config: DataConfig, groups: tuple[str, ...] = DEFAULT_GROUPS, revisions: list[str] | None = None
-) -> list[Source]:
-    """Open the sources of a run and check that they go together.
-
-    groups: those that the run reads (a loss that is off needs no group of its own); latents and texts are always read.
-    revisions: those of the sources as another rank or an earlier run opened them, to read the very same content.
-    Raises ValueError or OSError, saying which source and field.
-    """
-    if not config.sources:
-        raise ValueError("data.sources is empty: name at least one source folder")
-    ids = config.dataset_ids or [None] * len(config.sources)
-    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
-    pins = revisions or [None] * len(config.sources)
-    sources = [
-        open_source(url, dataset_id, cache, revision, groups)
-        for url, dataset_id, revision in zip(config.sources, ids, pins, strict=True)
-    ]
-    names = {source.name for source in sources}
-    for option in ("allow_missing", "allow_different"):
-        if unknown := set(getattr(config, option)) - names:
-            raise ValueError(f"data.{option} names {sorted(unknown)}; the sources are {sorted(names)}")
-    wanted = [group for group in SCHEMA if group in groups and group != "mask"]
-    for i, source in enumerate(sources):
-        _check_groups(source, wanted, config)
-        for other in sources[:i]:
-            _check_agreement(other, source, config)
-    owners: dict[int, Source] = {}
-    for source in sources:
-        other = owners.setdefault(source.dataset_id, source)
-        if other is not source:
-            raise ValueError(
-                f"sources {other.url} and {source.url} both have dataset id {source.dataset_id}: "
-                "give them different ones with data.dataset_ids"
-            )
-    return sources
-
-
-def _check_groups(source: Source, wanted: list[str], config: DataConfig) -> None:
-    missing = [group for group in wanted if group not in source.groups]
-    if missing and source.name not in config.allow_missing:
-        raise ValueError(
-            f"source {source.url} has no {' and no '.join(missing)}: turn that loss off, or put {source.name!r} "
-            "into data.allow_missing to train its samples without it"
-        )
-
-
-def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
-    if None not in (grids := {first.timesteps, source.timesteps}) and len(grids) > 1:
-        raise ValueError(f"sources {first.url} and {source.url} differ in their timesteps")
-    a, b = first.fields, source.fields
-    differing = [f"{name}: {a[name]} against {b[name]}" for name in a if name in b and a[name] != b[name]]
-    if differing:
-        raise ValueError(f"sources {first.url} and {source.url} differ in {'; '.join(differing)}")
-    differing = diff_producers(first.groups, source.groups, without=OWN)
-    if differing and not {first.name, source.name} & set(config.allow_different):
-        raise ValueError(
-            f"sources {first.url} and {source.url} were not made the same way: {'; '.join(differing)}. "
-            f"Put {source.name!r} into data.allow_different to use them together"
-        )

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from tinyflux.shards.config import MAX_BATCH
 from tinyflux.util import rng
 
 PLAN_VERSION = 2
@@ -24,7 +25,7 @@ STRIDE = 46368
 
 PORTION = 1 << 14  # samples that are planned at once, in 32 steps at most
 ORDER_BYTES = 256 << 20  # of the orders of shards that a plan keeps
-MAX_BATCH, MAX_SHAPES = 1 << 18, 64  # a slot's place in a step is sorted as one integer of 64 bits
+MAX_SHAPES = 64
 
 Shape = tuple[int, int]
 

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyflux.shards.config import DataConfig, open_sources
+from tinyflux.shards.config import DataConfig
 from tinyflux.shards.decode import CHUNK
 from tinyflux.shards.plan import Plan
 from tinyflux.shards.reader import BadSamples, MicroBatch, Reader, StreamStats
 from tinyflux.shards.schema import Field, fields_at
 from tinyflux.shards.source import Source
+from tinyflux.shards.sources import open_sources
 from tinyflux.util import rng
 
 __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
