@@ -71,12 +71,14 @@ class _Pipeline:
         self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # micro-batches begun at a time
         self._change, self._planning = threading.Condition(), threading.Lock()
         self._begun: deque[MicroBatch] = deque()  # in order, until the consumer has them
-        self._busy: set[int] = set()  # threads at work
         self._parts = self._plan(position)
         reader.reading.clear()
         reader.progress = time.monotonic()
-        for i in range(reader.config.threads):
-            threading.Thread(target=self._work, name=f"stream-{i}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"stream-{i}", daemon=True) for i in range(reader.config.threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _plan(self, position: int) -> Iterator[tuple[MicroBatch, range]]:
         """The micro-batches of the rank, each allocated here and cut into parts for the threads."""
@@ -105,6 +107,8 @@ class _Pipeline:
             micro.parts_left = len(parts)
             with self._change:
                 self._change.wait_for(lambda: self.stopped or len(self._begun) < self._room)
+                if self.stopped:
+                    return
                 self._begun.append(micro)
             for part in parts:
                 yield micro, part
@@ -132,8 +136,6 @@ class _Pipeline:
             if taken is None or self.stopped:
                 return
             micro, part = taken
-            with self._change:
-                self._busy.add(me)
             try:
                 if micro.error is None:
                     self.reader.load(micro, part, lambda: self.stopped)
@@ -146,7 +148,6 @@ class _Pipeline:
                 micro.error, micro.done = error, True
             with self._change:
                 self.reader.reading.pop(me, None)
-                self._busy.discard(me)
                 self._change.notify_all()
             del taken, micro  # they hold the batch
 
@@ -185,17 +186,22 @@ class _Pipeline:
         return micro.result
 
     def close(self) -> None:
-        """End the threads: returns once none is at work; they leave on their own then."""
+        """End the threads. One that hangs in a read is left behind."""
         if os.getpid() != self.pid:  # after a fork there are no threads here, and locks may be held for ever
             return
         self.stopped = True
         if self.ahead is not None:
             self.ahead.stop()
-        me = {threading.get_ident()}  # a worker may be the one that collects a forgotten stream
         with self._change:
             self._change.notify_all()
-            if not self._change.wait_for(lambda: self._busy <= me, timeout=min(30, self.patience)):
+        if threading.current_thread() in self._threads:  # it collects a forgotten stream
+            return
+        deadline = time.monotonic() + min(30, self.patience)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
                 log.warning("a thread of the stream is still reading; it is left behind")
+                return
 
 
 def _pinned(value: Any) -> Any:
@@ -305,13 +311,13 @@ class Stream:
         return self
 
     def __next__(self) -> Any:
+        began = time.perf_counter()
         if self._pipeline is not None and self._pipeline.pid != os.getpid():
             raise RuntimeError("this stream was read before the process was forked: open a new one in the child")
         if self._pipeline is None:
             self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
             # also when the stream is forgotten, and before the interpreter ends
             self._shut_down = weakref.finalize(self, self._pipeline.close)
-        began = time.perf_counter()
         done = False
         try:
             counts, batch = self._pipeline.next()
