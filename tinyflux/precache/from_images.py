@@ -141,6 +141,10 @@ class FromImages(Listed):
                     return False
         return False
 
+    @property
+    def truncated(self) -> Mapping[str, int]:
+        return self.zoo.truncated
+
     def null(self) -> dict[str, Tensor]:
         from tinyflux.precache.extract import null_embeddings
 

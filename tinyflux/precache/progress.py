@@ -4,6 +4,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,8 +63,10 @@ def say_complete(ledger: Ledger, max_rejected: float, changes: str, *, quiet: bo
     return _status(ledger, max_rejected)
 
 
-def say_speed(engine: "Engine", seconds: float) -> None:
-    """Print where the time of this run went."""
+def say_speed(engine: "Engine", seconds: float, truncated: Mapping[str, int]) -> None:
+    """Print where the time of this run went, and how many captions were longer than a text model takes."""
+    if longer := ", ".join(f"{n} for {name}" for name, n in sorted(truncated.items()) if n):
+        print(f"captions that were too long and are cut: {longer}")
     spent = engine.stages.seconds
     if engine.images:
         work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("list", "decode", "compress", "write"))

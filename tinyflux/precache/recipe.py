@@ -55,6 +55,11 @@ class Recipe:
         """What of the inputs is not as it was when the build began, and what to do; empty where nothing is."""
         return ""
 
+    @property
+    def truncated(self) -> Mapping[str, int]:
+        """By text model, how many captions were longer than it takes."""
+        return {}
+
     def null(self) -> dict[str, Tensor] | None:
         """T5 states and CLIP vector of the empty prompt; None where the build makes no texts."""
         raise NotImplementedError
@@ -129,6 +134,8 @@ class Listed(Recipe):
             listing.forget()
             listing.begin()
         self._tell_parts()
+        if passed := getattr(self.source, "ignored", None):
+            print(f"[{self.source.name}] passed over: {', '.join(f'{n} {what}' for what, n in passed.most_common(12))}")
 
     def changes(self) -> str:
         self.listing.size = self.size
@@ -212,5 +219,5 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
     engine.run(progress)
     progress.close()
     if not quiet:
-        say_speed(engine, time.perf_counter() - start)
+        say_speed(engine, time.perf_counter() - start, recipe.truncated)
     return finish(ledger, producers, config.max_rejected, base=recipe.base, quiet=quiet)
