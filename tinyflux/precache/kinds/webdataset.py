@@ -50,7 +50,7 @@ class WebDataset(ImageSource):
     def inputs_of(self, part: str) -> Iterator[Input]:
         path = self._local(part)
         with open(path, "rb") as file:
-            samples, fault = scan(file.fileno(), part)
+            samples, fault, _ = scan(file.fileno(), part)
         for sample in samples:
             picture = next((x for x in sample.members if x.rpartition(".")[2].lower() in EXTENSIONS), None)
             if picture is None:
@@ -73,7 +73,7 @@ class WebDataset(ImageSource):
     def read_image(self, item: Input) -> bytes:
         part, place, why = item.place
         if place is None:
-            raise Rejected(f"damaged tar, what follows in it is lost: {why}")
+            raise Rejected(f"damaged tar, images of it are lost: {why}")
         return self._slice(part, place)
 
     def sought(self, item: Input) -> str:
