@@ -15,10 +15,30 @@ import tests.make_source as sources
 from launch.train import main
 
 ROOT = Path(__file__).parent.parent
-SMALL = [  # a network and a run small enough for a test; the sizes that the shards fix are not given
-    *("--model.hidden-size", "32", "--model.num-attention-heads", "2", "--model.attention-head-dim", "16"),
-    *("--model.axes-dims-rope", "4", "6", "6", "--model.num-double-layers", "1", "--model.num-single-layers", "2"),
-    *("--model.lune-hidden-dim", "16", "--model.sol-hidden-dim", "8"),
+TINY = {  # the network that tests train, without the sizes that the shards fix
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+    "num_double_layers": 1,
+    "num_single_layers": 2,
+    "lune_hidden_dim": 16,
+    "sol_hidden_dim": 8,
+}
+FITTED = {"in_channels": 4, "joint_attention_dim": 24, "pooled_projection_dim": 24, "lune_expert_dim": 24}
+"""Those sizes, of `make_source`."""
+
+
+def options_of(group: str, values: dict) -> list[str]:
+    """Settings as the options of a command."""
+    words = [
+        (f"--{group}.{key.replace('_', '-')}", *(v if isinstance(v, tuple) else (v,))) for key, v in values.items()
+    ]
+    return [str(word) for several in words for word in several]
+
+
+SMALL = [  # a run small enough for a test
+    *options_of("model", TINY),
     *("--trainer.dtype", "float32", "--trainer.learning-rate", "3e-3", "--trainer.warmup-steps", "4"),
     *("--trainer.lr-scheduler", "constant"),
     *("--trainer.lune-warmup-steps", "5", "--trainer.sol-warmup-steps", "5", "--trainer.ema-decay", "0.9"),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.training import make_source
+from tests.training import FITTED, TINY, make_source
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache
 from tinyflux.trainer.config import TrainerConfig
@@ -30,9 +30,7 @@ from tinyflux.trainer.data import CachedDataset, collate_fn
 from tinyflux.trainer.trainer import Trainer
 
 READS = {"item", "tolist", "__float__", "__int__", "__bool__", "__index__", "cpu", "numpy"}
-NARROW = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-NARROW |= {"lune_hidden_dim": 16, "sol_hidden_dim": 8, "in_channels": 4, "joint_attention_dim": 24}
-NARROW |= {"pooled_projection_dim": 24, "lune_expert_dim": 24}
+NARROW = TINY | FITTED | {"num_double_layers": 15, "num_single_layers": 25}
 
 
 class Reads(TorchFunctionMode):

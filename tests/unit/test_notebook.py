@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from tests.training import curve, make_source, records
+from tests.training import FITTED, TINY, curve, make_source, records
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
@@ -20,9 +20,6 @@ from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import rng
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-SMALL |= {"num_double_layers": 1, "num_single_layers": 1, "lune_hidden_dim": 16, "sol_hidden_dim": 8, "in_channels": 4}
-SMALL |= {"joint_attention_dim": 24, "pooled_projection_dim": 24, "lune_expert_dim": 24}
 QUICK = {"dtype": "float32", "learning_rate": 3e-3, "warmup_steps": 2, "lr_scheduler": "constant", "log_every": 2}
 QUICK |= {"save_every_epochs": 0, "lune_warmup_steps": 2, "sol_warmup_steps": 2, "ema_decay": 0.9}
 
@@ -39,7 +36,7 @@ def loader_of(cache, batch_size=4, **options) -> DataLoader:
 
 def trainer_of(run_dir, **options) -> Trainer:
     torch.manual_seed(0)
-    model = TinyFluxDeep(TinyFluxConfig(**SMALL))
+    model = TinyFluxDeep(TinyFluxConfig(**TINY, **FITTED))
     return Trainer(model, TrainerConfig(**QUICK | options), device="cpu", run_dir=run_dir, seed=5)
 
 

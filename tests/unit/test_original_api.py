@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from tests.training import TINY
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.schedules import flux_shift, flux_unshift
@@ -43,16 +44,7 @@ def test_methods():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = TinyFluxConfig(
-        hidden_size=32,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        axes_dims_rope=(4, 6, 6),
-        num_double_layers=1,
-        num_single_layers=1,
-        lune_hidden_dim=16,
-        sol_hidden_dim=8,
-    )
+    config = TinyFluxConfig(**TINY)
     model = TinyFluxDeep(config).eval()
     torch.nn.init.normal_(model.final_linear.weight)  # zero at the start
     return model

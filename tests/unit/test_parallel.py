@@ -1,21 +1,12 @@
 import pytest
 import torch
 
+from tests.training import FITTED, TINY
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.config import ParallelConfig
 from tinyflux.trainer.parallel import freeze, prepare_block
 
-CONFIG = TinyFluxConfig(
-    hidden_size=32,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    axes_dims_rope=(4, 6, 6),
-    num_double_layers=1,
-    num_single_layers=2,
-    in_channels=4,
-    joint_attention_dim=24,
-    pooled_projection_dim=24,
-)
+CONFIG = TinyFluxConfig(**TINY, **FITTED)
 
 
 def gradients(gradient_checkpointing: str = "none", compile_mode: str | None = None) -> dict[str, torch.Tensor]:
