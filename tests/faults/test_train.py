@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 
@@ -11,6 +13,7 @@ from launch.train import main
 from tests.training import command, curve, make_source, records, start, train, train_until, wait_for
 from tinyflux.model.dcp import read_metadata
 from tinyflux.run.folders import lock
+from tinyflux.trainer.sampling import Sampler
 
 STEPS = 24
 OPTIONS = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 2)
@@ -163,6 +166,30 @@ def test_a_second_run_over_what_remains(sources, tmp_path):
     assert done.returncode == 0 and "resuming at step 2" in done.stdout, done.stdout
     assert "WARNING: since this checkpoint trainer.shift was 1.0, is now 3.0" in done.stdout
     assert [record["step"] for record in records(tmp_path / "run") if "resumed" in record] == [3]
+
+
+def test_pictures_stop_no_training(tmp_path, monkeypatch):
+    """A decode that hangs, then a folder that cannot be written to."""
+    source = make_source(tmp_path / "a", 1, **{"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128})  # the tiny zoo's
+    options = ("--trainer.total-steps", 6, "--trainer.sample-every", 1, "--trainer.sample-steps", 1)
+    options += ("--trainer.sample-prompts", "a red circle", "--trainer.zoo", "tiny")
+    released, decode = threading.Event(), Sampler.decode
+    monkeypatch.setattr(Sampler, "decode", lambda *args: released.wait(60) and decode(*args))
+
+    def release() -> None:
+        while len(records(tmp_path / "run")) < 4:
+            time.sleep(0.01)
+        released.set()
+
+    threading.Thread(target=release).start()
+    done = train(tmp_path / "run", [source], *options)
+    assert done.returncode == 0 and released.is_set(), done.stdout
+    assert "no samples of step 2: those before are still being decoded" in done.stdout
+    assert {"step_1.png", "step_1_raw.png"} <= {path.name for path in (tmp_path / "run/samples").iterdir()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/samples").touch()
+    done = train(tmp_path / "other", [source], *options)
+    assert done.returncode == 0 and "WARNING: no samples of step 1: " in done.stdout, done.stdout
 
 
 BAD = {

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
+from tinyflux.util.files import replaced
 from tinyflux.util.log import say
 from tinyflux.util.urls import public
 
@@ -36,7 +37,7 @@ def section(repo: str, run: str, names: list[str], training: dict) -> str:
     place = f"{repo}:checkpoint_runs/{run}"
     return "\n".join(
         [
-            f"<!-- tinyflux run {run}: written anew by each upload -->",
+            f"<!-- tinyflux run {run}: rewritten by each upload -->",
             f"## {run}",
             "",
             "| | |",
@@ -100,11 +101,14 @@ class Uploader:
             target = self.waiting / name
             if name in self.sent or target.exists():
                 continue
+            if not (self.root / name).exists():  # its export failed, and said so
+                say(f"WARNING: {name} is not there, so it is not uploaded")
+                continue
             try:
                 os.link(self.root / name, target)
             except OSError:  # a file system without links
-                shutil.copyfile(self.root / name, self.waiting / f".{name}")
-                os.replace(self.waiting / f".{name}", target)
+                with replaced(target) as temporary:
+                    shutil.copyfile(self.root / name, temporary)
         self.wake.set()
 
     def _work(self) -> None:
