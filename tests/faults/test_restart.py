@@ -21,7 +21,8 @@ OPTIONS += ("--trainer.validate-every", 3)
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    tiny = {"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128}  # the tiny zoo's, which encodes the prompts
+    # the tiny zoo's, which encodes the prompts
+    tiny = {"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128}
     return [make_source(folder / "a", 1, **tiny), make_source(folder / "b", 2, samples=40, **tiny)]
 
 

@@ -170,7 +170,8 @@ def test_a_second_run_over_what_remains(sources, tmp_path):
 
 def test_pictures_stop_no_training(tmp_path, monkeypatch):
     """A decode that hangs, then a folder that cannot be written to."""
-    source = make_source(tmp_path / "a", 1, **{"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128})  # the tiny zoo's
+    tiny = {"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128}
+    source = make_source(tmp_path / "a", 1, **tiny)
     options = ("--trainer.total-steps", 6, "--trainer.sample-every", 1, "--trainer.sample-steps", 1)
     options += ("--trainer.sample-prompts", "a red circle", "--trainer.zoo", "tiny")
     released, decode = threading.Event(), Sampler.decode
