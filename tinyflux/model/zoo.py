@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPModel, CLIPTextModel, T5EncoderModel
 
 from tinyflux.model.loader import check_place, load_model
 from tinyflux.model.pretrained import Pretrained, load_pretrained, load_tokenizer, load_unet, vocabulary_hash
@@ -127,6 +127,14 @@ class ModelZoo:
     def load_clip(self, source: str | Path | None = None) -> CLIPTextModel:
         """The CLIP text encoder and its tokenizer."""
         return self._load_text("clip", source, CLIPTextModel)
+
+    def load_whole_clip(self) -> CLIPModel:
+        """The zoo's CLIP with its vision tower and projections, to score pictures with; the zoo does not keep it.
+
+        ValueError where the zoo's CLIP is a text encoder alone.
+        """
+        clip = load_pretrained(CLIPModel, self._find("clip", None), dtype=self._dtype("clip"))
+        return clip.eval().requires_grad_(False).to(self.device)
 
     def load_t5(self, source: str | Path | None = None) -> T5EncoderModel:
         """The T5 encoder and its tokenizer."""

@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from tinyflux.model.tiny import fit, text
+from tinyflux.model.tiny import fit, text, vision
 
 WIDTH = 128  # of both text encoders
-PARTS = ("vae", "sd_vae", "text", "lune", "sol")
-STEPS = {"vae": 1800, "sd_vae": 800, "text": 500, "lune": 1000, "sol": 500}
+PARTS = ("vae", "sd_vae", "text", "vision", "lune", "sol")
+STEPS = {"vae": 1800, "sd_vae": 800, "text": 500, "vision": 700, "lune": 1000, "sol": 500}
 
 
 def build_vae(latent_channels: int, widths: tuple[int, ...], quant_conv: bool) -> AutoencoderKL:
@@ -94,6 +94,11 @@ def make(out: Path, parts: tuple[str, ...] = PARTS, effort: float = 1.0) -> None
         for model, tokenizer, name in ((t5, t5_tokenizer, "t5"), (clip, clip_tokenizer, "clip")):
             save(model, out / name)
             tokenizer.save_pretrained(out / name)
+    if "vision" in parts:  # into the folder of the text tower: a whole CLIP, as the published one is
+        tokenizer = AutoTokenizer.from_pretrained(out / "clip")
+        whole = vision.build_clip_model(CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float32))
+        vision.fit_vision(whole, tokenizer, steps["vision"])
+        save(whole, out / "clip")
     if "lune" in parts or "sol" in parts:
         sd_vae = AutoencoderKL.from_pretrained(out / "sd_vae", torch_dtype=torch.float32)
         clip = CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float32)

@@ -1,0 +1,104 @@
+"""The command `evaluate`: a checkpoint and a source become scores. It imports no torch before it begins."""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tinyflux.trainer.solvers import SOLVERS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluateOptions:
+    checkpoint: str
+    """A .safetensors or .pt file, a run folder or one of its checkpoints/step_N, or user/repo[:sub/folder]."""
+    source: list[str]
+    """Sources to take held-out samples of: folders or URLs, as data.sources."""
+    out: Path | None = None
+    """Folder for the .json and the .html. Default: RUN/evaluations for a run, else evaluations."""
+    samples: int = 256
+    """Held-out samples to draw and score; all of them where there are fewer."""
+    val_fraction: float | None = None
+    """Part of the source that is held out. Default: data.val_fraction of the run, so that none was trained on."""
+    seed: int | None = None
+    """Chooses what is held out, and the noise. Default: data.seed of the run, else 0."""
+    steps: int = 28
+    """Steps of the solver."""
+    solver: Literal[*SOLVERS] = "euler"
+    """As of the command sample."""
+    guidance: float | None = None
+    """Default: that of the run, else 5."""
+    shift: float | None = None
+    """Default: that of the run, else 3."""
+    zoo: str | None = None
+    """Decoder and CLIP: flux, tiny, or a directory. Default: that of the run, else flux."""
+    ema: bool = True
+    """Averaged weights, or those that were trained."""
+    batch_size: int = 8
+    """Samples at once."""
+    inception: Path | None = None
+    """FID too, with this weights file of torch-fidelity (pip install 'tinyflux-deep[eval]')."""
+
+    def __post_init__(self):
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+
+
+def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
+    """Draw, score and write. Returns the JSON's path and the scores."""
+    from tinyflux.model.loader import find_training_config, locate
+    from tinyflux.shards.config import DataConfig, open_sources
+    from tinyflux.shards.stream import Stream
+    from tinyflux.trainer.drawing import Artist
+    from tinyflux.trainer.evaluation import Evaluator, Samples, board_values
+    from tinyflux.trainer.scores import ClipScorer, Inception
+
+    inception = Inception(options.inception) if options.inception else None
+    artist = Artist.load(options.checkpoint, zoo=options.zoo, ema=options.ema)
+    found = find_training_config(options.checkpoint, options.ema)
+    data = json.loads(found.read_text())["data"] if found and "data" in json.loads(found.read_text()) else {}
+    fraction = options.val_fraction or data.get("val_fraction") or 0.0
+    held_out = fraction > 0 and fraction <= (data.get("val_fraction") or 0.0)
+    if not held_out:
+        log.warning("the run held none of these samples back: they may have been trained on")
+    seed = options.seed if options.seed is not None else data.get("seed", 0)
+    config = DataConfig(sources=options.source, val_fraction=fraction or 0.5, seed=seed, global_batch_size=1,
+                        micro_batch_size=1)  # fmt: skip
+    sources = open_sources(config, ())
+    with Stream(sources, config, 0, 1) as stream:
+        samples = Samples.read(stream, options.samples, options.batch_size)
+    factor = artist.zoo.image_size // artist.zoo.latent_shape[1]
+    height, width = (length * factor for length in samples.latents.shape[2:])
+    sampler = artist.sampler(height, width, batch_size=options.batch_size, shift=options.shift,
+                             guidance=options.guidance, steps=options.steps, solver=options.solver)  # fmt: skip
+    try:
+        scorer = ClipScorer(artist.zoo)
+    except ValueError as error:
+        log.warning("no CLIP score and no CMMD: %s", error)
+        scorer = None
+    evaluator = Evaluator(samples, sampler, scorer, inception, seed=seed)
+    weights = locate(options.checkpoint, options.ema)[0]
+    step = int(match[1]) if (match := re.match(r"step_(\d+)", weights.name)) else None
+    about = {
+        "checkpoint": artist.checkpoint, "weights": artist.weights, "step": step,
+        "sources": [source.name for source in sources], "held_out": held_out, "seed": seed,
+        "steps": options.steps, "solver": options.solver, "guidance": sampler.settings.guidance,
+        "shift": sampler.settings.shift, "height": height, "width": width,
+    }  # fmt: skip
+    device = next(artist.model.parameters()).device
+    run = found.parent.parent if found and found.parent.name == "checkpoints" else None
+    out = options.out or (run or Path()) / "evaluations"
+    name = weights.name.removesuffix(weights.suffix) if weights.is_file() else weights.name
+    scores = evaluator.write(out, name, about, *evaluator.forward(artist.model, device))
+    if run is not None and step is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(run / "logs")) as board:
+            for key, value in board_values(scores).items():
+                board.add_scalar(key, value, step)
+    return out / f"{name}.json", scores
