@@ -157,6 +157,10 @@ class TrainerConfig:
     """Steps between validations on held-out samples (data.val_fraction); the best weights are kept. 0: none."""
     validation_samples: Annotated[int, AtLeast(1)] = 1024
     """Held-out samples of a validation, each at 8 timesteps; all of them where there are fewer."""
+    evaluate_every: Annotated[int, AtLeast(0)] = 0
+    """Steps between evaluations: held-out samples are drawn and scored as by the command evaluate. 0: none."""
+    evaluation_samples: Annotated[int, AtLeast(1)] = 64
+    """Held-out samples (data.val_fraction) of an evaluation; all of them where there are fewer."""
     max_nonfinite_steps: Annotated[int, AtLeast(1)] = 20
     """Steps in a row with a NaN or infinite loss or gradient, or a spike, each skipped, before the run stops."""
     max_loss_spike: Annotated[float, AtLeast(0)] = 0.0

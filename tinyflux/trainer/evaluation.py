@@ -66,10 +66,9 @@ class Samples:
 
 
 def _prompt(stream: Stream, raw: dict, row: int) -> str:
-    source, position = stream.sources[int(raw["source_index"][row])], int(raw["local_indices"][row])
-    shard = int(source.manifest.starts.searchsorted(position, "right")) - 1
-    meta = json.loads(source.open(shard).read(position - int(source.manifest.starts[shard]), "json"))
-    return str(meta.get("prompt", ""))
+    source = stream.sources[int(raw["source_index"][row])]
+    shard, place = source.manifest.locate(int(raw["local_indices"][row]))
+    return source.open(int(shard)).meta(int(place))["prompts"][0]
 
 
 @torch.no_grad()

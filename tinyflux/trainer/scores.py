@@ -75,14 +75,14 @@ def frechet(real: Tensor, drawn: Tensor) -> float:
 class Inception:
     """FID's features [B, 2048] of pictures, by torch-fidelity (the extra [eval]) and a weights file of its.
 
-    Errors: ImportError without that package, FileNotFoundError without the file.
+    Errors: ValueError without that package, FileNotFoundError without the file.
     """
 
     def __init__(self, weights: Path):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ImportError("FID needs torch-fidelity: pip install 'tinyflux-deep[eval]'") from error
+            raise ValueError("FID needs torch-fidelity: pip install 'tinyflux-deep[eval]'") from error
         if not weights.is_file():
             raise FileNotFoundError(f"{weights}: FID needs the weights pt_inception-2015-12-05-6726825d.pth")
         self.network: nn.Module = FeatureExtractorInceptionV3(

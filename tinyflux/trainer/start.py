@@ -16,10 +16,12 @@ from tinyflux.run.sources import data_identity, open_run_sources
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.collate import HeldOut, StreamCollate
-from tinyflux.trainer.config import RunConfig, check_accumulation, fit_model
+from tinyflux.trainer.config import RunConfig, TrainerConfig, check_accumulation, fit_model
 from tinyflux.trainer.dryrun import check_memory, describe
 from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
+from tinyflux.trainer.recipe import seen
 from tinyflux.trainer.sampling import Sampler
+from tinyflux.trainer.scoreboard import Scoreboard
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import cli
 from tinyflux.util.buckets import BUCKETS
@@ -86,16 +88,16 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
         say(describe(config, stream, device))
         return cli.DONE
     check_memory(config, stream, device)
-    sampler = None
-    if c.sample_every and c.sample_prompts:
-        from tinyflux.model.zoo import ModelZoo  # its libraries take seconds to import
-
-        sampler = Sampler(
-            ModelZoo(zoo=c.zoo),
-            latent_shape=shapes["latents"],
-            steps=c.sample_steps,
-            guidance=c.guidance_scale,
-            shift=c.shift,
+    sampler = _sampler(c, shapes["latents"]) if c.sample_every and c.sample_prompts else None
+    scoreboard = None
+    if c.evaluate_every:
+        scoreboard = Scoreboard(
+            stream,
+            _sampler(c, shapes["latents"]),
+            c.evaluation_samples,
+            Path(config.run_dir, "evaluations"),
+            device,
+            seed,
         )
     model, weights = build(config, shapes, weights)
     trainer = Trainer(
@@ -118,8 +120,9 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
             val_loader=HeldOut(stream, collate, c.validation_samples, device) if config.data.val_fraction else None,
             sampler=sampler,
             identity=data_identity(stream),
-            training_config=config.to_dict(),
+            training_config=config.to_dict() | ({"seen": seen(sources)} if trainer.rank == 0 else {}),
             start_over=config.start_over,
+            scoreboard=scoreboard,
         )
         return trainer.train()
 
@@ -143,3 +146,16 @@ def build(
             values = torch.zeros_like(p)
             weights[PREFIX + name] = values if p.ndim < 2 else nn.init.xavier_uniform_(values, generator=generator)
     return model, weights
+
+
+def _sampler(config: TrainerConfig, latent_shape: tuple[int, int, int]) -> Sampler:
+    """Draws with the run's settings; its zoo loads what it needs, on the CPU."""
+    from tinyflux.model.zoo import ModelZoo  # its libraries take seconds to import
+
+    return Sampler(
+        ModelZoo(zoo=config.zoo),
+        latent_shape=latent_shape,
+        steps=config.sample_steps,
+        guidance=config.guidance_scale,
+        shift=config.shift,
+    )

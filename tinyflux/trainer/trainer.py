@@ -33,6 +33,7 @@ from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.profile import Profiler
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.schedules import learning_rate
+from tinyflux.trainer.scoreboard import Scoreboard
 from tinyflux.trainer.signals import StopSignals
 from tinyflux.trainer.step import Pending, Stepper
 from tinyflux.trainer.validation import validate
@@ -114,6 +115,7 @@ class Trainer:
         self.checkpointer: Checkpointer | None = None
         self.uploader: Uploader | None = None
         self.preview: Preview | None = None
+        self.scoreboard: Scoreboard | None = None
         self.metrics: Metrics | None = None
 
     def setup(
@@ -127,6 +129,7 @@ class Trainer:
         identity: dict | None = None,
         training_config: dict | None = None,
         start_over: bool = False,
+        scoreboard: Scoreboard | None = None,
     ) -> None:
         """Give the trainer its data, and resume the newest checkpoint of the run folder if there is one.
 
@@ -136,7 +139,8 @@ class Trainer:
         number on every rank; the best checkpoint is by their main loss.
         identity: what the data order depends on; where a resumed run has another one, it says what changed.
         training_config: written beside the checkpoints. start_over: begin at step 0 in a folder that has what remains
-        of a run but no checkpoint; ValueError otherwise, and where ranks have different data.
+        of a run but no checkpoint; ValueError otherwise, and where ranks have different data. scoreboard: evaluates
+        every `config.evaluate_every` steps.
         """
         c = self.config
         if isinstance(train_loader, DataLoader):
@@ -148,6 +152,7 @@ class Trainer:
         agree({"data": self.identity})
         self.tensorboard_dir = self.run_dir / (tensorboard_dir or c.tensorboard_dir)
         self.val_loader = val_loader if c.validate_every else None
+        self.scoreboard = scoreboard if c.evaluate_every else None
         self.training_config = training_config or self.training_config
         if c.max_epochs is not None:  # the schedule ends there too
             self.last_step = bisect_left(range(c.total_steps), c.max_epochs, key=train_loader.epoch)
@@ -324,6 +329,9 @@ class Trainer:
             say(f"drawing samples at step {self.step}")
             self._read()
             self.preview.draw(self.model, self.ema, self.step, self.metrics)
+        if self.scoreboard and any(due(c.evaluate_every)):
+            self._read()
+            self.scoreboard.draw(self.model, self.ema, self.step, self.metrics)
         if self.pending is None or self.pending.seconds is not None:
             self.stepper.restart_clock()
 
@@ -337,6 +345,8 @@ class Trainer:
         patience = None if self.finished else STOP_PATIENCE
         if self.preview:
             self.preview.wait(patience)
+        if self.scoreboard:
+            self.scoreboard.wait(patience)
         say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         self.metrics.close()
         self.close(patience)
