@@ -148,7 +148,6 @@ Losses, each step {metrics}
 
 What to try next:
   python launch/sample.py --checkpoint {run_dir} --prompt "a white ring on a red background" --out ring.png
-  python launch/app.py --checkpoint {run_dir}       a page to draw with (pip install 'tinyflux-deep[app]')
   tar tf {out / "data" / "shapes" / "shapes-000000.tar"} | head
   python -m sharding.build --list       the sources that are known, and how to describe your own
   ./torchrun.sh --help                  the same training on more devices and machines""")

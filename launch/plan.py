@@ -3,8 +3,8 @@
     python launch/plan.py --step 100 --ranks 8 --config FILE.toml
     python launch/plan.py --step 100 --data.sources data/portraits data/imagenet --data.weights 0.7 0.3
 
-Of the file only the [data] table is read; its keys are options too, as in training. Of remote sources only the
-manifests are fetched, so their samples are shown without keys.
+Only the [data] table of the file is read; its keys are options too, as in training. Of a remote source only the
+manifest is fetched, so its samples are shown without keys.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""torchrun for ./torchrun.sh: it passes signals and exit status 75 on, and an error is the line that a rank told.
+"""torchrun for ./torchrun.sh: it passes signals and exit status 75 on, and shows an error in one line.
 
-torch's own kills its workers 30 s after a SIGTERM, dies of SIGUSR1, turns every status into 1 and tells a failed rank
-in 34 lines. Ranks that are started again get a store of their own: torch 2.13 would show them the dead ones' addresses.
+torch's own kills its workers 30 s after a SIGTERM, dies of SIGUSR1, turns every status into 1 and reports a failed
+rank in 34 lines. Restarted ranks get a store of their own: torch 2.13 would give them the addresses of the dead ones.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch.distributed.run import main
 from tinyflux.util import cli
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-# a worker that is told before its loop listens dies of the signal, and has nothing to save
+# a worker that gets the signal before its loop listens dies of it, and has nothing to save
 STOPPED = {cli.SAVED, *(-number for number in FORWARDED)}
 SHUTDOWN = "600"
 """Seconds between SIGTERM and SIGKILL where torch ends the workers itself."""
@@ -33,7 +33,7 @@ def forward(number: int, _frame) -> None:
 
 
 def status(failures: dict[int, ProcessFailure]) -> int:
-    """The exit status of a job some of whose ranks, by number, failed; tells what no rank told."""
+    """The exit status of a job with these failed ranks, by number; prints what no rank has printed."""
     first = min(failures, key=lambda rank: failures[rank].timestamp)
     codes = [failure.exitcode for failure in failures.values()]
     if cli.INTERRUPTED in codes:

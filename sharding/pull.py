@@ -4,8 +4,8 @@
     python -m sharding.pull hf://datasets/USER/NAME@REVISION/portraits data/portraits
     python -m sharding.pull s3://BUCKET/portraits data/portraits
 
-Shards that are there with the right content are kept, so the same command goes on after a stop; every file is checked
-against the manifest, which comes last. The Hub's token is the one of HF_TOKEN or of `hf auth login`.
+Shards that are there with the right content are kept, so the same command resumes after a stop. Every file is checked
+against the manifest, which is written last. The Hub's token is that of HF_TOKEN or of `hf auth login`.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def pull(url: str, out: Path) -> Manifest:
         os.replace(store.fetch("rejected.jsonl"), out / "rejected.jsonl")
     except DownloadError as error:
         if not error.missing:
-            raise  # a source may lack that file, but not for want of an answer
+            raise  # a source may lack that file; a store that does not answer is a failure
     atomic_write(out / "manifest.json", store.manifest)
     for name in old - {shard.path for shard in manifest.shards}:
         (out / name).unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def main(args: list[str] | None = None) -> int:
         pull(config.url, config.out)
         return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command to resume", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

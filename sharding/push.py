@@ -3,7 +3,7 @@
     python -m sharding.push data/portraits --repo USER/NAME
     python -m sharding.push data/portraits --repo USER/NAME --private     a new repo is made private
 
-Only what the repo does not have yet is sent, so the same command goes on after a stop. Files that readers of the old
+Only what the repo does not have yet is sent, so the same command resumes after a stop. Files that readers of the old
 content still need are replaced in the last commit, together with the manifest. The token is the one of HF_TOKEN or of
 `hf auth login`.
 """
@@ -76,7 +76,7 @@ def place_of(folder: Path, manifest: Manifest) -> str:
 
 
 def check_base(repo: "Repo", place: str, manifest: Manifest) -> None:
-    """Raises ValueError where the repo has not the base that an overlay there would look for."""
+    """Raises ValueError where the repo lacks the base that an overlay there would look for."""
     if manifest.base is None or "://" in manifest.base.location:
         return
     path = posixpath.normpath(f"{place}/{manifest.base.location}/manifest.json")
@@ -92,7 +92,7 @@ def check_hash(path: Path, sha256: str) -> None:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(
-                f"{path}: its content is not what the manifest says; python -m sharding.verify --deep tells"
+                f"{path}: its content is not what the manifest says; see python -m sharding.verify --deep"
             )
 
 
@@ -192,7 +192,7 @@ def explain(error: HTTPError, repo: str) -> str:
         return f"{repo}: the Hub refuses it; set HF_TOKEN or run `hf auth login` with a token that may write ({error})"
     if isinstance(error, RepositoryNotFoundError):
         return f"{repo}: the Hub shows no such dataset repo to you ({error})"
-    return f"{repo}: {error}\nthe same command goes on"
+    return f"{repo}: {error}\nrun the same command to resume"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def main(args: list[str] | None = None) -> int:
         print(push(config.source, config.repo, config.private, config.rejected))
         return 0
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command to resume", file=sys.stderr)
         return 130
     except HTTPError as error:  # before OSError, which the Hub's own errors also are
         print(f"error: {explain(error, config.repo)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Weights on their way to a loopback Hub while a training goes on, by the real client in processes of their own."""
+"""Weights on their way to a loopback Hub during a training, by the real client in processes of their own."""
 
 import json
 import subprocess

@@ -291,7 +291,7 @@ def test_same_sample_whatever_the_batch(tmp_path):
 
 
 def test_inputs_that_change_are_noticed(tmp_path, capsys):
-    """A build that was begun goes on only with the inputs it was begun with."""
+    """A build resumes only with the inputs that it began with."""
     damaged(tmp_path)
     sources(tmp_path)
     assert run(tmp_path, "--shard-size", 8) == 1
@@ -332,7 +332,7 @@ def test_append(tmp_path, capsys):
     order = "".join(sample["meta"]["origin"][0] for sample in found.values())
     assert set(order[:6]) == set("bdefgh") and set(order[6:]) == set("ac")
 
-    # as if it had been killed before the manifest was replaced: the same command, with or without --append, goes on
+    # as if it had been killed before the manifest was replaced: the same command resumes, with or without --append
     (tmp_path / "out" / "manifest.json").write_bytes(before["manifest.json"])
     assert run(tmp_path, "--shard-size", 4) == 0
     assert content(tmp_path / "out") == after

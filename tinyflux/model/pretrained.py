@@ -91,7 +91,7 @@ class Pretrained:
         return {"pretrained_model_name_or_path": self.at, "subfolder": self.subfolder, "revision": self.revision}
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from another: repo and commit, or the sha256 of the local files."""
+        """What identifies this model: repo and commit, or the sha256 of the local files."""
         if not self.local:
             place = {"subfolder": self.subfolder, "file": self.file}
             return {"repo": self.at, "revision": str(self.revision)} | {k: v for k, v in place.items() if v}
@@ -144,7 +144,7 @@ def load_pretrained(kind: type, place: Pretrained, **options):
     from diffusers.utils import is_accelerate_available
     from transformers.utils import logging
 
-    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate, at each model, unless it is told
+    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate at each model, unless this is set
         options = {**options, "low_cpu_mem_usage": is_accelerate_available()}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers prints a table of the weights that are not of this part of the model

@@ -10,7 +10,7 @@ from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.shards.source import Source
 
-BEGIN, END = "<!-- tinyflux: what stands between these marks is written anew by each push -->", "<!-- /tinyflux -->"
+BEGIN, END = "<!-- tinyflux: each push rewrites what stands between these marks -->", "<!-- /tinyflux -->"
 PREVIEW = "preview.jpg"
 COLUMNS, ROWS, SIDE = 8, 3, 128  # of the sheet of previews, pixels a side
 

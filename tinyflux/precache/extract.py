@@ -56,7 +56,7 @@ class Extraction:
         return self._clip
 
     def teacher_inputs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each batch what a UNet sees: latents [B, K, 4, h, w], timesteps [K] and context [B, 77, D]."""
+        """What a UNet sees of each batch: latents [B, K, 4, h, w], timesteps [K] and context [B, 77, D]."""
         contexts = [hidden for _, hidden in self.clip()]
         if not self._sd_latents:
             with self.zoo.using("sd_vae"):
@@ -229,7 +229,7 @@ def load_for(zoo: ModelZoo, groups: Iterable[str]) -> None:
 def producers(
     zoo: ModelZoo, groups: Iterable[str], dtype: torch.dtype, *, teacher_input: str = "image", seed: int = 0
 ) -> dict[str, dict]:
-    """Of each group what decides its tensors: models, precision, and for teachers what they looked at.
+    """What decides the tensors of each group: models, precision, and for teachers what they looked at.
 
     zoo: with its models loaded.
     """

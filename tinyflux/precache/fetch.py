@@ -48,7 +48,7 @@ def read_url(url: str) -> bytes:
 
 
 def _open(url: str):
-    """(binary stream, its length if the server tells)."""
+    """(binary stream, its length if the server says it)."""
     if is_url(url):
         stream = urllib.request.urlopen(url, timeout=TIMEOUT)
         return stream, stream.headers.get("Content-Length")

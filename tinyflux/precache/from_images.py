@@ -197,7 +197,7 @@ class FromImages(Listed):
 def encode(zoo: "ModelZoo", group: list[list[Ready]], groups: Iterable[str], config: BuildConfig) -> list[dict]:
     """The tensors of batches that are read, on the CPU. Teachers see an image's first caption.
 
-    Of each sample's texts there is one row a caption: `t5_embeds` [N, L, D] and `clip_pooled` [N, D].
+    The texts of a sample have one row a caption: `t5_embeds` [N, L, D] and `clip_pooled` [N, D].
     """
     from tinyflux.precache.extract import extract_batches
 

@@ -11,7 +11,7 @@ from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import SourceError
 
 FILE_LIMIT = 1 << 30
-"""Bytes beyond which a file is no picture to be trained on."""
+"""Files of more bytes are not read as pictures."""
 
 
 HEAD = 1 << 16

@@ -44,7 +44,7 @@ class Ledger:
         self.parts: Sequence[int] = ()
         """Numbers of the parts that ranks share; set by whoever knows them."""
         self.per_part = 1
-        """Numbers that the shards of a part have; with more than one, a plan tells how many shards there are."""
+        """Numbers that the shards of a part have; with more than one, a plan says how many shards there are."""
         self.subfolders = False
         self.locks = True
         self.total: int | None = None

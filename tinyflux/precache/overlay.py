@@ -1,4 +1,4 @@
-"""`--only`: further groups, or other captions, of the very rows of a finished source, as an overlay of it.
+"""`--only`: further groups, or other captions, of the rows of a finished source, as an overlay of it.
 
 Shards, counts and keys are the base's; what is not made again stays where it is and is not copied.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), complete or invisible, resumed by themselves.
+"""Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), complete or invisible, resumed automatically.
 
     step_N/                     one .distcp file a rank (weights, optimizer, EMA), and
     step_N/metadata.json        written last: without it the folder does not count. Step, configs, data, checksums.

@@ -88,7 +88,7 @@ def cut_before(root: Path, step: int) -> list[Path]:
 
 
 def mark_saved(root: Path, step: int) -> None:
-    """Note that this run has had a complete checkpoint: from now on it is never begun at step 0 again by itself."""
+    """Note that this run has had a complete checkpoint: from now on it never restarts at step 0 unless asked to."""
     atomic_write(root.parent / MARK, f"{step}\n")
 
 

@@ -118,7 +118,7 @@ class Metrics:
             self.board = Board(tensorboard_dir, start_step)
 
     def record(self, record: dict) -> None:
-        """Append one line. NaN and infinity become null: they are no JSON. Where the disk is full, lines wait."""
+        """Append one line. NaN and infinity become null: JSON has neither. Where the disk is full, lines wait."""
         if self.writes:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.unwritten.append(json.dumps(clean | self.marks).encode() + b"\n")
@@ -184,7 +184,7 @@ class Metrics:
 
 
 def data_report(loader: Stream, step: int, device: torch.device) -> dict:
-    """What the streams of all ranks did since the run was started or resumed. A collective.
+    """What the streams of all ranks did since the run was started or resumed. Must be called on all ranks.
 
     {"sources": {name: {"samples", "share", "requested", "passes"}}, "bad_samples", "replaced_samples", "late_shards",
     "cache_hits", "fetched_bytes"}; share and requested are parts of a batch, passes those since step 0.
@@ -209,7 +209,7 @@ def data_lines(report: dict) -> list[str]:
         f" {s['passes']:.2f} passes in all"
         for name, s in report["sources"].items()
     ]
-    rest = f"data: {report['bad_samples']} bad samples, {report['replaced_samples']} times another in their place"
+    rest = f"data: {report['bad_samples']} bad samples, {report['replaced_samples']} replacements"
     cached, late, fetched = (report[name] for name in ("cache_hits", "late_shards", "fetched_bytes"))
     if cached or late or fetched:
         rest += f"; {cached} shards found in the cache, {late} waited for, {fetched / 1e6:,.1f} MB fetched"

@@ -1,4 +1,4 @@
-"""The copy of a run's state that a checkpoint is written from while training goes on."""
+"""The copy of a run's state that a checkpoint is written from while training continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor

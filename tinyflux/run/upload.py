@@ -1,7 +1,7 @@
-"""Weights into a model repo of the Hugging Face Hub while training goes on, in checkpoint_runs/NAME/.
+"""Weights into a model repo of the Hugging Face Hub while training continues, in checkpoint_runs/NAME/.
 
 Only step_N.safetensors, step_N_ema.safetensors (the published layout), config.json and training_config.json are sent,
-and a model card. The token is the one of HF_TOKEN or of `hf auth login`.
+and a model card. The token is that of HF_TOKEN or of `hf auth login`.
 """
 
 import json
@@ -125,7 +125,7 @@ class Uploader:
                     delay = LAST_RETRY if self.closing else min(LONGEST, RETRY * 2 ** (self.failures - 1))
                     names = ", ".join(path.name for path in files)
                     say(f"WARNING: upload to {self.repo} failed ({self.failures} in a row): {error}")
-                    say(f"  training goes on; {names} will be sent at the next try")
+                    say(f"  training continues; {names} will be sent at the next try")
             if self.closing and not self.pending():
                 return
 

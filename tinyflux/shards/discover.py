@@ -26,7 +26,7 @@ class Found:
     shard: Shard
     groups: dict[str, Group]
     key: str
-    """Of its first sample."""
+    """The key of its first sample."""
 
 
 def tars(folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ _KEYS = (
     ("null", (dict, type(None))),
     ("base", (dict, type(None))),
 )
-_LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is no use to anyone
+_LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is not believed
 _LONGEST = 1 << 24  # bytes of a manifest
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 _FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")

@@ -167,7 +167,7 @@ class ShardFile:
     def meta(self, row: int) -> dict:
         """What the sample's json says: `prompts` list[str], `origin` str, and the rest. Raises ShardError.
 
-        Of an overlay the prompts are its own, if it has texts.
+        An overlay that has texts has its own prompts.
         """
         if self.base is not None and "json" not in self.sample(row).members:
             return self.base.meta(row)

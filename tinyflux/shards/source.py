@@ -214,7 +214,7 @@ def repo_of(url: str) -> str:
 
 
 def check_overlay(base: Manifest, overlay: Manifest, url: str) -> None:
-    """Raises ManifestError where an overlay has not the shards of its base."""
+    """Raises ManifestError where an overlay lacks the shards of its base."""
     for what, a, b in (
         ("source", base.source, overlay.source),
         ("dataset id", base.dataset_id, overlay.dataset_id),

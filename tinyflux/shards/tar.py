@@ -164,7 +164,7 @@ def _group(members: Iterable[tuple[str, int, int] | Damage], shard: str) -> Scan
 def scan(fd: int, shard: str) -> Scan:
     """The samples of an open tar. Plain ustar headers are read directly, other tars through tarfile.
 
-    Behind a damaged header it goes on at the next one that is whole. `shard` names the file in the fault.
+    After a damaged header it continues at the next one that is whole. `shard` names the file in the fault.
     """
     try:
         return _group(_plain_members(fd), shard)

@@ -143,7 +143,7 @@ class TrainerConfig:
     save_pt: bool = False
     """Also write step_N.pt: weights, EMA, optimizer and configs in one file."""
     hf_repo_id: Annotated[str | None, Match(r"[\w.-]+/[\w.-]+", "like USER/NAME")] = None
-    """Model repo of the Hugging Face Hub, USER/NAME, that weights are uploaded to while training goes on."""
+    """Model repo of the Hugging Face Hub, USER/NAME, that weights are uploaded to while training continues."""
     hf_run_name: Annotated[str | None, Match(r"\w[\w.-]*", "a plain name, of letters, digits, _, . and -")] = None
     """Folder in its checkpoint_runs/. Default: the run folder's name."""
     upload_every_steps: Annotated[int, AtLeast(0)] = 0

@@ -128,9 +128,9 @@ class SampleOptions:
     seed: int = 0
     """Picture k has noise keyed by (seed, k)."""
     height: int | None = None
-    """Of a picture, in pixels. Default: what the run was mostly trained on, else what the zoo is made for."""
+    """Height of a picture, in pixels. Default: what the run was mostly trained on, else what the zoo is made for."""
     width: int | None = None
-    """Likewise."""
+    """Width of a picture, in pixels; the same default."""
     batch_size: int = 8
     """Pictures that are drawn at once."""
     lora: Path | None = None

@@ -1,4 +1,4 @@
-"""Garbage collection by the clock of steps: one that a rank begins by itself makes all others wait."""
+"""Garbage collection by the clock of steps: a collection that one rank starts on its own makes all others wait."""
 
 import gc
 from collections.abc import Callable, Iterator

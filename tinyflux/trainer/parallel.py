@@ -193,7 +193,8 @@ def distribute(
 
 
 def load_full(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill a sharded model from the unsharded state dict that rank 0 has; other ranks pass {}. A collective."""
+    """Fill a sharded model from the unsharded state dict that rank 0 has; other ranks pass {}. Must be
+    called on all ranks."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, state, options=options)
 

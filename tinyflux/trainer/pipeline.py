@@ -63,7 +63,7 @@ class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
         variant: str | None = None,
         **_of_diffusers,
     ) -> "TinyFluxTransformer":
-        """Of a pipeline's folder `transformer`, strictly; errors as of `load_model`.
+        """The network in a pipeline's folder `transformer`, strictly; errors as of `load_model`.
 
         torch_dtype: the same as dtype. What else DiffusionPipeline passes to each part has no meaning here.
         """
@@ -290,7 +290,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         self._draw_with({name: (lora, scales.get(name, 0.0)) for name, (lora, _) in self._loras.items()})
 
     def unload_lora_weights(self) -> None:
-        """Draw without adapters again, with the very weights from before."""
+        """Draw without adapters again, with exactly the weights from before."""
         self._draw_with({})
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ def parse(options: type[Options], argv: list[str] | None, prog: str, description
 def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] = ()) -> int:
     """The exit status of `action`: its own, or that of the error it raises, which becomes one message on stderr.
 
-    failures: errors, beside OSError, that are told without a traceback.
+    failures: errors, beside OSError, that are reported without a traceback.
     """
     try:
         return action()

@@ -119,7 +119,7 @@ class _Stream:
         self._iterator, self._next = None, 0
 
     def row(self, i: int) -> dict:
-        """Row i. Raises SourceError behind the end."""
+        """Row i. Raises SourceError beyond the end."""
         with self._lock:
             near = self._iterator is not None and self._next <= i < self._next + self.KEPT
             if i not in self._kept and not near:
