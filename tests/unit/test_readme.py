@@ -22,6 +22,7 @@ from tinyflux.run import export
 from tinyflux.shards.config import DataConfig
 from tinyflux.trainer.config import RunConfig, TrainerConfig, load_config
 from tinyflux.trainer.drawing import SampleOptions
+from tinyflux.trainer.evaluate import EvaluateOptions
 from tinyflux.util import cli, settings
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ OPTIONS = {
     "sharding.push": push.PushConfig,
     "sharding.pull": pull.PullConfig,
     "launch/sample.py": SampleOptions,
+    "launch/evaluate.py": EvaluateOptions,
     "tinyflux.run.export": export.Options,
 }
 FILES = {"launch/slurm/train.sbatch": "launch/train.py", "launch/slurm/build.sbatch": "sharding.build"}
