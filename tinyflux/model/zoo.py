@@ -315,7 +315,7 @@ class ModelZoo:
 
     @torch.no_grad()
     def encode_sd(self, pixels: Tensor | list) -> Tensor:
-        """The SD1.5 VAE's latents [B, 4, h, w], likewise."""
+        """The SD1.5 VAE's latents [B, 4, h, w] of the same images."""
         return _encode(self.required("sd_vae"), pixels)
 
     @torch.no_grad()

@@ -113,7 +113,7 @@ class Listing:
         raise NotImplementedError
 
     def done_with(self, k: int) -> None:
-        """All shards of a part are written: what its source kept of it can go."""
+        """Called once all shards of a part are written: what its source kept of it can be deleted."""
 
     def load(self) -> bool:
         """Take up what was listed before, if anything was."""

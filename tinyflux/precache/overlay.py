@@ -123,7 +123,7 @@ class Overlay(FromImages):
         self.inputs = self._inputs()
 
     def _inputs(self) -> dict[str, Input] | None:
-        """The source's inputs now by origin; None where those that the base was built of are noted and will do."""
+        """The source's inputs now by origin; None where the noted inputs of the base are enough."""
         if "text" not in self.groups and self.listing.load():
             return None
         source = self.source

@@ -51,7 +51,7 @@ GROUP_OF = {name: group for group, entry in SCHEMA.items() for name in entry.fie
 class Field:
     """One tensor of every sample of a source: `dtype` of DTYPES, `shape` without the batch.
 
-    "h" and "w" in a shape stand for the latents' height and width, which a shard has its own of: see `at`.
+    "h" and "w" in a shape stand for the latents' height and width, which differ from shard to shard: see `at`.
     """
 
     dtype: str

@@ -67,7 +67,7 @@ def _own(node: ast.stmt) -> list[str]:
 
 
 def _stand_in(module: str, names: str, modules: list[str]) -> str:
-    """What stands for an import inside a function: nothing, or an error where the module is not in the file."""
+    """What replaces an import inside a function: nothing, or an error where the module is not in the file."""
     known = module in modules or f"{module}.{names}" in modules
     return "pass" if known else 'raise ImportError("this needs the package tinyflux-deep")'
 

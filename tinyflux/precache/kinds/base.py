@@ -60,7 +60,7 @@ class Source:
         return None
 
     def done_with(self, part: str) -> None:
-        """All shards of a part are written: what was kept of it can go."""
+        """Called once all shards of a part are written: what was kept of it can be deleted."""
 
     def inputs_of(self, part: str) -> Iterator[Input]:
         """The inputs of one of these parts, in order. Raises SourceError."""
