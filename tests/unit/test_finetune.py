@@ -21,11 +21,13 @@ from tinyflux.trainer.config import fit_model
 
 
 def test_from_a_folder_to_a_picture(tmp_path):
-    section = (ROOT / "README.md").read_text().split("### Fine-tune on a folder of your own\n")[1].split("\n## ")[0]
+    text = (ROOT / "launch" / "README.md").read_text()
+    section = text.split("## Fine-tune on a folder of your own\n")[1].split("\n## ")[0]
     (tmp_path / "sources.toml").write_text(re.search(r"```toml\n(.*?)```", section, re.DOTALL)[1])
     blocks = "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
     lines = blocks.replace("\\\n", "").replace("AbstractPhil/tinyflux-deep", "published").splitlines()
-    build, train, sample, train_lora, sample_lora = map(shlex.split, lines)
+    commands = [shlex.split(line) for line in lines if not line.startswith("pip ")]
+    build, train, sample, train_lora, sample_lora = commands
     write_folder(tmp_path / "photos", 12)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tinyflux.model.align import PREFIX
+from tinyflux.model.align import ALIGN_PREFIX
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, check_files, read_checkpoint, read_metadata
 from tinyflux.model.layers import rope_frequencies
@@ -56,7 +56,7 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state.items():
         for wrapper in WRAPPERS:
             key = key.replace(wrapper, "")
-        if key.startswith(PREFIX):
+        if key.startswith(ALIGN_PREFIX):
             continue
         if key in out:
             raise CheckpointError(f"{key} is there twice, with and without a wrapper's prefix")

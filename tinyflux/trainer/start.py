@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyflux.model.align import PREFIX, AlignHead
+from tinyflux.model.align import ALIGN_PREFIX, AlignHead
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.run.checkpoint import starting_weights
 from tinyflux.run.identity import agree, software
@@ -144,7 +144,9 @@ def build(
         head, generator = AlignHead(**of), torch.Generator().manual_seed(config.data.seed)
         for name, p in head.named_parameters():
             values = torch.zeros_like(p)
-            weights[PREFIX + name] = values if p.ndim < 2 else nn.init.xavier_uniform_(values, generator=generator)
+            if p.ndim >= 2:
+                nn.init.xavier_uniform_(values, generator=generator)
+            weights[ALIGN_PREFIX + name] = values
     return model, weights
 
 
