@@ -145,8 +145,7 @@ def test_what_is_named_is_there(readme):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
         path, _, heading = target.partition("#")
         file = folder / path if path else ROOT / readme
-        if path != "launch/demo.png":  # drawn by the demo
-            assert file.exists(), f"{readme}: {target}"
+        assert file.exists(), f"{readme}: {target}"
         if heading:
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
