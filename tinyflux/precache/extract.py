@@ -247,47 +247,6 @@ def producers(
     return found
 
 
-def producer(
-    zoo: ModelZoo,
-    resolution: int,
-    dtype: torch.dtype,
-    *,
-    crop: str = "center",
-    seed: int = 0,
-    lune: bool = True,
-    sol: bool = True,
-    teacher_input: str = "image",
-) -> dict:
-    """The fingerprint of a source: all that decides what its samples' tensors mean. `zoo`: with its models loaded."""
-    needed, known = models_of(groups_of(lune, sol)), zoo.fingerprint()
-    models = {name: value for name, value in known.items() if name in needed or name in ("latent", "t5_length")}
-    return models | {
-        "resolution": resolution,
-        "resize": "lanczos",
-        "crop": crop,
-        "teacher_input": teacher_input if lune or sol else None,
-        "seed": seed,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def by_group(fingerprint: dict) -> dict[str, dict]:
-    """What of a source's fingerprint each group follows from; what is in no list here is taken to matter to all."""
-    models = {model for extractor in EXTRACTORS.values() for model in extractor.models}
-
-    def concerns(name: str, group: str) -> bool:
-        extractor = EXTRACTORS[group]
-        if name in models:
-            return name in extractor.models
-        if name in ("resolution", "resize", "crop"):
-            return extractor.of_image
-        if name == "teacher_input":
-            return extractor.is_teacher
-        return {"latent": "vae", "t5_length": "t5"}.get(name, extractor.models[0]) in extractor.models
-
-    return {group: {n: v for n, v in sorted(fingerprint.items()) if concerns(n, group)} for group in EXTRACTORS}
-
-
 def whole(groups: dict[str, Group]) -> dict:
     """The fingerprint of a source: what its groups follow from, together."""
     return {name: value for group in groups.values() for name, value in group.producer.items()}
