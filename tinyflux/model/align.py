@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from tinyflux.model.layers import Linear
 
-ALIGN_PREFIX = "align."  # of its parameters in a network
 WIDEN = 4  # width of the head's hidden layers, in those of the network
 
 

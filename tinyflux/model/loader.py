@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tinyflux.model.align import ALIGN_PREFIX
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.dcp import METADATA, check_files, read_checkpoint, read_metadata
 from tinyflux.model.layers import rope_frequencies
@@ -51,12 +50,12 @@ def _constants(config: TinyFluxConfig, dtype: torch.dtype = torch.float32) -> di
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same entries without what wrappers left in their names, and without a head that only training has."""
+    """The same entries without what wrappers left in their names, and without heads that only training has."""
     out = {}
     for key, value in state.items():
         for wrapper in WRAPPERS:
             key = key.replace(wrapper, "")
-        if key.startswith(ALIGN_PREFIX):
+        if key.startswith("heads."):
             continue
         if key in out:
             raise CheckpointError(f"{key} is there twice, with and without a wrapper's prefix")

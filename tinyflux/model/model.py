@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinyflux.model.align import AlignHead
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.model.experts import LunePredictor, SolPrior
 from tinyflux.model.layers import DoubleBlock, Linear, RMSNorm, SingleBlock, resize_map, rope_table
@@ -37,10 +36,11 @@ class TimestepEmbedder(nn.Module):
 class TinyFluxDeep(nn.Module):
     """The network. Built under `torch.device("meta")` it has no values until `to_empty` and `init_weights`.
 
-    align: a head that only training has.
+    heads: those that only training has, by name; each reads the image tokens behind the block of its number `block`,
+    counted through double blocks, then single ones.
     """
 
-    def __init__(self, config: TinyFluxConfig | None = None, align: AlignHead | None = None):
+    def __init__(self, config: TinyFluxConfig | None = None, heads: dict[str, nn.Module] | None = None):
         super().__init__()
         self.config = cfg = config or TinyFluxConfig()
         C, pooled = cfg.hidden_size, cfg.pooled_projection_dim
@@ -65,7 +65,7 @@ class TinyFluxDeep(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(cfg.num_single_layers))
         self.final_norm = RMSNorm(C)
         self.final_linear = Linear(C, cfg.in_channels)
-        self.align = align  # last: what is drawn before does not depend on it
+        self.heads = nn.ModuleDict(heads)  # last: what is drawn before does not depend on it
         if not self.img_in.weight.is_meta:
             self.init_weights()
 
@@ -94,9 +94,9 @@ class TinyFluxDeep(nn.Module):
         no position. lune_features [B, 1280], sol_stats [B, 3], sol_spatial [B, 8, 8]: the teachers' values, used where
         lune_teacher and sol_teacher (bool [B], None = everywhere) are true; elsewhere the heads' own predictions are.
         lune_dropout_mask [B, lune_hidden_dim], scaled by 1 / (1 - p), takes the place of the Lune head's dropout.
-        grid: height and width in tokens, for the head `align`, whose prediction is info's `align_pred`.
-        info: `lune` {expert_pred}, `sol` {pred_stats, pred_spatial}, None where the head is off, and the same as
-        lune_pred, sol_stats_pred, sol_spatial_pred.
+        grid: height and width in tokens, for heads that only training has.
+        info: `lune` {expert_pred}, `sol` {pred_stats, pred_spatial}, None where the head is off, the same as lune_pred,
+        sol_stats_pred, sol_spatial_pred, and NAME_pred of each head that only training has.
         """
         B, N, _ = hidden_states.shape
         L, dtype = encoder_hidden_states.shape[1], self.img_in.weight.dtype
@@ -128,18 +128,21 @@ class TinyFluxDeep(nn.Module):
 
         vec = F.silu(vec)
         rope = rope_table(ids, self.config.axes_dims_rope, L)
-        read = self.align.block if self.align is not None and grid is not None else -1
         for place, block in enumerate(self.double_blocks):
             txt, img = block(txt, img, vec, rope, double_temper, spatial)
-            if place == read:
-                info["align_pred"] = self.align(img, grid)
+            info |= self._read(place, img, grid)
         x = torch.cat([txt, img], dim=1)  # [B, T, C]
         for place, block in enumerate(self.single_blocks, len(self.double_blocks)):
             x = block(x, vec, rope, single_temper, spatial)
-            if place == read:
-                info["align_pred"] = self.align(x[:, L:], grid)
+            info |= self._read(place, x[:, L:], grid)
         v = self.final_linear(self.final_norm(x[:, L:])).clone()  # FSDP2 hooks the output, and warns of views
         return (v, info) if return_expert_pred else v
+
+    def _read(self, place: int, img: Tensor, grid: tuple[int, int] | None) -> dict[str, Tensor]:
+        """What the heads that only training has predict from the image tokens [B, N, C] behind a block."""
+        if grid is None:
+            return {}
+        return {f"{name}_pred": head(img, grid) for name, head in self.heads.items() if head.block == place}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

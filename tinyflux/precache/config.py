@@ -37,7 +37,7 @@ class BuildConfig:
     """Precision that models compute in: `--model-dtype lune bfloat16 sol bfloat16`; float32 unless given."""
     limit: Annotated[int, AtLeast(1)] | None = None
     """Take only the first N inputs."""
-    only: tuple[Literal["lune", "sol", "prompt"], ...] = ()
+    only: tuple[str, ...] = ()
     """Make only these, for all samples of a source that is finished: `lune` and `sol` also where the source has none
     yet; `prompt` takes the captions as they are now, with their T5 states and CLIP vectors (the teachers saw the
     first ones: `--only prompt lune sol` makes all of them). The source stays as it is: --out becomes an overlay of
@@ -108,7 +108,7 @@ class BuildConfig:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of tensors that are made of each image."""
-        return ("latents", "text", *(("lune",) if self.lune else ()), *(("sol",) if self.sol else ()))
+        return ("latents", "text", *["lune"] * self.lune, *["sol"] * self.sol)
 
 
 class Place(NamedTuple):

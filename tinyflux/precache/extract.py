@@ -173,13 +173,9 @@ def extract(
 
     pixels float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3]; seeds int64 [B], which key the teachers' noise.
     """
-    batch, groups = Batch(pixels, prompts, seeds), groups_of(lune, sol)
+    groups = ("latents", "text", *["lune"] * lune, *["sol"] * sol)
+    batch = Batch(pixels, prompts, seeds)
     return extract_batches(zoo, [batch], groups, teacher_input=teacher_input, dtype=dtype)[0]
-
-
-def groups_of(lune: bool, sol: bool) -> tuple[str, ...]:
-    """The groups of a whole sample, with or without its teachers'."""
-    return ("latents", "text", *(("lune",) if lune else ()), *(("sol",) if sol else ()))
 
 
 def _in_chunks(features: Callable[..., Tensors], unet, latents: Tensor, timesteps: Tensor, contexts: Tensor) -> Tensors:

@@ -6,6 +6,7 @@ Shards, counts and keys are the base's; what is not made again stays where it is
 import io
 import json
 import os
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from tinyflux.precache.listing import Counted, Parted
 from tinyflux.shards.format import encode_sample, origin_hash, parse_key, sample_key
 from tinyflux.shards.manifest import Base, Manifest, diff_fingerprints, shard_name
 from tinyflux.shards.shardfile import ShardFile
+from tinyflux.util.settings import did_you_mean
 
-GROUPS = {"lune": "lune", "sol": "sol", "prompt": "text"}
-"""What --only takes, and the group of tensors that it is."""
 LIKENESS = 4.0  # of 255, on average: more than libraries' versions change a preview by, less than another image does
 
 
@@ -39,6 +39,7 @@ class Overlay(FromImages):
 
     def __init__(self, config: BuildConfig, source: ImageSource, ledger: Ledger, place: Place):
         super().__init__(config, source, ledger, place)
+        self.groups = groups_of(config.only)
         where = config.old or f"data/{source.name}"
         if "://" in where:
             raise LedgerError(f"--from {where}: must be a folder here; fetch it with python -m sharding.pull")
@@ -55,7 +56,6 @@ class Overlay(FromImages):
                 f"--from {where}: is [{manifest.source}] with dataset_id {manifest.dataset_id}, not that of "
                 f"[{source.name}]"
             )
-        self.groups = tuple(group for name, group in GROUPS.items() if name in config.only)
         self.shards = {self._number(shard.name): k for k, shard in enumerate(manifest.shards)}
         if not self.shards:
             raise LedgerError(f"--from {where}: its manifest lists no shards")
@@ -67,6 +67,11 @@ class Overlay(FromImages):
         if not number.isdigit() or shard_name(self.source.name, int(number)) != name:
             raise LedgerError(f"--from {self.folder}: {name} is not named as a build names shards")
         return int(number)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether images are looked at, not their captions alone."""
+        return set(self.groups) != {"text"}
 
     @cached_property
     def notes(self) -> dict:
@@ -88,7 +93,7 @@ class Overlay(FromImages):
         self.ledger.parts, self.ledger.total = sorted(self.shards), self.manifest.count
 
     def probe(self) -> None:
-        if "lune" in self.groups or "sol" in self.groups or self.source.parts() is None:
+        if self.of_images or self.source.parts() is None:
             super().probe()
 
     def load(self, begun: dict) -> dict[str, dict]:
@@ -180,7 +185,7 @@ class Overlay(FromImages):
         seed, item = self.seed_of(index), self._item(index, meta["origin"])
         prompts = self.source.prompts(item, seed) if "text" in self.groups else meta["prompts"]
         picture = None
-        if set(self.groups) - {"text"}:
+        if self.of_images:
             picture = self.cut(self.source.read_image(item), seed, shape)
             found, was = [[list(picture.size), list(picture.crop)], [meta["size"], meta["crop"]]]
             if found != was:
@@ -219,6 +224,17 @@ class Overlay(FromImages):
         meta = {**ready.meta, "prompts": list(ready.prompts)} if "text" in self.groups else None
         key = sample_key(self.source.dataset_id, ready.index)
         return encode_sample(key, tensors, meta, origin=origin_hash(ready.origin))
+
+
+def groups_of(only: Iterable[str]) -> tuple[str, ...]:
+    """The groups that --only names: teachers by their group, captions as `prompt`. Raises ValueError."""
+    from tinyflux.precache.extract import EXTRACTORS
+
+    known = {"prompt" if group == "text" else group: group for group in EXTRACTORS if group != "latents"}
+    for name in only:
+        if name not in known:
+            raise ValueError(f"--only {name}: {did_you_mean(name, known)}")
+    return tuple(group for name, group in known.items() if name in only)
 
 
 def alike(a: bytes, b: bytes) -> bool:

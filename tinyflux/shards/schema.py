@@ -21,13 +21,15 @@ class GroupSchema:
     """A group as the package knows it.
 
     fields: the axes of each field, an integer where the size is fixed, else its name. on_grid: the first axis is the
-    grid of timesteps. repeated: one member for each caption. optional: a source may lack it.
+    grid of timesteps. repeated: one member for each caption. optional: a source may lack it. extra: no loss needs it, a
+    run reads it wherever it is.
     """
 
     fields: dict[str, tuple[int | str, ...]]
     on_grid: bool = False
     repeated: bool = False
     optional: bool = False
+    extra: bool = False
 
 
 SCHEMA = {
@@ -39,12 +41,13 @@ SCHEMA = {
         on_grid=True,
         optional=True,
     ),
-    "mask": GroupSchema({"mask": ("h", "w")}, optional=True),
+    "mask": GroupSchema({"mask": ("h", "w")}, optional=True, extra=True),
     # one feature grid an image, of any teacher: its producer says which
     "align": GroupSchema({"align": ("align_width", "align_rows", "align_columns")}, optional=True),
 }
 GROUP_OF = {name: group for group, entry in SCHEMA.items() for name in entry.fields}
 """The group of each field."""
+EXTRAS = tuple(group for group, entry in SCHEMA.items() if entry.extra)
 
 
 @dataclass(frozen=True)

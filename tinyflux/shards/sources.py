@@ -4,7 +4,7 @@ from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.manifest import OWN, diff_producers
 from tinyflux.shards.remote import is_remote, without_revision
-from tinyflux.shards.schema import SCHEMA
+from tinyflux.shards.schema import EXTRAS, SCHEMA
 from tinyflux.shards.source import Source, open_source
 from tinyflux.shards.store import open_store
 
@@ -45,7 +45,7 @@ def open_sources(
     for option in ("allow_missing", "allow_different"):
         if unknown := set(getattr(config, option)) - names:
             raise ValueError(f"data.{option} names {sorted(unknown)}; the sources are {sorted(names)}")
-    wanted = [group for group in SCHEMA if group in groups and group != "mask"]
+    wanted = [group for group in SCHEMA if group in groups and group not in EXTRAS]
     for i, source in enumerate(sources):
         _check_groups(source, wanted, config)
         for other in sources[:i]:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from tinyflux.shards.format import sample_key
 from tinyflux.shards.schema import SCHEMA, Field, fields_at, fields_of, shape_of
+from tinyflux.trainer import terms
 from tinyflux.trainer.batches import Batch
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.collate import StreamCollate
@@ -23,8 +24,11 @@ class CacheCollate(StreamCollate):
     """The stream's collate for batches of `collate_fn`: the teachers' features come out of the caches."""
 
     def __init__(self, config: TrainerConfig, cache: DatasetCache | MultiSourceCache | None, **options):
-        if config.enable_align:
-            raise ValueError("trainer.enable_align needs shards with the group align: train on them by launch/train.py")
+        if wanting := [term for term in terms.enabled(config) if term.group not in (None, "lune", "sol")]:
+            raise ValueError(
+                f"trainer.enable_{wanting[0].name} needs shards with the group {wanting[0].group}: train on them by"
+                " launch/train.py"
+            )
         self.cache = cache
         caches = cache.caches.values() if isinstance(cache, MultiSourceCache) else [cache] if cache else []
         for one in caches:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from tinyflux.shards.schema import GROUP_OF, SCHEMA
+from tinyflux.shards.schema import EXTRAS, GROUP_OF, SCHEMA
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.batches import Batch
@@ -65,8 +65,10 @@ class StreamCollate:
 
     def at(self, raw: dict, t: Tensor) -> Batch:
         """The batch at given timesteps [B], with all prompts."""
-        masks = [f"{term.name}_mask" for term in self.terms if term.group]
-        batch = {name: raw[name] for name in (*COPIED, *masks, "valid") if name in raw}
+        others = [group for group in EXTRAS if group != "mask"]
+        names = [*COPIED, "valid", *(name for group in others for name in SCHEMA[group].fields)]
+        names += [f"{group}_mask" for group in (*others, *(term.group for term in self.terms if term.group))]
+        batch = {name: raw[name] for name in names if name in raw}
         return {**batch, "masks": self.masks(raw), "t": t, **self.features(raw, t)}
 
     def masks(self, raw: dict) -> Tensor | None:

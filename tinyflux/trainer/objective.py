@@ -36,7 +36,7 @@ class Objective:
         for name, term in self.terms.items():
             if term.head:
                 seen = rng.uniform(seeds, f"{name}_dropout") >= term.dropout(self.config)
-                inputs[f"{name}_teacher"] = seen & batch.get(f"{name}_mask", True)
+                inputs[f"{name}_teacher"] = seen & batch.get(f"{term.group}_mask", True)
                 inputs.update({field: batch[field] for field in term.fields})
         if model.use_lune_expert:
             kept = rng.uniform(seeds, "lune_head", (model.lune_hidden_dim,)) >= model.lune_dropout
@@ -66,6 +66,6 @@ class Objective:
         found = {}
         for name, term in self.terms.items():
             loss = term.loss(prediction, self.config)
-            found[name] = loss * batch.get(f"{name}_mask", 1) if term.group else loss
+            found[name] = loss * batch.get(f"{term.group}_mask", 1) if term.group else loss
         weights = self.weights(step)
         return {"loss": sum(weights[name] * loss for name, loss in found.items()), **found}

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyflux.model.align import ALIGN_PREFIX, AlignHead
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.run.checkpoint import starting_weights
 from tinyflux.run.identity import agree, software
 from tinyflux.run.sources import data_identity, open_run_sources
+from tinyflux.shards.schema import EXTRAS
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.collate import HeldOut, StreamCollate
@@ -26,7 +26,6 @@ from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import cli
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.log import say
-from tinyflux.util.settings import require
 
 
 def start(config: RunConfig, given: set[str]) -> int:
@@ -57,7 +56,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     agree({**config.to_dict(), "version": software()})
     check_accumulation(config, dist.get_world_size())
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
-    groups = (*(term.group for term in terms.enabled(c) if term.group), "mask")
+    groups = (*(term.group for term in terms.enabled(c) if term.group), *EXTRAS)
     sources = open_run_sources(config.data, groups, checkpoints)
     shapes = {name: f.at(source.shapes[0]).shape for source in sources for name, f in source.fields.items()}
     weights = None
@@ -130,23 +129,18 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
 def build(
     config: RunConfig, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor] | None
 ) -> tuple[TinyFluxDeep, dict[str, Tensor] | None]:
-    """The network on the meta device, and the weights for it: where they are given, with those of a head that only
-    training has. Raises ValueError for a block that it has not."""
-    c, blocks = config.trainer, config.model.num_double_layers + config.model.num_single_layers
-    if not c.enable_align:
-        with torch.device("meta"):
-            return TinyFluxDeep(config.model), weights
-    require(c.align_block < blocks, "trainer.align_block", c.align_block, f"less than the number of blocks, {blocks}")
-    of = {"dim": config.model.hidden_size, "block": c.align_block, "features": shapes["align"]}
+    """The network on the meta device, and the weights for it: where they are given, with those of the heads that only
+    training has. Raises ValueError as the terms that make these heads."""
+    c, enabled = config.trainer, terms.enabled(config.trainer)
     with torch.device("meta"):
-        model = TinyFluxDeep(config.model, AlignHead(**of))
+        heads = {term.name: term.training_head(c, config.model, shapes) for term in enabled if term.training_head}
+        model = TinyFluxDeep(config.model, heads)
     if weights:
-        head, generator = AlignHead(**of), torch.Generator().manual_seed(config.data.seed)
-        for name, p in head.named_parameters():
-            values = torch.zeros_like(p)
+        generator = torch.Generator().manual_seed(config.data.seed)
+        for name, p in model.heads.named_parameters(prefix="heads"):
+            weights[name] = torch.zeros(p.shape)
             if p.ndim >= 2:
-                nn.init.xavier_uniform_(values, generator=generator)
-            weights[ALIGN_PREFIX + name] = values
+                nn.init.xavier_uniform_(weights[name], generator=generator)
     return model, weights
 
 

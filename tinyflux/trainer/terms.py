@@ -1,20 +1,21 @@
 """The losses of a run, a `Term` each. To add one: a term here and its settings in `TrainerConfig`.
 
-The settings of a term NAME that is not always on: enable_NAME, NAME_weight, NAME_warmup_steps and, where the network
-has a head for it, NAME_dropout.
+The settings of a term NAME that is optional: enable_NAME, NAME_weight, NAME_warmup_steps and, where the network has a
+head for it, NAME_dropout.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyflux.model.align import align_loss
+from tinyflux.model.align import AlignHead, align_loss
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.trainer import losses
 from tinyflux.trainer.batches import Batch
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import loss_warmup
+from tinyflux.util.settings import require
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,24 @@ class Prediction:
 class Term:
     """A loss of each sample, float32 [B].
 
-    name: in metrics. fields: of the batch, and the shards' field that each is read from. head: the network's setting
-    that gives it the head which learns this; the teacher's values then steer the network too, except for the samples
-    that `NAME_dropout` draws.
+    name: in metrics. optional: whether it has settings of its own and can be turned off. group: the group of the shards
+    that it needs. fields: of the batch, and the shards' field that each is read from. head: the network's setting that
+    gives it the head which learns this; the teacher's values then steer the network too, except for the samples that
+    `NAME_dropout` draws. training_head: makes a head that only training has, from the settings, the network's and the
+    shapes of the shards' fields.
     """
 
     name: str
     loss: Callable[[Prediction, TrainerConfig], Tensor]
+    optional: bool = True
     group: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     head: str | None = None
+    training_head: Callable[[TrainerConfig, TinyFluxConfig, dict[str, tuple[int, ...]]], nn.Module] | None = None
 
     def enabled(self, config: TrainerConfig) -> bool:
         """Is it part of a run with these settings?"""
-        return self.group is None or getattr(config, f"enable_{self.name}")
+        return not self.optional or getattr(config, f"enable_{self.name}")
 
     def learnt(self, config: TrainerConfig, model: TinyFluxConfig) -> bool:
         """Is it, with this network?"""
@@ -54,7 +59,7 @@ class Term:
 
     def weight(self, config: TrainerConfig, step: int) -> float:
         """Its factor in the sum at a step, counted from 0."""
-        if self.group is None:
+        if not self.optional:
             return 1.0
         return getattr(config, f"{self.name}_weight") * loss_warmup(step, getattr(config, f"{self.name}_warmup_steps"))
 
@@ -102,8 +107,15 @@ def align(p: Prediction, config: TrainerConfig) -> Tensor:
     return align_loss(p.info["align_pred"], p.batch["align_features"])
 
 
+def align_head(config: TrainerConfig, model: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> AlignHead:
+    """The head of `align`. Raises ValueError for a block that the network has not."""
+    place, blocks = config.align_block, model.num_double_layers + model.num_single_layers
+    require(place < blocks, "trainer.align_block", place, f"less than the number of blocks, {blocks}")
+    return AlignHead(model.hidden_size, place, shapes["align"])
+
+
 TERMS = (
-    Term("main", main),
+    Term("main", main, optional=False),
     Term("lune", lune, group="lune", fields={"lune_features": "lune"}, head="use_lune_expert"),
     Term(
         "sol",
@@ -112,7 +124,7 @@ TERMS = (
         fields={"sol_stats": "sol_stats", "sol_spatial": "sol_spatial"},
         head="use_sol_prior",
     ),
-    Term("align", align, group="align", fields={"align_features": "align"}),
+    Term("align", align, group="align", fields={"align_features": "align"}, training_head=align_head),
 )
 
 
