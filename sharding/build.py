@@ -30,23 +30,17 @@ def build(config: BuildConfig) -> int:
         return cli.DONE
     import transformers
 
-    from tinyflux.precache.from_images import FromImages
-    from tinyflux.precache.from_legacy import FromLegacy
     from tinyflux.precache.ledger import Ledger
-    from tinyflux.precache.overlay import Overlay
     from tinyflux.precache.progress import estimate
-    from tinyflux.precache.recipe import build
+    from tinyflux.precache.recipe import build, recipe_of
 
     transformers.logging.disable_progress_bar()  # one bar is enough: the build's own
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, and of sizes that our own limit rejects
     source, place = find_source(config.source, config.sources, config.kind, config.dataset_id), Place.of_environment()
     out = Path(config.out or Path("data") / source.name)
     ledger = Ledger(out, source.name, source.dataset_id, place.rank, place.world)
-    if source.kind == "cache" and config.only:
-        raise ValueError(f"[{source.name}] is a legacy cache: it has no images to make anything of")
-    kind = FromLegacy if source.kind == "cache" else Overlay if config.only else FromImages
-    recipe = kind(config, source, ledger, place)
-    return estimate(recipe, place.world) if config.estimate and kind is FromImages else build(recipe)
+    recipe = recipe_of(source, config.only)(config, source, ledger, place)
+    return estimate(recipe, place.world) if config.estimate else build(recipe)
 
 
 def main(args: list[str] | None = None) -> int:

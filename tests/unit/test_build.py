@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -278,6 +279,24 @@ def test_no_previews_bfloat16_noise_and_limit(tmp_path):
     assert "jpg" not in open_source(tmp_path / "out").open(0).samples[0].members
 
 
+def test_fewer_timesteps(tmp_path, capsys):
+    """Recorded in the manifest; the same features where both grids have a timestep; an overlay keeps to its base."""
+    sources(tmp_path)
+    for name, count in (("few", 4), ("all", 10)):
+        args = ("--limit", 3, "--timesteps", count, "--no-sol")
+        assert run(tmp_path, "--out", tmp_path / name, *args, source="drawn") == 0
+    groups = Manifest.load(tmp_path / "few").groups
+    assert groups["lune"].timesteps == (0.05, 0.35, 0.65, 0.95) and groups["lune"].fields["lune"].shape[0] == 4
+    few, every = samples(tmp_path / "few"), samples(tmp_path / "all")
+    for index in few:
+        torch.testing.assert_close(few[index]["lune"], every[index]["lune"][::3], atol=2e-3, rtol=2e-3)
+    only = ("--only", "sol", "--from", tmp_path / "few", "--out", tmp_path / "sol")
+    assert run(tmp_path, *only, "--timesteps", 10, source="drawn") == 2
+    assert "--timesteps 10: the teachers of" in capsys.readouterr().err
+    assert run(tmp_path, *only, source="drawn") == 0
+    assert Manifest.load(tmp_path / "sol").groups["sol"].timesteps == groups["lune"].timesteps
+
+
 def test_same_sample_whatever_the_batch(tmp_path):
     """Features of a sample depend on its seed and image, not on what else is encoded with it."""
     sources(tmp_path)
@@ -384,7 +403,11 @@ def test_list_and_estimate(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["source", "photos", "drawn"]
     assert run(tmp_path, "--estimate", source="drawn") == 0
     printed = capsys.readouterr().out
-    assert "drawn: 20 inputs at" in printed and "hours on 1 rank" in printed and "kB a sample" in printed
+    assert re.search(r"^drawn: [\d.]+ images/s a rank, from 12 of them; 0.0% rejected$", printed, re.M)
+    for count in ("all 20 inputs", "a million inputs"):
+        assert re.search(rf"^  {count}: [\d.]+ CPU-hours, [\d.]+ GB at [\d.]+ kB a sample$", printed, re.M)
+    shares = re.findall(r"(vae|sd_vae|clip|t5|lune|sol) ([\d.]+)%", printed)
+    assert len({name for name, _ in shares}) == 6 and abs(sum(float(share) for _, share in shares) - 100) < 0.5
     assert not (tmp_path / "out").exists()
 
 
@@ -434,7 +457,7 @@ def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys)
     assert run(tmp_path, "--out", tmp_path / "plain", *args, "--low-memory", source="drawn") == 0  # one and the same
     capsys.readouterr()
     assert run(tmp_path, "--estimate", "--low-memory", "--shard-size", 4, source="drawn") == 0
-    assert "drawn: 20 inputs at" in capsys.readouterr().out
+    assert "all 20 inputs" in capsys.readouterr().out
 
 
 def test_precision_of_single_models(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The teachers against a plain computation that runs the whole UNet and keeps every attention matrix."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,17 @@ def test_sol_equals_the_plain_computation(monkeypatch, h, w, chunk):
     torch.testing.assert_close(ours_spatial, spatial, atol=1e-4, rtol=0)
     assert ours_stats.shape == (2, 3)
     torch.testing.assert_close(ours_spatial.sum(dim=(1, 2)), torch.ones(2))
+
+
+def test_a_gpu_holds_more_of_sol_at_once(monkeypatch):
+    """By all of its memory, in powers of two: 80 GB hold 16 times what the CPU does."""
+    held = {}
+    for gigabytes in (4, 24, 80, 141):
+        properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
+        held[gigabytes] = teachers.chunk_of(torch.device("cuda"))
+    assert held == {4: 1 << 24, 24: 1 << 26, 80: 1 << 28, 141: 1 << 29}
+    assert teachers.chunk_of(torch.device("cpu")) == 1 << 24
 
 
 def test_sol_leaves_the_output_and_the_processors_as_they_were():

@@ -179,25 +179,34 @@ def vocabulary_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def load_unet(path: Path, config: Pretrained, dtype):
-    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped."""
+def load_unet(path: Path, config: Pretrained, dtype, skipped: tuple[str, ...] = ()):
+    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped.
+
+    skipped: parts whose weights are checked, but stay on the meta device.
+    """
     import torch
     from diffusers import UNet2DConditionModel
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**config.arguments()))
-    state = load_file(path)
-    expected = unet.state_dict()
-    faults = [f"missing {key}" for key in expected.keys() - state.keys()]
-    faults += [f"unexpected {key}" for key in state.keys() - expected.keys()]
-    faults += [
-        f"{key} is {list(state[key].shape)} instead of {list(expected[key].shape)}"
-        for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
-    ]
-    if faults:
-        shown = "\n  ".join(sorted(faults)[:20])
-        raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
-    unet.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    expected = {key: list(value.shape) for key, value in unet.state_dict().items()}
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            faults = [f"missing {key}" for key in expected.keys() - found.keys()]
+            faults += [f"unexpected {key}" for key in found.keys() - expected.keys()]
+            faults += [
+                f"{key} is {found[key]} instead of {expected[key]}"
+                for key in expected.keys() & found.keys()
+                if found[key] != expected[key]
+            ]
+            if faults:
+                shown = "\n  ".join(sorted(faults)[:20])
+                raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
+            wanted = (key for key in found if key.partition(".")[0] not in skipped)
+            state = {key: file.get_tensor(key).to(dtype) for key in wanted}  # one by one: not twice in memory
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); delete it to have it fetched again") from error
+    unet.load_state_dict(state, assign=True, strict=not skipped)
     return unet

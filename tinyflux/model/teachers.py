@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-CHUNK = 1 << 24  # attention probabilities that are held at once, over all samples and heads
+CHUNK = 1 << 24
+"""Attention probabilities that are held at once on the CPU, over all samples and heads."""
+
+
+def chunk_of(device: torch.device) -> int:
+    """How many are held at once on a device: on a GPU about 3% of its memory, at some 9 bytes each.
+
+    By the memory that it has, not what is free: the order of the sums, and with it the last bits, stay the same.
+    """
+    if device.type != "cuda":
+        return CHUNK
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK, 1 << (memory >> 8).bit_length() - 1)
 
 
 def lune_features(unet: UNet2DConditionModel, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
@@ -87,7 +99,7 @@ class SolStatistics:
 class SolAttnProcessor:
     """Attention processor of a self-attention layer that appends its `SolStatistics` to `layers`.
 
-    The layer's output is exact. Queries go through in chunks, so at most `CHUNK` probabilities exist at a time.
+    The layer's output is exact. Queries go through in chunks, so at most `chunk_of` probabilities exist at a time.
     `grid` is (height, width) of the UNet's latents: the layer's own is found by halving, as the UNet does.
     """
 
@@ -105,7 +117,7 @@ class SolAttnProcessor:
         )
         q = q * attn.scale
         layer = SolStatistics(B, halved(self.grid, n), hidden_states.device)
-        chunk = max(1, CHUNK // (B * attn.heads * n))
+        chunk = max(1, chunk_of(q.device) // (B * attn.heads * n))
         output = torch.empty_like(q)
         for start in range(0, n, chunk):
             probs = (q[:, :, start : start + chunk] @ k.mT).softmax(dim=-1, dtype=torch.float32)  # [B, H, c, n]

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,8 @@ class ModelZoo:
     dtype: one for all or {name: dtype}; unless given bfloat16 on CUDA, float32 elsewhere. revision: one for all Hub
     repos or {name: revision}; that of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
     one_at_a_time: `using` keeps a model on the device, or on the CPU in memory, for no longer than it is used.
-    extraction_only: leave out what extraction never runs, Lune's up blocks and the VAEs' decoders: 2.5 GB in float32.
+    extraction_only: models of which to leave out what extraction never runs: Lune's up blocks and the VAEs' decoders,
+    2.5 GB in float32.
     Every model is None until its `load_*`, then in eval mode without gradients.
     """
 
@@ -63,7 +64,7 @@ class ModelZoo:
         revision: str | dict[str, str] | None = None,
         *,
         one_at_a_time: bool = False,
-        extraction_only: bool = False,
+        extraction_only: Collection[str] = (),
     ):
         self.one_at_a_time, self.extraction_only = one_at_a_time, extraction_only
         self._dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys((*FLUX, "tinyflux"), dtype)
@@ -102,8 +103,10 @@ class ModelZoo:
         self._known: dict[Pretrained, dict] = {}
         self.truncated: Counter[str] = Counter()
         """By model, how many of the prompts encoded so far were longer than it takes."""
+        self.timed = False
+        """Wait for the device after each model, so that `seconds` is right on CUDA, too."""
         self.seconds: Counter[str] = Counter()
-        """By model, how long `using` had it; on CUDA its kernels may still run then, and count for the next one."""
+        """By model, how long `using` had it; on CUDA its kernels may still run then unless `timed` is set."""
         self._warned: set[str] = set()
 
     @classmethod
@@ -156,7 +159,7 @@ class ModelZoo:
     def _load_vae(self, name: str, source: str | Path | None) -> AutoencoderKL:
         place = self._find(name, source)
         vae = load_pretrained(AutoencoderKL, place, torch_dtype=self._dtype(name))
-        if self.extraction_only:
+        if name in self.extraction_only:
             vae.decoder = None
         self._keep(name, place, vae)
         self._identities[name]["scaling_factor"] = vae.config.scaling_factor
@@ -174,17 +177,20 @@ class ModelZoo:
         place = self._find(name, source, single_file=True)
         if place.file:
             self._unet_config = self._unet_config.resolve()  # once, as those of the models
-            unet = load_unet(place.path(), self._unet_config, self._dtype(name))
+            unet = load_unet(place.path(), self._unet_config, self._dtype(name), skipped=self._skipped(name))
         else:
             unet = load_pretrained(UNet2DConditionModel, place, torch_dtype=self._dtype(name))
         if extra := [key for key in ("addition_embed_type", "class_embed_type") if unet.config.get(key) is not None]:
             raise ValueError(f"{name}: {place} is not an SD1.5-type UNet: its config has {', '.join(extra)}")
-        if self.extraction_only and name == "lune":
-            unet.up_blocks = unet.conv_norm_out = unet.conv_out = None
+        for part in self._skipped(name):
+            setattr(unet, part, None)
         self._keep(name, place, unet)
         if place.file:
             self._identities[name]["config"] = self._unet_config.identity()
         return unet
+
+    def _skipped(self, name: str) -> tuple[str, ...]:
+        return ("up_blocks", "conv_norm_out", "conv_out") if name == "lune" and name in self.extraction_only else ()
 
     def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Pretrained:
         if source is None:
@@ -248,6 +254,8 @@ class ModelZoo:
             self.onload(name)
         try:
             yield self.required(name)
+            if self.timed and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] += time.perf_counter() - start
             if self.one_at_a_time and self.device.type == "cpu":

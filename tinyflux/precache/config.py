@@ -55,6 +55,9 @@ class BuildConfig:
     """Stored precision."""
     teacher_input: Literal["image", "noise"] = "image"
     """What Lune and Sol look at: the noised image, or pure noise."""
+    timesteps: Annotated[int, Within(2, 100)] | None = None
+    """Timesteps that the teachers' features are kept at, evenly spaced from 0.05 to 0.95: fewer take less time and
+    room, training interpolates between them. Default: 10, or as many as the base of --only has."""
     lune: bool = True
     """Keep Lune's features."""
     sol: bool = True

@@ -45,6 +45,7 @@ class Extraction:
     zoo: ModelZoo
     batches: list[Batch]
     teacher_input: str = "image"
+    timesteps: tuple[float, ...] = BUCKETS
     _clip: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _sd_latents: list[Tensor] = field(default_factory=list)
 
@@ -62,7 +63,7 @@ class Extraction:
             with self.zoo.using("sd_vae"):
                 self._sd_latents = [self.zoo.encode_sd(batch.on(self.zoo.device)) for batch in self.batches]
         return [
-            (*teacher_inputs(latents, batch.seeds, self.teacher_input), context)
+            (*teacher_inputs(latents, batch.seeds, self.teacher_input, self.timesteps), context)
             for latents, batch, context in zip(self._sd_latents, self.batches, contexts, strict=True)
         ]
 
@@ -132,6 +133,7 @@ def extract_batches(
     groups: Iterable[str] = tuple(EXTRACTORS),
     *,
     teacher_input: str = "image",
+    timesteps: tuple[float, ...] = BUCKETS,
     dtype: torch.dtype = torch.float16,
 ) -> list[Tensors]:
     """The tensors of these groups for each batch, in `dtype` on the CPU.
@@ -148,7 +150,7 @@ def extract_batches(
                 f"{len(batch.pixels)} images, {len(batch.prompts)} prompts and {len(batch.seeds)} seeds: "
                 "one of each per sample"
             )
-    run, found = Extraction(zoo, batches, teacher_input), [{} for _ in batches]
+    run, found = Extraction(zoo, batches, teacher_input, timesteps), [{} for _ in batches]
     for name, extractor in EXTRACTORS.items():
         if name in groups:
             for sample, tensors in zip(found, extractor.run(run), strict=True):
@@ -189,8 +191,10 @@ def _in_chunks(features: Callable[..., Tensors], unet, latents: Tensor, timestep
     return {name: torch.cat([each[name] for each in found]).unflatten(0, (B, K)) for name in found[0]}
 
 
-def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image") -> tuple[Tensor, Tensor]:
-    """What the teachers see at each t of the grid.
+def teacher_inputs(
+    latents: Tensor, seeds: Tensor, teacher_input: str = "image", timesteps: tuple[float, ...] = BUCKETS
+) -> tuple[Tensor, Tensor]:
+    """What the teachers see at each t of a grid.
 
     latents [B, 4, h, w] of the SD VAE, seeds int64 [B]. Returns [B, K, 4, h, w] float32 and teacher timesteps [K].
     "image": x_t at timestep 1000 (1 - t), the teachers' own convention. "noise": pure noise at timestep 1000 t, which
@@ -200,7 +204,7 @@ def teacher_inputs(latents: Tensor, seeds: Tensor, teacher_input: str = "image")
         raise ValueError(f"teacher_input is {teacher_input!r}; known: {', '.join(TEACHER_INPUTS)}")
     latents = latents.float()
     noise = rng.normal(seeds.to(latents.device), "teacher_noise", latents.shape[1:])
-    t = torch.tensor(BUCKETS, device=latents.device)
+    t = torch.tensor(timesteps, device=latents.device)
     if teacher_input == "noise":
         return noise[:, None].expand(-1, len(t), -1, -1, -1), 1000 * t
     return torch.stack([flow_x_t(latents, noise, time.expand(len(noise))) for time in t], dim=1), 1000 * (1 - t)

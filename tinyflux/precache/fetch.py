@@ -9,12 +9,13 @@ import urllib.request
 from pathlib import Path
 
 from tinyflux.precache.images import Rejected
-from tinyflux.precache.inputs import FILE_LIMIT
 from tinyflux.precache.kinds.base import SourceError
 from tinyflux.util.files import cache_folder, locked, replaced
 
 TRIES = 4
 TIMEOUT = 60  # seconds without a byte
+DEADLINE = 300  # seconds for an image in all: a server may send a byte a minute
+IMAGE_LIMIT = 1 << 28  # bytes of an image at a URL
 _FAULTS = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
 
 
@@ -23,28 +24,38 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def read_url(url: str) -> bytes:
-    """An image at a URL, of at most FILE_LIMIT bytes; tried again where the server or the network fails.
+def read_url(url: str, most: int | None = None) -> bytes:
+    """An image at a URL, of at most IMAGE_LIMIT bytes; tried again where the server or the network fails.
 
-    Raises Rejected.
+    most: bytes of its beginning that are enough. Raises Rejected.
     """
     for attempt in range(TRIES):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as stream:
-                data = stream.read(FILE_LIMIT + 1)
                 length = stream.headers.get("Content-Length")
+                data = _read(stream, most or IMAGE_LIMIT + 1)
         except _FAULTS as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
                 raise Rejected(f"cannot be fetched: {error}") from error
             if attempt == TRIES - 1:
                 raise Rejected(f"cannot be fetched: {error}, {TRIES} times") from error
         else:
-            if len(data) > FILE_LIMIT:
-                raise Rejected(f"unreadable file: more than {FILE_LIMIT} bytes")
-            if length is None or len(data) == int(length):
+            if most is None and len(data) > IMAGE_LIMIT:
+                raise Rejected(f"unreadable file: more than {IMAGE_LIMIT} bytes")
+            if length is None or len(data) == min(int(length), most or IMAGE_LIMIT):
                 return data
         time.sleep(0.2 * 2**attempt)
     raise Rejected(f"cannot be fetched: ends before its {length} bytes, {TRIES} times")
+
+
+def _read(stream, most: int) -> bytes:
+    """At most that many bytes. Raises Rejected where they take too long."""
+    end, data = time.monotonic() + DEADLINE, bytearray()
+    while len(data) < most and (some := stream.read1(min(1 << 16, most - len(data)))):
+        data += some
+        if time.monotonic() > end:
+            raise Rejected(f"cannot be fetched: {len(data)} bytes in {DEADLINE} s")
+    return bytes(data)
 
 
 def _open(url: str):

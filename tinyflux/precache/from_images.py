@@ -27,6 +27,7 @@ from tinyflux.precache.ledger import Ledger
 from tinyflux.precache.recipe import Listed
 from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.util import rng
+from tinyflux.util.buckets import BUCKETS, grid
 from tinyflux.util.settings import require
 
 if TYPE_CHECKING:
@@ -49,12 +50,13 @@ class FromImages(Listed):
         super().__init__(config, source, ledger, place, strict=strict)
         self.given_zoo, self.zoo = zoo, zoo
         self.groups, self.settings = config.groups, {}
+        self.timesteps = grid(config.timesteps or len(BUCKETS))
 
     def asked(self, begun: dict) -> dict:
         config = self.config
         names = ("zoo", "dtype", "teacher_input", "lune", "sol", "preview", "seed", "shard_size", "batch_size")
         self.settings = {"source": self.source.describe()} | {name: getattr(config, name) for name in names}
-        self.settings["shapes"] = list(config.shapes)
+        self.settings |= {"shapes": list(config.shapes), "timesteps": len(self.timesteps)}
         self.settings |= models.device_and_threads(config, begun, self.place)
         self.settings |= {name: value for name in ("compile", "model_dtype") if (value := getattr(config, name))}
         return {"settings": self.settings}
@@ -67,14 +69,18 @@ class FromImages(Listed):
         from tinyflux.precache.extract import load_for
 
         device = models.device_of(self.config, self.settings, self.place)
-        self.zoo = self.given_zoo or models.zoo_of(self.config, device, begun.get("producers", {}))
-        self.size = self.source.size or self.zoo.image_size
+        self.zoo = self.given_zoo or self.new_zoo(device, begun.get("producers", {}))
+        self.size = getattr(self.source, "size", None) or self.zoo.image_size
         if self.given_zoo is None:
             torch.set_num_threads(self.settings["threads"])
         load_for(self.zoo, self.groups)
         if self.config.compile:
             self.zoo.compile()
         return models.producers_of(self.zoo, self.groups, self.pictures, self.config)
+
+    def new_zoo(self, device: str, begun: dict) -> "ModelZoo":
+        """The models; `begun`: the fingerprints of the build that is resumed."""
+        return models.zoo_of(self.config, device, begun)
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
@@ -102,7 +108,7 @@ class FromImages(Listed):
             with ThreadPoolExecutor(models.workers_of(self.config, self.place), "headers") as pool:
                 plan = {"shapes": list(pool.map(self.shape_of, (item for _, item in rows)))}
         chunks = []
-        for shape in range(len(self.shapes)):
+        for shape in sorted(set(plan["shapes"])):
             own = [row for row, found in zip(rows, plan["shapes"], strict=True) if found == shape]
             chunks += [(shape, own[i : i + self.config.shard_size]) for i in range(0, len(own), self.config.shard_size)]
         if "shards" not in plan:
@@ -135,15 +141,22 @@ class FromImages(Listed):
             note = self.ledger.note_of(number)
             if note and (noted := note["contents"].get(str(index))):
                 try:
-                    image, texts = self.source.read_image(item), self.source.prompts(item, self.seed_of(index))
-                    return content_hash(image, texts) == noted
+                    return self.content(item, self.seed_of(index)) == noted
                 except (Rejected, OSError):
                     return False
         return False
 
+    def content(self, item: Input, seed: int) -> str:
+        """A hash of an input and its captions. Raises Rejected, OSError."""
+        return content_hash(self.source.read_image(item), self.source.prompts(item, seed))
+
     @property
     def truncated(self) -> Mapping[str, int]:
         return self.zoo.truncated
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        return self.zoo.seconds
 
     def null(self) -> dict[str, Tensor]:
         from tinyflux.precache.extract import null_embeddings
@@ -178,34 +191,46 @@ class FromImages(Listed):
         )
 
     def encode(self, group: list[list[Ready]]) -> list[Mapping]:
-        return encode(self.zoo, group, self.groups, self.config)
+        return encode(self.zoo, group, self.groups, self.config, self.timesteps)
 
     def pack(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
-        meta = {
+        meta = self.meta(ready) | {"size": ready.picture.size, "crop": ready.picture.crop}
+        picture = preview(ready.picture.pixels) if self.config.preview else None
+        return encode_sample(sample_key(self.source.dataset_id, ready.index), tensors, meta, picture)
+
+
+    def meta(self, ready: Ready) -> dict:
+        """What a sample's .json says, without where its image was cut."""
+        return {
             "prompts": list(ready.prompts),
             "source": self.source.name,
             "dataset_id": self.source.dataset_id,
             "index": ready.index,
             "origin": ready.origin,
-            "size": ready.picture.size,
-            "crop": ready.picture.crop,
         }
-        picture = preview(ready.picture.pixels) if self.config.preview else None
-        return encode_sample(sample_key(self.source.dataset_id, ready.index), tensors, meta, picture)
 
 
-def encode(zoo: "ModelZoo", group: list[list[Ready]], groups: Iterable[str], config: BuildConfig) -> list[dict]:
+def encode(
+    zoo: "ModelZoo",
+    group: list[list[Ready]],
+    groups: Iterable[str],
+    config: BuildConfig,
+    timesteps: tuple[float, ...],
+    pixels: list[Tensor | None] | None = None,
+) -> list[dict]:
     """The tensors of batches that are read, on the CPU. Teachers see an image's first caption.
 
+    pixels: of each batch, where they are not those of its pictures.
     The texts of a sample have one row a caption: `t5_embeds` [N, L, D] and `clip_pooled` [N, D].
     """
     from tinyflux.precache.extract import extract_batches
 
     made = extract_batches(
         zoo,
-        [as_batch(batch) for batch in group],
+        [as_batch(batch, seen) for batch, seen in zip(group, pixels or [None] * len(group), strict=True)],
         groups,
         teacher_input=config.teacher_input,
+        timesteps=timesteps,
         dtype=getattr(torch, config.dtype),
     )
     if "text" in groups:
@@ -236,10 +261,11 @@ def _add_captions(zoo: "ModelZoo", group: list[list[Ready]], made: list[dict], c
             ]
 
 
-def as_batch(batch: list[Ready]):
-    """Inputs that are read, as the models take them."""
+def as_batch(batch: list[Ready], pixels: Tensor | None = None):
+    """Inputs that are read, as the models take them; `pixels` where these are not those of their pictures."""
     from tinyflux.precache.extract import Batch
 
     pictures = [ready.picture for ready in batch]
-    pixels = None if pictures[0] is None else torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    if pixels is None and pictures[0] is not None:
+        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     return Batch(pixels, [ready.prompts[0] for ready in batch], torch.tensor([ready.seed for ready in batch]))

@@ -26,7 +26,8 @@ EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif jp2 ppm
 """What is read; .heic, .heif and .jxl where their plugins are installed."""
 PICTURES = EXTENSIONS | frozenset("cr2 cr3 nef nrw arw dng raf orf rw2 pef psd svg eps exr hdr tga".split())
 """What pictures are called; those that are not read are rejected if they have captions."""
-PLUGINS = {"heic": "pillow_heif", "heif": "pillow_heif", "jxl": "pillow_jxl"}
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF", "JXL")
+"""What files may be, whatever they are called; Pillow knows more, such as EPS, for which it runs Ghostscript."""
 ANIMATED = frozenset(("GIF", "PNG", "WEBP", "AVIF"))
 # what Pillow's decoders raise on damaged data
 DAMAGE = (
@@ -57,8 +58,8 @@ class Picture:
 
 
 @lru_cache(maxsize=1)
-def register_plugins() -> None:
-    """Have Pillow read HEIC and JPEG XL where their plugins are installed (the extra [images])."""
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that can be read here: HEIC and JPEG XL need their plugins (the extra [images])."""
     try:
         import pillow_heif
 
@@ -69,6 +70,8 @@ def register_plugins() -> None:
         import pillow_jxl  # noqa: F401  registers itself
     except ImportError:
         pass
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def unknown(data: bytes) -> str:
@@ -82,16 +85,20 @@ def unknown(data: bytes) -> str:
 
 def open_image(data: bytes | Image.Image, max_pixels: int = 100_000_000) -> Image.Image:
     """The whole image, upright, mode RGB. Raises Rejected."""
-    register_plugins()
+    return _opened(data, max_pixels)[0]
+
+
+def _opened(data: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, str]:
+    """The whole image, and what was odd about it."""
     try:
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         width, height = image.size
         if width * height > max_pixels:
             raise Rejected(f"too many pixels: {width}x{height}, at most {max_pixels} are accepted")
         if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
             raise Rejected(f"animated: {image.n_frames} frames")
         image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        return _rgb(ImageOps.exif_transpose(image)), UNUSABLE if uses_profile(image) is None else ""
     except Image.UnidentifiedImageError as error:
         raise Rejected(f"unreadable image: {unknown(data)}") from error
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -183,9 +190,8 @@ def nearest(width: int, height: int, shapes: Sequence[tuple[int, int]]) -> int:
 
 def size_of(data: bytes | Image.Image) -> tuple[int, int] | None:
     """Width and height of the upright image, from its header alone; None where it has no readable one."""
-    register_plugins()
     try:
-        image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
     except (*DAMAGE, Image.DecompressionBombError):
@@ -215,8 +221,7 @@ def prepare(
     Cutting first gives what a resize of the image to cover the shape and then a cut gives, and touches fewer pixels.
     Raises Rejected.
     """
-    image = open_image(data, max_pixels)
-    remark = UNUSABLE if image.info.get("icc_profile") and uses_profile(image) is None else ""
+    image, remark = _opened(data, max_pixels)
     width, height = image.size
     short, long = sorted((width, height))
     if short < min_side:

@@ -265,10 +265,13 @@ class Ledger:
             for number in self.shards_of(part):
                 yield json.loads((self.notes / f"{number:06d}.json").read_bytes())
 
-    def merge(self, producers: dict[str, dict], base: Base | None = None) -> Manifest | None:
+    def merge(
+        self, producers: dict[str, dict], timesteps: tuple[float, ...] = BUCKETS, base: Base | None = None
+    ) -> Manifest | None:
         """Write rejected.jsonl and, last, the manifest from the notes of all shards; None if all was rejected.
 
-        producers: the fingerprint of each group. Raises LedgerError where shards have other fields than the first.
+        producers: the fingerprint of each group; timesteps: the teachers' grid. Raises LedgerError where shards
+        have other fields than the first.
         """
         with self.lock():
             fields, shards, rejected = None, [], []
@@ -290,7 +293,7 @@ class Ledger:
             manifest = Manifest.of(
                 self.source,
                 self.dataset_id,
-                grouped(fields, BUCKETS, producers),
+                grouped(fields, timesteps, producers),
                 shards,
                 null_sha256=sha256(null) if null.is_file() else None,
                 base=base,

@@ -41,18 +41,23 @@ def pinned(producers: dict[str, dict]) -> dict[str, str]:
     return found
 
 
-def zoo_of(config: BuildConfig, device: str, producers: dict[str, dict]) -> "ModelZoo":
+def zoo_of(config: BuildConfig, device: str, producers: dict[str, dict], *, decodes: bool = False) -> "ModelZoo":
     """The zoo, none of its models loaded yet, at the revisions asked for, else those of `producers`.
 
-    Raises ValueError for a model that it doesn't have.
+    decodes: whether its VAE is to decode, too. Raises ValueError for a model that it doesn't have.
     """
     from tinyflux.model import zoo
 
     dtypes = {name: getattr(torch, dtype) for name, dtype in config.model_dtype.items()}
     revisions = pinned(producers) | config.revision
-    made = zoo.ModelZoo(device=device, dtype=dtypes, zoo=config.zoo, revision=revisions)
-    made.one_at_a_time = config.low_memory
-    return made
+    return zoo.ModelZoo(
+        device=device,
+        dtype=dtypes,
+        zoo=config.zoo,
+        revision=revisions,
+        one_at_a_time=config.low_memory,
+        extraction_only=("sd_vae", "lune") if decodes else ("vae", "sd_vae", "lune"),
+    )
 
 
 def check_revisions(config: BuildConfig, producers: dict[str, dict], where: object) -> None:

@@ -56,6 +56,11 @@ class Overlay(FromImages):
                 f"--from {where}: is [{manifest.source}] with dataset_id {manifest.dataset_id}, not that of "
                 f"[{source.name}]"
             )
+        there = next((group.timesteps for group in manifest.groups.values() if group.timesteps), None)
+        if there is not None:  # of one source all teachers have the same
+            if config.timesteps not in (None, len(there)):
+                raise LedgerError(f"--timesteps {config.timesteps}: the teachers of {self.folder} have {len(there)}")
+            self.timesteps = there
         self.shards = {self._number(shard.name): k for k, shard in enumerate(manifest.shards)}
         if not self.shards:
             raise LedgerError(f"--from {where}: its manifest lists no shards")

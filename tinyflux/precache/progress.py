@@ -63,7 +63,13 @@ def say_complete(ledger: Ledger, max_rejected: float, changes: str, *, quiet: bo
     return _status(ledger, max_rejected)
 
 
-def say_speed(engine: "Engine", seconds: float, truncated: Mapping[str, int]) -> None:
+def shares(seconds: Mapping[str, float]) -> str:
+    """The share of each model in the time of all."""
+    total = sum(seconds.values())
+    return ", ".join(f"{name} {each / total:.1%}" for name, each in sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def say_speed(engine: "Engine", seconds: float, truncated: Mapping[str, int], models: Mapping[str, float]) -> None:
     """Print where the time of this run went, and how many captions were longer than a text model takes."""
     if longer := ", ".join(f"{n} for {name}" for name, n in sorted(truncated.items()) if n):
         print(f"captions that were too long and are cut: {longer}")
@@ -75,16 +81,24 @@ def say_speed(engine: "Engine", seconds: float, truncated: Mapping[str, int]) ->
             f"this run: {engine.images} images in {seconds:.1f} s, {engine.images / seconds:.1f} images/s: "
             f"encode {spent['encode']:.1f} s, waiting for files {waits:.1f} s; beside it, summed over threads: {work} s"
         )
+    if models:
+        print(f"models: {sum(models.values()):.1f} s: {shares(models)}")
 
 
 def finish(
-    ledger: Ledger, producers: dict[str, dict], max_rejected: float, *, base: Base | None = None, quiet: bool = False
+    ledger: Ledger,
+    producers: dict[str, dict],
+    max_rejected: float,
+    *,
+    timesteps: tuple[float, ...],
+    base: Base | None = None,
+    quiet: bool = False,
 ) -> int:
     """Merge if all parts are done, print the summary, and return the exit status."""
     if left := ledger.unfinished():
         print(f"{ledger.out}: {len(left)} of {len(ledger.parts)} parts are still being made by others; the last merges")
         return 0
-    manifest = ledger.merge(producers, base)
+    manifest = ledger.merge(producers, timesteps, base)
     samples, rejected = ledger.done
     listed = f"{rejected} of {samples + rejected} inputs rejected, see {ledger.out / 'rejected.jsonl'}"
     if manifest is None:
@@ -143,23 +157,28 @@ def estimate(recipe: "FromImages", world: int) -> int:
         recipe.listing, ledger.parts = Few(recipe.listing, (2 if config.low_memory else 4) * batch), range(1)
         ledger.per_part, marks = 1000, []
         engine = Engine(recipe, ledger, config.batch_size, workers_of(config, recipe.place), config.low_memory)
-        engine.run(lambda: marks.append((time.perf_counter(), engine.images)))
+        recipe.zoo.timed = True
+        engine.run(lambda: marks.append((time.perf_counter(), engine.images, Counter(recipe.seconds))))
         notes = [note for number in range(1000) if (note := ledger.note_of(number))]
     shards = [note["shard"] for note in notes if note["shard"]]
     made = sum(shard["count"] for shard in shards)
     if not made:
         reason = notes[0]["rejected"][0]["reason"] if notes else "there are none"
         raise LedgerError(f"all of the first {engine.images} inputs are rejected: {reason}, ...")
-    (start, warm), (end, images) = marks[0], marks[-1]  # the first batch pays for warming up
+    (start, warm, before), (end, images, after) = marks[0], marks[-1]  # the first batch pays for warming up
     if images == warm:
         option = "--shard-size" if config.low_memory else "--batch-size"
         raise LedgerError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
     rate = (images - warm) / (end - start)
     each, kept = sum(shard["bytes"] for shard in shards) / made, made / engine.images
-    inputs, n = (f"{count} inputs", count) if count is not None else ("for each million inputs", 10**6)
-    hours = n / rate / 3600
-    print(f"{name}: {inputs} at {rate:.1f} images/s a rank, from {images - warm} of them")
-    print(f"  time  {hours:.2f} hours on 1 rank, {hours / world:.2f} on {world}")
-    print(f"  disk  {n * kept * each / 1e9:.2f} GB, {each / 1e3:.1f} kB a sample; {1 - kept:.1%} rejected")
-    print(f"  feed  a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
+    device = recipe.zoo.device.type.upper()
+    print(f"{name}: {rate:.1f} images/s a rank, from {images - warm} of them; {1 - kept:.1%} rejected")
+    for inputs, n in ((f"all {count} inputs", count), ("a million inputs", 10**6)):
+        if n is not None:
+            hours, size = n / rate / 3600, n * kept * each / 1e9
+            on = f", {hours / world:.2f} hours on {world} ranks" if world > 1 else ""
+            print(f"  {inputs}: {hours:.2f} {device}-hours{on}, {size:.2f} GB at {each / 1e3:.1f} kB a sample")
+    spent = after - before
+    print(f"  time by model: {shares(spent)}; {sum(spent.values()) / (end - start):.0%} of the whole")
+    print(f"  feed: a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
     return 0

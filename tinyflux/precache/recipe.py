@@ -6,22 +6,32 @@
 import time
 from collections.abc import Mapping
 from functools import cached_property
+from importlib import import_module
 
 from torch import Tensor
 
 from tinyflux.precache.config import BuildConfig, Place
 from tinyflux.precache.engine import Engine, Ready, Task, Work
 from tinyflux.precache.images import Rejected
-from tinyflux.precache.kinds.base import Input, Source
+from tinyflux.precache.kinds.base import ImageSource, Input, Source
 from tinyflux.precache.ledger import Ledger, LedgerError
 from tinyflux.precache.listing import Counted, Listing, Parted
 from tinyflux.precache.models import workers_of
 from tinyflux.precache.progress import Progress, finish, say_complete, say_speed
 from tinyflux.shards.manifest import Base
 from tinyflux.shards.writer import write_null
+from tinyflux.util.buckets import BUCKETS
 
 SLICE = 16  # times --shard-size: inputs of a part that is sorted into several shapes
 OF_A_SLICE, OF_A_TAR = 100, 1000  # numbers of shards that such a part has, and one that is not counted beforehand
+
+
+def recipe_of(source: Source, only: tuple[str, ...] = ()) -> type["Recipe"]:
+    """What a source, or with `only` an overlay of it, is built by. Raises ValueError where it has no images for one."""
+    if only and not isinstance(source, ImageSource):
+        raise ValueError(f"[{source.name}] is of kind {source.kind!r}: it has no images, so leave out --only")
+    module, _, cls = ("overlay:Overlay" if only else source.recipe).partition(":")
+    return getattr(import_module(f"tinyflux.precache.{module}"), cls)
 
 
 class Recipe:
@@ -29,6 +39,8 @@ class Recipe:
 
     base: Base | None = None
     """The source that the build adds to."""
+    timesteps: tuple[float, ...] = BUCKETS
+    """What the teachers' features are kept at."""
 
     def __init__(self, config: BuildConfig, ledger: Ledger, place: Place):
         self.config, self.ledger, self.place = config, ledger, place
@@ -58,6 +70,11 @@ class Recipe:
     @property
     def truncated(self) -> Mapping[str, int]:
         """By text model, how many captions were longer than it takes."""
+        return {}
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """How long each model ran."""
         return {}
 
     def null(self) -> dict[str, Tensor] | None:
@@ -219,5 +236,7 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
     engine.run(progress)
     progress.close()
     if not quiet:
-        say_speed(engine, time.perf_counter() - start, recipe.truncated)
-    return finish(ledger, producers, config.max_rejected, base=recipe.base, quiet=quiet)
+        say_speed(engine, time.perf_counter() - start, recipe.truncated, recipe.seconds)
+    return finish(
+        ledger, producers, config.max_rejected, timesteps=recipe.timesteps, base=recipe.base, quiet=quiet
+    )

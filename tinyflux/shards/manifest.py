@@ -21,7 +21,7 @@ from tinyflux.util import files
 FORMAT_VERSION = 2
 PER_FOLDER = 10_000
 """Shards of one subfolder, and of a source that needs none."""
-OWN = ("crop", "resize", "resolution", "shapes", "seed")
+OWN = ("crop", "resize", "resolution", "shapes", "seed", "latent")
 """What of a producer is a source's own business: sources that differ in it alone go together in a run."""
 _KEYS = (
     ("format_version", int),

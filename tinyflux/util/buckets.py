@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-BUCKETS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # 0.05, 0.15, ..., 0.95
+
+def grid(count: int) -> tuple[float, ...]:
+    """That many timesteps, evenly spaced from 0.05 to 0.95."""
+    return tuple(round(0.05 + 0.9 * i / (count - 1), 4) for i in range(count))
+
+
+BUCKETS = grid(10)  # 0.05, 0.15, ..., 0.95
 
 
 def interpolate(features: Tensor, t: Tensor, buckets: tuple[float, ...] = BUCKETS) -> Tensor:

@@ -11,6 +11,7 @@ KINDS = {
     "jsonl": "lists:JsonLines",
     "csv": "lists:Csv",
     "shapes": "shapes:Shapes",
+    "latents": "latents:Latents",
     "cache": "legacy:LegacyFolder",
 }
 

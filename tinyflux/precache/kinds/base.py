@@ -49,6 +49,8 @@ class Source:
     weight: Annotated[float, Above(0)] = 1.0
     """Share suggested to training; a build only shows it."""
 
+    recipe: ClassVar[str] = ""
+    """What `sharding.build` makes of it: module and class of its recipe."""
     keeps_order: ClassVar[bool] = False
     """Whether its inputs keep the order that they are listed in; others are put in one keyed by the build's seed."""
 
@@ -134,38 +136,12 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSource(Source):
-    """A source of images: what all of its kinds have in common."""
+class CaptionedSource(Source):
+    """A source whose inputs have captions."""
 
     captions: Literal["first", "longest", "random", "all"] | None = None
     """Which of several captions to keep; None means all, and that a text file is one caption."""
     allow_empty_captions: bool = False
-    crop: Literal["center", "top", "random"] = "center"
-    size: Annotated[int, AtLeast(64)] | None = None
-    """Side of the square image in pixels; None is the zoo's own."""
-    min_side: Annotated[int, AtLeast(1)] = 32
-    """Images with a shorter side are rejected."""
-    max_aspect: Annotated[float, AtLeast(1)] = 4.0
-    """Images whose longer side is more than this many times the shorter are rejected."""
-    max_pixels: Annotated[int, AtLeast(1)] = 100_000_000
-    """Images with more pixels are rejected before they are decoded."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        # 8 for the VAE x 8 for the UNet
-        require(self.size is None or self.size % 64 == 0, "size", self.size, "a multiple of 64")
-
-    def read_image(self, item: Input) -> bytes | Image.Image:
-        """The image, in any thread. Raises Rejected."""
-        raise NotImplementedError
-
-    def read_head(self, item: Input) -> bytes | Image.Image:
-        """The beginning of the image's file, or all of it. Raises Rejected."""
-        return self.read_image(item)
-
-    def read_size(self, item: Input) -> tuple[int, int] | None:
-        """Width and height of the upright image; None where it has no readable header. Raises Rejected."""
-        return size_of(self.read_head(item)) or size_of(self.read_image(item))
 
     def read_texts(self, item: Input) -> list[str]:
         """All captions of an input, in any thread. Raises Rejected, UnicodeError."""
@@ -194,6 +170,39 @@ class ImageSource(Source):
         if self.captions == "random":
             return [filled[rng.key(seed, "caption") % len(filled)]]
         return filled[:1] if self.captions == "first" else filled[:MOST_CAPTIONS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(CaptionedSource):
+    """A source of images: what all of its kinds have in common."""
+
+    recipe: ClassVar[str] = "from_images:FromImages"
+    crop: Literal["center", "top", "random"] = "center"
+    size: Annotated[int, AtLeast(64)] | None = None
+    """Side of the square image in pixels; None is the zoo's own."""
+    min_side: Annotated[int, AtLeast(1)] = 32
+    """Images with a shorter side are rejected."""
+    max_aspect: Annotated[float, AtLeast(1)] = 4.0
+    """Images whose longer side is more than this many times the shorter are rejected."""
+    max_pixels: Annotated[int, AtLeast(1)] = 100_000_000
+    """Images with more pixels are rejected before they are decoded."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        # 8 for the VAE x 8 for the UNet
+        require(self.size is None or self.size % 64 == 0, "size", self.size, "a multiple of 64")
+
+    def read_image(self, item: Input) -> bytes | Image.Image:
+        """The image, in any thread. Raises Rejected."""
+        raise NotImplementedError
+
+    def read_head(self, item: Input) -> bytes | Image.Image:
+        """The beginning of the image's file, or all of it. Raises Rejected."""
+        return self.read_image(item)
+
+    def read_size(self, item: Input) -> tuple[int, int] | None:
+        """Width and height of the upright image; None where it has no readable header. Raises Rejected."""
+        return size_of(self.read_head(item)) or size_of(self.read_image(item))
 
 
 def texts(value: object, where: str) -> list[str]:

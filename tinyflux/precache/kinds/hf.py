@@ -68,15 +68,27 @@ class HfDataset(ImageSource):
             raise SourceError(f"[{self.name}] {where}: cannot be loaded as a dataset: {error}") from error
         columns = rows.features or {}
         texts = self.caption or [name for name in DEFAULT_FIELDS if name in columns][:1]
-        for key, names in (("image", [self.image]), ("caption", texts or [" or ".join(DEFAULT_FIELDS)])):
+        wanted = self.cells | {"caption": texts or [" or ".join(DEFAULT_FIELDS)]}
+        for key, names in wanted.items():
             if missing := [name for name in names if name not in columns]:
                 raise SourceError(f"[{self.name}] {key}: no column {missing[0]!r}; {where} has {', '.join(columns)}")
-        kind = columns[self.image]
-        is_bytes = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
-        if not is_bytes and not isinstance(kind, datasets.Image):
+        return self.as_read(rows.select_columns(list({name for names in wanted.values() for name in names})))
+
+    @property
+    def cells(self) -> dict[str, list[str]]:
+        """The columns beside the captions, by the key that names them."""
+        return {"image": [self.image]}
+
+    def as_read(self, rows):
+        """The dataset with its cells as `read_image` takes them. Raises SourceError for a column of another type."""
+        import datasets
+
+        kind = rows.features[self.image]
+        if isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"):
+            return rows
+        if not isinstance(kind, datasets.Image):
             raise SourceError(f"[{self.name}] image: column {self.image!r} is {kind}, must be an Image or binary")
-        rows = rows.select_columns(list({self.image, *texts}))
-        return rows if is_bytes else rows.cast_column(self.image, datasets.Image(decode=False))
+        return rows.cast_column(self.image, datasets.Image(decode=False))
 
     @cached_property
     def stream(self) -> "_Stream":
@@ -87,8 +99,9 @@ class HfDataset(ImageSource):
         if self.streaming:
             yield from (Input(f"{self.split}/{i}", "", i) for i in range(self.count))
             return
-        names = [name for name in self.rows.column_names if name != self.image]
-        for i, row in enumerate(self.rows.select_columns(names)):
+        others = {name for names in self.cells.values() for name in names}
+        names = [name for name in self.rows.column_names if name not in others]
+        for i, row in enumerate(self.rows.with_format(None).select_columns(names)):
             values = captions_in(row, self.caption)
             yield Input(f"{self.split}/{i}", digest(values), i, values)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from tinyflux.precache.images import EXTENSIONS, PICTURES, Rejected
 from tinyflux.precache.inputs import HEAD, lines_of, printable, read_file, records, table_rows
@@ -24,6 +25,10 @@ class ImageFolder(ImageSource):
     .caption, .tags or .json, or a/b.png.txt and so on; in upper case, too.
     """
 
+    extensions: ClassVar[frozenset[str]] = EXTENSIONS
+    """Of the files that are read."""
+    known: ClassVar[frozenset[str]] = PICTURES
+    """Of the files that are looked at; those that are not read are rejected if they have captions."""
     location: Text
     caption: list[str] | None = None
     """Fields of the captions in metadata.jsonl, metadata.csv and .json; None means "text", "caption" or "prompt"."""
@@ -50,18 +55,18 @@ class ImageFolder(ImageSource):
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{below}{entry.name}/")
                     continue
-                if entry.is_symlink() and entry.is_dir():
+                if entry.is_symlink() and os.path.isdir(entry.path):
                     raise SourceError(
                         f"{entry.path}: is a link to a folder, these are not followed; copy it or mount it"
                     )
                 name, extension = below + entry.name, entry.name.rpartition(".")[2].lower()
                 if entry.name in LISTS:
                     lists.append(entry.name)
-                elif extension in PICTURES:
-                    pictures += extension in EXTENSIONS
-                    yield [stem_of(printable(name)), "image", name, _stamp(entry)]
+                elif extension in self.known:
+                    pictures += extension in self.extensions
+                    yield [self.stem_of(printable(name)), "image", name, _stamp(entry)]
                 elif extension in BESIDE:
-                    yield [stem_of(printable(name)), "beside", name, _stamp(entry)]
+                    yield [self.stem_of(printable(name)), "beside", name, _stamp(entry)]
                 else:
                     self.ignored[f".{extension}" if "." in entry.name else "without one"] += 1
         if len(lists) > 1:
@@ -71,13 +76,13 @@ class ImageFolder(ImageSource):
         for name in lists:
             for image, values in self._listed(root / below, name, pictures):
                 path = os.path.normpath(below + image)
-                yield [stem_of(printable(path)), "listed", path, values]
+                yield [self.stem_of(printable(path)), "listed", path, values]
 
     def _listed(self, folder: Path, name: str, pictures: int) -> Iterator[tuple[str, list]]:
         """(image, captions) of the lines of a list. Raises SourceError."""
         path = folder / name
         if name == "prompts.txt":
-            yield from _prompts(path, pictures)
+            yield from self._prompts(path, pictures)
             return
         rows = (record for _, record in records(path, "file_name")) if name == "metadata.jsonl" else table_rows(path)
         found, first = False, None
@@ -92,8 +97,40 @@ class ImageFolder(ImageSource):
             wanted = " or ".join(map(repr, self.caption or ("text", "caption", "prompt")))
             raise SourceError(f"{path}: no record has the field {wanted}; the first has {', '.join(map(str, first))}")
 
+    def _prompts(self, path: Path, pictures: int) -> Iterator[tuple[str, list]]:
+        """(image, captions) of a prompts.txt: `a.png<TAB>a caption` or `a.png: a caption`, or a line for each image."""
+        lines = list(lines_of(path))
+        named = [self._named(line) for _, line in lines]
+        if all(named):
+            for name, text in named:
+                yield name.strip(), [text]
+            return
+        if len(lines) != pictures:
+            number = lines[named.index(None)][0]
+            raise SourceError(
+                f"{path}, line {number}: must be an image's path, a tab or a colon, and its caption; or the file must "
+                "have a line for each image of its folder, in the order of their names: "
+                f"it has {len(lines)} for {pictures}"
+            )
+        images = (e for e in os.listdir(path.parent) if e.rpartition(".")[2].lower() in self.extensions and e[0] != ".")
+        for name, (_, line) in zip(sorted(images, key=os.fsencode), lines, strict=True):
+            yield name, [line]
+
+    def _named(self, line: str) -> tuple[str, str] | None:
+        name, separator, text = line.partition("\t" if "\t" in line else ":")
+        return (name, text) if separator and name.strip().rpartition(".")[2].lower() in self.known else None
+
+    def stem_of(self, name: str) -> str:
+        """A name without the extensions of images and captions: what an image and its caption file have in common."""
+        stem, dot, extension = name.rpartition(".")
+        if dot and extension.lower() in BESIDE:
+            name = stem
+        while (parts := name.rpartition("."))[2].lower() in self.known and parts[0]:
+            name = parts[0]
+        return name
+
     def stem(self, item: Input) -> str:
-        return stem_of(item.origin)
+        return self.stem_of(item.origin)
 
     def join(self, stem: str, rows: Iterable[list]) -> Iterator[Input]:
         images, beside, listed = {}, {}, {}
@@ -102,13 +139,13 @@ class ImageFolder(ImageSource):
                 listed.setdefault(name, []).extend(value)
             else:
                 (images if what == "image" else beside)[name] = value
-        readable = any(name.rpartition(".")[2].lower() in EXTENSIONS for name in images)
+        readable = any(name.rpartition(".")[2].lower() in self.extensions for name in images)
         for name in sorted(images.keys() | listed.keys()):
             captions = listed.get(name)
             file = None if captions is not None else _beside(name, beside)
-            if readable and name.rpartition(".")[2].lower() not in EXTENSIONS and captions is None:
+            if readable and name.rpartition(".")[2].lower() not in self.extensions and captions is None:
                 self.ignored[f".{name.rpartition('.')[2].lower()}"] += 1  # a raw file beside its picture
-            elif images.get(name) is not None and name.rpartition(".")[2].lower() in EXTENSIONS or captions or file:
+            elif images.get(name) and name.rpartition(".")[2].lower() in self.extensions or captions or file:
                 stamp = f"{images.get(name)} {beside.get(file) if file else digest(captions)}"
                 yield Input(printable(name), stamp, [name, file], captions)
             else:
@@ -151,15 +188,6 @@ class ImageFolder(ImageSource):
         return f"no {printable(stem)}.txt, .caption, .tags or .json and no list has it; {there}"
 
 
-def stem_of(name: str) -> str:
-    """A name without the extensions of images and captions: what an image and its caption file have in common."""
-    for extensions in (BESIDE, PICTURES):
-        stem, dot, extension = name.rpartition(".")
-        if dot and extension.lower() in extensions:
-            name = stem
-    return name
-
-
 def _stamp(entry: os.DirEntry) -> str:
     try:
         status = entry.stat()  # of what a link leads to
@@ -176,27 +204,3 @@ def _beside(name: str, files: dict[str, str]) -> str | None:
             if file.rpartition(".")[0] in stems and file.rpartition(".")[2].lower() == extension:
                 return file
     return None
-
-
-def _prompts(path: Path, pictures: int) -> Iterator[tuple[str, list]]:
-    """(image, captions) of a prompts.txt: `a.png<TAB>a caption` or `a.png: a caption`, or a line for each image."""
-    lines = list(lines_of(path))
-    named = [_named(line) for _, line in lines]
-    if all(named):
-        for name, text in named:
-            yield name.strip(), [text]
-        return
-    if len(lines) != pictures:
-        number = lines[named.index(None)][0]
-        raise SourceError(
-            f"{path}, line {number}: must be an image's path, a tab or a colon, and its caption; or the file must have "
-            f"a line for each image of its folder, in the order of their names: it has {len(lines)} for {pictures}"
-        )
-    images = (e for e in os.listdir(path.parent) if e.rpartition(".")[2].lower() in EXTENSIONS and e[0] != ".")
-    for name, (_, line) in zip(sorted(images, key=os.fsencode), lines, strict=True):
-        yield name, [line]
-
-
-def _named(line: str) -> tuple[str, str] | None:
-    name, separator, text = line.partition("\t" if "\t" in line else ":")
-    return (name, text) if separator and name.strip().rpartition(".")[2].lower() in PICTURES else None

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from tinyflux.precache.kinds.base import Input, Source, Text, digest
 from tinyflux.precache.legacy import LegacyCache
@@ -13,6 +14,7 @@ class LegacyFolder(Source):
     """A folder of encodings.pt, and lune.pt and sol.pt where it has them."""
 
     location: Text
+    recipe: ClassVar[str] = "from_legacy:FromLegacy"
     null: Text | None = None
     """A null.safetensors made with the same T5 and CLIP; None is zeros."""
     keeps_order = True

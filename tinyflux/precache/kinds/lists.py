@@ -63,7 +63,7 @@ class JsonLines(ImageSource):
         return read_url(item.place) if is_url(item.place) else read_file(self.top, item.place)
 
     def read_head(self, item: Input) -> bytes:
-        return read_url(item.place) if is_url(item.place) else read_file(self.top, item.place, HEAD)
+        return read_url(item.place, HEAD) if is_url(item.place) else read_file(self.top, item.place, HEAD)
 
     def read_texts(self, item: Input) -> list[str]:
         return texts(item.captions, "the caption")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from tinyflux.precache.fetch import download, forget
 from tinyflux.precache.images import EXTENSIONS, Rejected
@@ -20,6 +21,8 @@ CAPTIONS = ("txt", "caption", "json")
 class WebDataset(ImageSource):
     """Raw tars of images with .txt, .caption or .json beside them: a folder of tars, files or URLs. Each is a part."""
 
+    extensions: ClassVar[frozenset[str]] = EXTENSIONS
+    """Of the members that are read."""
     location: Text
     caption: list[str] | None = None
     """Fields of the captions in the .json; None means that a .txt comes first, then "text", "caption" or "prompt"."""
@@ -52,7 +55,7 @@ class WebDataset(ImageSource):
         with open(path, "rb") as file:
             samples, fault, _ = scan(file.fileno(), part)
         for sample in samples:
-            picture = next((x for x in sample.members if x.rpartition(".")[2].lower() in EXTENSIONS), None)
+            picture = next((x for x in sample.members if x.rpartition(".")[2].lower() in self.extensions), None)
             if picture is None:
                 continue
             wanted = {kind: sample.members[kind] for kind in CAPTIONS if kind in sample.members}

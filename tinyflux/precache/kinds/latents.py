@@ -1,0 +1,208 @@
+"""Kind "latents": FLUX latents that somebody has made already, in tables, tars or a folder, with their captions."""
+
+import io
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tinyflux.precache.images import Rejected
+from tinyflux.precache.kinds.base import CaptionedSource, ImageSource, Input, Text
+from tinyflux.precache.kinds.hf import HfDataset
+from tinyflux.precache.kinds.imagefolder import ImageFolder
+from tinyflux.precache.kinds.webdataset import WebDataset
+from tinyflux.shards.schema import DTYPES
+from tinyflux.util.settings import AtLeast
+
+EXTENSIONS = frozenset(("npy", "npz", "safetensors", "pt", "pth"))
+NAMES = ("latents", "latent")  # of the tensor in a file that holds several
+LARGEST = 1 << 26  # bytes of the latents of one image
+SIDES = 1024  # latent pixels
+
+
+class _Folder(ImageFolder):
+    extensions = known = EXTENSIONS
+
+
+class _Tars(WebDataset):
+    extensions = EXTENSIONS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table(HfDataset):
+    shape: Text | None = None
+
+    @property
+    def cells(self) -> dict[str, list[str]]:
+        return {"latent": [self.image], "shape": [self.shape] if self.shape else []}
+
+    def as_read(self, rows):
+        import datasets
+
+        kind = rows.features[self.image]
+        if isinstance(kind, datasets.Value) or self.streaming:  # numpy strings would lose the zero bytes at their end
+            return rows
+        return rows.with_format("numpy", columns=[self.image], output_all_columns=True)
+
+    def read_image(self, item: Input) -> Any:
+        row = self.stream.row(item.place) if self.streaming else self.rows[item.place]
+        return row[self.image] if self.shape is None else (row[self.image], row[self.shape])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(CaptionedSource):
+    """Latents [C, h, w] of the FLUX VAE: .npy, .safetensors or .pt files in a folder or in tars, or a dataset.
+
+    A cell of a dataset is nested lists, a flat list with its shape in another column, or the bytes of such a file.
+    """
+
+    recipe: ClassVar[str] = "from_latents:FromLatents"
+    location: Text
+    scaling: Literal["raw", "scaled", "shifted"]
+    """What was done to the VAE's output z: nothing; z * scaling_factor; or (z - shift_factor) * scaling_factor."""
+    latent: Text = "latent"
+    """The column, or the tensor's name in a file that holds several."""
+    shape: Text | None = None
+    """The column of the shapes of flat latents."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of latents that are plain bytes without a header."""
+    caption: list[str] | None = None
+    split: Text = "train"
+    config: Text | None = None
+    revision: Text | None = None
+    streaming: bool = False
+    count: Annotated[int, AtLeast(1)] | None = None
+
+    @cached_property
+    def files(self) -> ImageSource:
+        """What lists and reads them."""
+        common = {name: getattr(self, name) for name in ("name", "kind", "base", "dataset_id", "location", "caption")}
+        common |= {"captions": self.captions, "allow_empty_captions": self.allow_empty_captions}
+        path = self.path
+        if self.location.endswith(".tar") or path.is_dir() and next(path.rglob("*.tar"), None):
+            return _Tars(**common)
+        if path.is_dir() and any(each.suffix[1:].lower() in EXTENSIONS for each in path.rglob("*.*")):
+            return _Folder(**common)
+        names = ("shape", "split", "config", "revision", "streaming", "count")
+        return _Table(**common, image=self.latent, **{name: getattr(self, name) for name in names})
+
+    @property
+    def keeps_order(self) -> bool:
+        return self.files.keeps_order
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """How many files of other extensions were passed over."""
+        return getattr(self.files, "ignored", {})
+
+    def parts(self) -> list[tuple[str, str]] | None:
+        return self.files.parts()
+
+    def done_with(self, part: str) -> None:
+        self.files.done_with(part)
+
+    def inputs_of(self, part: str) -> Iterator[Input]:
+        return self.files.inputs_of(part)
+
+    def records(self, size: int, seed: int) -> Iterator[list]:
+        return self.files.records(size, seed)
+
+    def stem(self, item: Input) -> str:
+        return self.files.stem(item)
+
+    def join(self, stem: str, rows: Iterable[list]) -> Iterator[Input]:
+        return self.files.join(stem, rows)
+
+    def inputs(self, size: int, seed: int) -> Iterator[Input]:
+        return self.files.inputs(size, seed)
+
+    def read_texts(self, item: Input) -> list[str]:
+        return self.files.read_texts(item)
+
+    def sought(self, item: Input) -> str:
+        return self.files.sought(item)
+
+    def read_latents(self, item: Input) -> Tensor:
+        """The latents [C, h, w] as they were given, in any thread. Raises Rejected."""
+        cell = self.files.read_image(item)
+        cell, shape = cell if isinstance(cell, tuple) else (cell, None)
+        if isinstance(cell, bytes):
+            cell = self._decoded(cell, shape)
+        try:
+            found = torch.as_tensor(np.asarray(cell) if isinstance(cell, list) else cell)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise Rejected(f"unreadable latents: {error}") from error
+        if not found.is_floating_point():
+            raise Rejected(f"unreadable latents: {found.dtype}, must be floating point")
+        if shape is not None:
+            shape = [int(n) for n in shape]
+            if prod(shape) != found.numel() or min(shape, default=0) < 1:
+                raise Rejected(f"unreadable latents: {found.numel()} values for the shape {shape}")
+            found = found.reshape(shape)
+        if found.ndim == 4 and len(found) == 1:
+            found = found[0]
+        if found.ndim != 3 or not 1 <= max(found.shape[1:]) <= SIDES or not found.numel():
+            hint = "; name the column of their shapes with `shape`" if found.ndim == 1 else ""
+            raise Rejected(f"unreadable latents: {list(found.shape)}, must be [C, h, w]{hint}")
+        found = found.to(torch.float32)
+        if not found.isfinite().all():
+            raise Rejected("not finite: the latents have NaN or infinity")
+        return found
+
+    def _decoded(self, data: bytes, shape) -> Any:
+        """The tensor in the bytes of a file. Nothing in it is executed."""
+        if len(data) > LARGEST:
+            raise Rejected(f"unreadable latents: {len(data)} bytes, at most {LARGEST} are accepted")
+        try:
+            if data.startswith(b"\x93NUMPY"):
+                return _numpy(data)
+            if data.startswith(b"PK\x03\x04"):
+                with zipfile.ZipFile(io.BytesIO(data)) as file:
+                    if sum(info.file_size for info in file.infolist()) > LARGEST:
+                        raise Rejected(f"unreadable latents: more than {LARGEST} bytes when unpacked")
+                    if not any(name.endswith("data.pkl") for name in file.namelist()):
+                        return self._one_of({n.removesuffix(".npy"): _numpy(file.read(n)) for n in file.namelist()})
+            if data.startswith((b"PK\x03\x04", b"\x80\x02")):
+                return self._one_of(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+            if data[8:9] == b"{":
+                return self._one_of(safetensors.torch.load(data))
+            if self.dtype and shape is not None:
+                return torch.frombuffer(bytearray(data), dtype=DTYPES[self.dtype])
+        except pickle.UnpicklingError as error:
+            raise Rejected("unreadable latents: refused, the file holds more than tensors") from error
+        except (
+            ValueError, RuntimeError, EOFError, KeyError, OSError, MemoryError, NotImplementedError,
+            zipfile.BadZipFile, safetensors.SafetensorError,
+        ) as error:  # fmt: skip
+            raise Rejected(f"unreadable latents: {str(error).partition(chr(10))[0]}") from error
+        raise Rejected("unreadable latents: no .npy, .npz, .safetensors or .pt; plain bytes need dtype and shape")
+
+    def _one_of(self, content: Any) -> Any:
+        if isinstance(content, dict):
+            names = [name for name in (self.latent, *NAMES) if name in content] or [*content]
+            if len(names) > 1 and names[0] not in (self.latent, *NAMES) or not names:
+                raise Rejected(f"unreadable latents: which of {', '.join(map(str, content))}? Name it with `latent`")
+            content = content[names[0]]
+        if not isinstance(content, Tensor | np.ndarray):
+            raise Rejected(f"unreadable latents: a {type(content).__name__}, must be a tensor")
+        return content
+
+
+def _numpy(data: bytes) -> np.ndarray:
+    """The array in a .npy file. Raises ValueError, also where its header promises more than is there."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if dtype.hasobject or prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"its header says {dtype} {list(shape)}, which is not what follows")
+    return np.load(io.BytesIO(data), allow_pickle=False)
