@@ -36,7 +36,9 @@ class FromLatents(FromImages):
     @property
     def teaches(self) -> bool:
         """Whether a teacher looks at the pictures."""
-        return bool({"lune", "sol"} & {*self.groups})
+        from tinyflux.precache.extract import EXTRACTORS
+
+        return any(EXTRACTORS[name].of_image for name in self.groups if name != "latents")
 
     def load(self, begun: dict) -> dict[str, dict]:
         producers = super().load(begun)
