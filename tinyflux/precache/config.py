@@ -72,8 +72,8 @@ class BuildConfig:
     compile: bool = False
     """Compile the UNets and the VAEs' encoders: minutes at the start, faster then; it changes the last bits."""
     batch_size: Annotated[int, AtLeast(1)] | None = None
-    """Images encoded at once; it changes the last bits of the result. Default: 16, or 64 with the tiny zoo, whose models
-    spend much of a call before and after it."""
+    """Images encoded at once; it changes the last bits of the result. Default: 16, or 64 with the tiny zoo, where a
+    call of a model costs more than an image."""
     threads: Annotated[int, AtLeast(1)] | None = None
     """Threads of the CPU's kernels; they change the last bits too. Default: the cores of this rank, but 1 on a GPU or
     with the tiny zoo, where thread synchronisation costs more than it saves."""

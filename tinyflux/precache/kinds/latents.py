@@ -190,7 +190,8 @@ class Latents(CaptionedSource):
         if isinstance(content, dict):
             names = [name for name in (self.latent, *NAMES) if name in content] or [*content]
             if len(names) > 1 and names[0] not in (self.latent, *NAMES) or not names:
-                raise Rejected(f"unreadable latents: which of {', '.join(map(str, content))}? Name it with `latent`")
+                found = ", ".join(sorted(map(str, content)))
+                raise Rejected(f"unreadable latents: which of {found}? Name it with `latent`")
             content = content[names[0]]
         if not isinstance(content, Tensor | np.ndarray):
             raise Rejected(f"unreadable latents: a {type(content).__name__}, must be a tensor")
