@@ -1,4 +1,4 @@
-"""Members of several samples into a batch's memory at once: a few calls a chunk.
+"""Members of several samples into a batch's memory at once: two calls a sample, the rest a chunk.
 
 It accepts only what is beyond doubt. For everything else `decode_member` says what is wrong, or that nothing is.
 """
@@ -17,51 +17,60 @@ CHUNK = 8
 """Samples that are decoded together."""
 _TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # a high byte from here up may be an infinity's or a NaN's
 _GAP = 1 << 16  # bytes between members of a sample that are read through rather than around
+# A frame behind the last member of a sample: where it comes out at its place, all frames before it were whole, with
+# their checksums. zstd says nothing of a frame whose content is all there while its end is missing.
+_SEAL = zstandard.ZstdCompressor(write_checksum=True).compress(b"seal")
 
 
-class _Blobs:
-    """Room for the decompressed members of one layout, CHUNK of them, and where their parts lie."""
+class _Room:
+    """Room for CHUNK decompressed samples whose members have these layouts, and where their parts lie."""
 
-    def __init__(self, layout: Layout):
-        head, planes = layout.head, layout.planes(layout.head[8:])
-        self.layout, self.memory = layout, np.zeros((CHUNK, len(head) + layout.payload), np.uint8)
+    def __init__(self, layouts: tuple[Layout, ...]):
+        self.layouts, at = layouts, 0
+        begins = []
+        for layout in layouts:
+            begins.append(at)
+            at += len(layout.head) + layout.payload
+        self.memory = np.zeros((CHUNK, at + 4), np.uint8)
         self.rows = [memoryview(row) for row in self.memory]
-        self.head = np.frombuffer(head, np.uint8)
-        self.origin = self.memory[:, len(head) + planes[ORIGIN][0] :][:, :4]
-        self.planes, highest = {}, []
-        for name, field in layout.fields.items():
-            begins = [len(head) + begin for begin in planes[name]]
-            self.planes[name] = [self.memory[:, begin : begin + field.count] for begin in begins]
-            if highest and highest[-1][1:] == (begins[-1], _TOP[field.dtype]):  # one call for planes in a row
-                highest[-1] = highest[-1][0], begins[-1] + field.count, _TOP[field.dtype]
-            else:
-                highest.append((begins[-1], begins[-1] + field.count, _TOP[field.dtype]))
+        # what a member begins with: the header and, right behind it, the origin
+        self.heads = [(begin, begin + len(layout.head) + 4) for begin, layout in zip(begins, layouts, strict=True)]
+        self.expected = [np.zeros((CHUNK, end - begin), np.uint8) for begin, end in self.heads]
+        self.planes, self.highest = {}, []
+        highest: list[tuple[int, int, int]] = []
+        for begin, layout, expected in zip(begins, layouts, self.expected, strict=True):
+            head, planes = layout.head, layout.planes(layout.head[8:])
+            assert planes[ORIGIN] == [0]
+            expected[:, :-4] = np.frombuffer(head, np.uint8)
+            for name, field in layout.fields.items():
+                places = [begin + len(head) + place for place in planes[name]]
+                self.planes[name] = [self.memory[:, place : place + field.count] for place in places]
+                if highest and highest[-1][1:] == (places[-1], _TOP[field.dtype]):  # one call for planes in a row
+                    highest[-1] = highest[-1][0], places[-1] + field.count, _TOP[field.dtype]
+                else:
+                    highest.append((places[-1], places[-1] + field.count, _TOP[field.dtype]))
         self.highest = [(self.memory[:, begin:end], top) for begin, end, top in highest]
-        self._frame = b""  # the beginning of a frame that states the right size and has a checksum
+        self._frames = [b""] * len(layouts)  # the beginning of a frame that states the right size and has a checksum
 
-    def fill(self, i: int, data: memoryview, zstd: zstandard.ZstdDecompressor) -> bool:
-        """Decompress a member into row i. False where it isn't one whole frame of the right size with a checksum."""
-        at, last, size = len(self._frame), 0, len(data)
-        if not at or data[:at] != self._frame:
-            frame = zstandard.get_frame_parameters(data)
-            if not frame.has_checksum or frame.content_size != len(self.rows[i]):
-                return False
-            at = zstandard.frame_header_size(data)
-            self._frame = bytes(data[:at])
-        while not last:  # all blocks must be there: zstd checks the sum of a whole frame only
-            if at + 7 > size:
-                return False
-            head = data[at] | data[at + 1] << 8 | data[at + 2] << 16
-            last = head & 1
-            at += 4 if head & 6 == 2 else 3 + (head >> 3)
-        row = self.rows[i]
-        return at + 4 == size and zstd.stream_reader(data, read_size=size).readinto(row) == len(row)
+    def states(self, i: int, data: bytearray, begin: int, end: int) -> bool:
+        """Whether a frame begins there that states the size of the i-th member and has a checksum."""
+        if self._frames[i] and data.startswith(self._frames[i], begin, end):
+            return True
+        head = bytes(data[begin : min(begin + 18, end)])  # a frame's header is no longer
+        frame, layout = zstandard.get_frame_parameters(head), self.layouts[i]
+        if not frame.has_checksum or frame.content_size != len(layout.head) + layout.payload:
+            return False
+        self._frames[i] = head[: zstandard.frame_header_size(head)]
+        return True
 
     def good(self, n: int, origins: np.ndarray) -> np.ndarray:
         """Which of the first n rows are made from the images of these origin hashes and are finite; bool [n]."""
-        memory = self.memory[:n]
-        good = (memory[:, : len(self.head)] == self.head).all(1)
-        good &= (self.origin[:n] == origins.view(np.uint8).reshape(n, 4)).all(1)
+        good, memory, origins = np.ones(n, bool), self.memory[:n], origins.view(np.uint8).reshape(n, 4)
+        for (begin, end), expected in zip(self.heads, self.expected, strict=True):
+            expected, found = expected[:n], memory[:, begin:end]
+            expected[:, -4:] = origins
+            if found.tobytes() != expected.tobytes():
+                good &= (found == expected).all(1)
         for planes, top in self.highest:
             planes = planes[:n]
             if planes.max() >= top | 0x80 or planes.view(np.int8).max() >= top:
@@ -69,29 +78,62 @@ class _Blobs:
         return good
 
 
-class _Thread(threading.local):
-    """What a thread decodes with."""
+class _Decoder:
+    """What one thread decodes with: its buffers are touched again and again, fresh memory would cost page faults."""
 
     def __init__(self):
-        self.zstd, self.blobs, self.buffer = zstandard.ZstdDecompressor(), {}, memoryview(bytearray(1 << 20))
+        # with the smallest window a frame is accepted only if it can be decompressed right into its place
+        self.zstd = zstandard.ZstdDecompressor(max_window_size=1 << 10)
+        self.rooms: dict[tuple[Layout, ...], _Room] = {}
+        self.data = bytearray(1 << 20)  # the compressed members of a sample, one behind the other
+        self.between = memoryview(bytearray(_GAP))
 
-    def of(self, layout: Layout) -> _Blobs:
-        """The room for members of a layout."""
-        if layout not in self.blobs:
-            self.blobs[layout] = _Blobs(layout)
-        return self.blobs[layout]
+    def room(self, layouts: tuple[Layout, ...]) -> _Room:
+        """The room for samples of these layouts."""
+        room = self.rooms.get(layouts)
+        if room is None:
+            room = self.rooms[layouts] = _Room(layouts)
+            size = sum(layout.limit for layout in layouts) + len(_SEAL)
+            self.data = bytearray(max(len(self.data), size))
+        return room
 
-    def read(self, fd: int, begin: int, end: int) -> memoryview:
-        """Bytes of a file, until the next call. Raises ValueError where it is cut short."""
-        if end - begin > len(self.buffer):
-            self.buffer = memoryview(bytearray(end - begin))
-        buffer = self.buffer[: end - begin]
-        if os.preadv(fd, [buffer], begin) != end - begin:
-            raise ValueError("cut short")
-        return buffer
+    def fill(self, file: ShardFile, row: int, caption: int, room: _Room, i: int) -> bool:
+        """Read and decompress a sample into row i of its room. False, KeyError, AttributeError, ValueError or ZstdError
+        where a member is odd or missing."""
+        view, ends = memoryview(self.data), [0]
+        layer: ShardFile | None = file
+        while layer is not None:  # an overlay, and what it lies on
+            members, parts, begin, end = layer.samples[row].members, [], 0, 0
+            for name, layout in layer.wanted(caption):
+                offset, size = members[name]
+                if size > layout.limit:
+                    return False
+                if parts and 0 <= offset - end <= _GAP:
+                    parts.append(self.between[: offset - end])
+                else:
+                    _read(layer.fd, parts, begin, end)
+                    parts, begin = [], offset
+                end = offset + size
+                parts.append(view[ends[-1] : ends[-1] + size])
+                ends.append(ends[-1] + size)
+            _read(layer.fd, parts, begin, end)
+            layer = layer.base
+        if not all([room.states(k, self.data, ends[k], ends[k + 1]) for k in range(len(ends) - 1)]):
+            return False
+        size = ends[-1] + len(_SEAL)
+        view[ends[-1] : size] = _SEAL
+        target = room.rows[i]
+        reader = self.zstd.stream_reader(view[:size], read_size=size, read_across_frames=True)
+        return reader.readinto(target) == len(target)
 
 
-_thread = _Thread()
+def _read(fd: int, parts: list[memoryview], begin: int, end: int) -> None:
+    """Fill the parts from what lies in a file from begin to end. Raises ValueError where it is cut short."""
+    if parts and os.preadv(fd, parts, begin) != end - begin:
+        raise ValueError("cut short")
+
+
+_threads = threading.local()
 
 
 def decode_chunk(
@@ -105,50 +147,29 @@ def decode_chunk(
     captions: which member of repeated groups. All groups of a file are read; the fields of `out` that it lacks become
     zero. Rows of `out` that are not good hold anything.
     """
-    n = len(rows)
-    filled: dict[Layout, list[int]] = {}
-    good = np.ones(n, bool)
+    if not hasattr(_threads, "decoder"):
+        _threads.decoder = _Decoder()
+    decoder, n = _threads.decoder, len(rows)
+    filled: dict[_Room, list[int]] = {}
+    whole, origins = [], []
     for i, (file, row, caption) in enumerate(zip(files, rows, captions, strict=True)):
+        room = decoder.room(file.stacked)
+        filled.setdefault(room, []).append(i)
+        origins.append(file.origins[row])
         try:
-            layer: ShardFile | None = file
-            while layer is not None:  # an overlay, and what it lies on
-                if (wanted := layer.wanted(caption)) and not _fill(layer, row, wanted, i, filled):
-                    good[i] = False
-                layer = layer.base
+            whole.append(decoder.fill(file, row, caption, room, i))
         except (KeyError, AttributeError, ValueError, zstandard.ZstdError):  # no such row or member, or a broken one
-            good[i] = False
-    origins = np.array([file.origins[row] for file, row in zip(files, rows, strict=True)], np.uint32)
-    absent = set(out)
-    for layout, having in filled.items():
-        blobs = _thread.of(layout)
-        if len(having) < n:
-            blobs.memory[[i for i in range(n) if i not in having]] = 0
-            good[having] &= blobs.good(n, origins)[having]
-        else:
-            good &= blobs.good(n, origins)
-        for name, planes in blobs.planes.items():
-            join([plane[:n] for plane in planes], out[name])
-            absent.discard(name)
-    for name in absent:
-        out[name][:] = 0
+            whole.append(False)
+    good, origins = np.array(whole), np.array(origins, np.uint32)
+    for room, having in filled.items():
+        good[having] &= room.good(n, origins)[having]
+        for name, values in out.items():
+            planes = room.planes.get(name)
+            if planes is None:
+                values[having] = 0
+            elif len(having) == n:
+                join([plane[:n] for plane in planes], values)
+            else:
+                for i in having:
+                    join([plane[i] for plane in planes], values[i])
     return good
-
-
-def _fill(file: ShardFile, row: int, wanted: list[tuple[str, Layout]], i: int, filled: dict[Layout, list[int]]) -> bool:
-    """Read and decompress members of a row of one file into the rows i of their room. False where one is odd."""
-    members = file.samples[row].members
-    places = [members[name] for name, _ in wanted]
-    begin, end = min(places)[0], sum(max(places))
-    together = end - begin <= sum(size for _, size in places) + _GAP
-    data = _thread.read(file.fd, begin, end) if together else None
-    fine = True
-    for (offset, size), (_, layout) in zip(places, wanted, strict=True):
-        if size > layout.limit:
-            return False
-        if data is None:
-            member = _thread.read(file.fd, offset, offset + size)
-        else:
-            member = data[offset - begin : offset - begin + size]
-        filled.setdefault(layout, []).append(i)
-        fine &= _thread.of(layout).fill(i, member, _thread.zstd)
-    return fine

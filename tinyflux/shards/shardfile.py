@@ -46,12 +46,15 @@ class ShardFile:
         self.groups: tuple[str, ...] = (*(() if base is None else base.groups), *groups)
         """The groups that are read, of this file and of those below it."""
         self._wanted: dict[int, list[tuple[str, Layout]]] = {}
+        own = tuple(layout for _, layout in self.wanted(0))
+        self.stacked: tuple[Layout, ...] = own if base is None else own + base.stacked
+        """The layouts of the members of a row, of this file and of those below it: see `wanted`."""
 
     def wanted(self, caption: int) -> list[tuple[str, Layout]]:
-        """The members of a row that are read from this file, and their layouts."""
+        """The members of a row that are read from this file, and their layouts, in the order of the tar."""
         if caption not in self._wanted:
             named = ((member_name(g, caption if g in self._repeated else None), x) for g, x in self.layouts.items())
-            self._wanted[caption] = list(named)
+            self._wanted[caption] = sorted(named, key=lambda pair: pair[0])
         return self._wanted[caption]
 
     def _placed(self, samples: list[Sample], gaps: list[int]) -> list[Sample | None]:
