@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ _DTYPES = {"bytes": "<u8", "samples": "<u4", "number": "<u4", "origins": "<u4", 
 _DTYPES |= {"sha256": "u1", "captions": "u1", "names": "u1"}
 _KINDS = {"<u8": "U64", "<u4": "U32", "<u2": "U16", "u1": "U8"}
 _HEADER_LIMIT = 1 << 16
+_PORTION = 1 << 22  # elements written at a time
 
 
 class Index:
@@ -54,8 +55,11 @@ class Index:
                 raise ValueError(f"names is not UTF-8: {error}") from error
             if len(self.names) != shards:
                 raise ValueError(f"there are {len(self.names)} names for {shards} shards")
-        distinct = len(set(self.names)) if self.names is not None else len(np.unique(self.number))
-        if distinct != shards:
+        if self.names is not None:
+            repeated = len(set(self.names)) != shards
+        else:  # by sorting: np.unique takes seconds for millions
+            repeated = (np.diff(np.sort(self.number)) == 0).any()
+        if repeated:
             raise ValueError("a shard occurs twice")
 
     @classmethod
@@ -102,8 +106,14 @@ class Index:
             raise ValueError(f"damaged: {error!r:.200}") from error
         return cls(arrays, {"sha256": files.sha256(path), "bytes": len(data) + 8 + size})
 
-    def to_bytes(self) -> bytes:
-        """The file."""
+    def save(self, path: str | Path) -> None:
+        """Write the file."""
+        with files.replaced(path) as temporary, open(temporary, "wb") as file:
+            for part in self._parts():
+                file.write(part)
+
+    def _parts(self) -> Iterator[bytes]:
+        """The file, in portions."""
         entries, end = {}, 0
         ordered = [name for name in _DTYPES if name in self.arrays]
         for name in ordered:
@@ -116,15 +126,21 @@ class Index:
             }
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        return b"".join([len(header).to_bytes(8, "little"), header, *(self.arrays[n].tobytes() for n in ordered)])
+        yield len(header).to_bytes(8, "little") + header
+        for array in (self.arrays[name] for name in ordered):
+            for first in range(0, len(array), _PORTION):
+                yield array[first : first + _PORTION].tobytes()
 
     @cached_property
     def digest(self) -> dict:
         """SHA-256 and size of the file, as the manifest has them."""
         if self._digest is not None:
             return self._digest
-        data = self.to_bytes()
-        return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        digest, size = hashlib.sha256(), 0
+        for part in self._parts():
+            digest.update(part)
+            size += len(part)
+        return {"sha256": digest.hexdigest(), "bytes": size}
 
     @cached_property
     def count(self) -> int:

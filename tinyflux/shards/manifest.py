@@ -173,7 +173,7 @@ class Manifest:
     def save(self, folder: str | Path) -> Path:
         """Write index.safetensors and, last, manifest.json."""
         folder = Path(folder)
-        files.atomic_write(folder / INDEX, self.index.to_bytes())
+        self.index.save(folder / INDEX)
         files.atomic_write(folder / "manifest.json", self.to_json())
         return folder / "manifest.json"
 

@@ -69,7 +69,9 @@ class _Pipeline:
         )
         B = reader.config.micro_batch_size
         self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # micro-batches begun at a time
-        self._change, self._planning = threading.Condition(), threading.Lock()
+        self._lock, self._planning = threading.RLock(), threading.Lock()  # the first: `close` may run in any line
+        self._ready = threading.Condition(self._lock)  # the consumer's: its next micro-batch is done
+        self._space = threading.Condition(self._lock)  # for another micro-batch
         self._begun: deque[MicroBatch] = deque()  # in order, until the consumer has them
         self._parts = self._plan(position)
         reader.reading.clear()
@@ -105,8 +107,8 @@ class _Pipeline:
             )
             parts = [range(i, min(i + CHUNK, B)) for i in range(0, B, CHUNK)]
             micro.parts_left = len(parts)
-            with self._change:
-                self._change.wait_for(lambda: self.stopped or len(self._begun) < self._room)
+            with self._lock:
+                self._space.wait_for(lambda: self.stopped or len(self._begun) < self._room)
                 if self.stopped:
                     return
                 self._begun.append(micro)
@@ -122,9 +124,9 @@ class _Pipeline:
             try:
                 return next(self._parts)
             except BaseException as error:  # noqa: BLE001  the consumer raises it, StopIteration too
-                with self._change:
+                with self._lock:
                     self.ended = error
-                    self._change.notify_all()
+                    self._ready.notify()
                 return None
 
     def _work(self) -> None:
@@ -139,21 +141,22 @@ class _Pipeline:
             try:
                 if micro.error is None:
                     self.reader.load(micro, part, lambda: self.stopped)
-                with self._change:
+                with self._lock:
                     micro.parts_left -= 1
                     last = micro.parts_left == 0
                 if last and not self.stopped:
                     self._finish(micro)
             except BaseException as error:  # noqa: BLE001  the consumer raises it, SystemExit too
                 micro.error, micro.done = error, True
-            with self._change:
-                self.reader.reading.pop(me, None)
-                self._change.notify_all()
+            self.reader.reading.pop(me, None)
+            if micro.done:
+                with self._lock:
+                    self._ready.notify()
             del taken, micro  # they hold the batch
 
     def _finish(self, micro: MicroBatch) -> None:
         """Collate and pin a loaded micro-batch."""
-        with self._change:
+        with self._lock:
             step = next((m.batch["step"] for m in self._begun if m.parts_left), micro.batch["step"])
         if self.ahead is not None:
             self.ahead.advance(step)
@@ -168,7 +171,7 @@ class _Pipeline:
         Raises what went wrong in a thread, TimeoutError, and StopIteration behind the last step.
         """
         began = time.monotonic()
-        with self._change:
+        with self._lock:
             while not (self._begun and self._begun[0].done):
                 if self.ended is not None and not self._begun:
                     raise self.ended
@@ -178,9 +181,9 @@ class _Pipeline:
                     files = [f"{sources[s].url}/{sources[s].manifest.shards[shard].name}" for s, shard in reading]
                     what = f"being read: {', '.join(files) or 'nothing'}"
                     raise TimeoutError(f"no sample came for {self.patience:g} s (data.timeout); {what}")
-                self._change.wait(left)
+                self._ready.wait(left)
             micro = self._begun.popleft()
-            self._change.notify_all()
+            self._space.notify()
         if micro.error is not None:
             raise micro.error
         return micro.result
@@ -192,8 +195,9 @@ class _Pipeline:
         self.stopped = True
         if self.ahead is not None:
             self.ahead.stop()
-        with self._change:
-            self._change.notify_all()
+        with self._lock:
+            self._ready.notify_all()
+            self._space.notify_all()
         if threading.current_thread() in self._threads:  # it collects a forgotten stream
             return
         deadline = time.monotonic() + min(30, self.patience)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from tinyflux.shards.format import bits
 from tinyflux.shards.schema import EXTRAS, GROUP_OF, SCHEMA
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
@@ -18,6 +19,7 @@ from tinyflux.util.buckets import BUCKETS, interpolate
 
 VALIDATION_TIMESTEPS = 8
 KEPT = 1 << 30  # bytes of validation batches that a rank keeps
+ALONE = 1 << 15  # elements up to which torch works in the calling thread
 COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids", "sample_seeds", "keys")
 
 
@@ -60,8 +62,17 @@ class StreamCollate:
         found = {}
         for name, stored in (pair for term in self.terms for pair in term.fields.items()):
             on_grid = SCHEMA[GROUP_OF[stored]].on_grid
-            found[name] = interpolate(raw[stored], t, self.buckets) if on_grid else raw[stored].float()
+            found[name] = self._interpolated(raw[stored], t) if on_grid else raw[stored].float()
         return found
+
+    def _interpolated(self, features: Tensor, t: Tensor) -> Tensor:
+        """Features [B, K, ...] at t [B], a few samples at a time: torch would share the work with threads that wait for
+        each other, and the stream has as many threads as it was given."""
+        out = torch.empty(len(t), *features.shape[2:])
+        rows = max(1, ALONE // max(1, out[0].numel()))
+        for some in (slice(first, first + rows) for first in range(0, len(t), rows)):
+            out[some] = interpolate(features[some], t[some], self.buckets)
+        return out
 
     def at(self, raw: dict, t: Tensor) -> Batch:
         """The batch at given timesteps [B], with all prompts."""
@@ -83,7 +94,8 @@ class StreamCollate:
         batch = self.at(raw, self.timesteps(seeds, raw["step"], raw["slots"]))
         drop = rng.uniform(seeds, "text_dropout") < self.config.text_dropout
         for name, null in (("t5_embeds", self.null_t5), ("clip_pooled", self.null_clip)):
-            batch[name][drop] = null[source[drop]].to(batch[name].dtype)  # in place: the text is most of the batch
+            # in place, since the text is most of the batch, and by numpy, which does it in this thread
+            bits(batch[name])[drop.numpy()] = bits(null.to(batch[name].dtype))[source[drop].numpy()]
         return batch
 
 
