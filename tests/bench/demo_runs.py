@@ -11,7 +11,7 @@ import torch
 
 from launch.train import main as train
 
-HELD_OUT, SAMPLES = 0.1, 200  # part of the sources, and number of its samples in a validation
+CONFIG = Path(__file__).with_suffix(".toml")
 
 
 class Variant(NamedTuple):
@@ -24,8 +24,7 @@ class Variant(NamedTuple):
 
 def held_out_loss(folder: Path, sources: Sequence[Path], seed: int, variant: Variant) -> float:
     """Train in this folder, unless that was done before; the held-out main loss after the last step."""
-    argv = ["--config", "demo", "--run-dir", folder, "--data.sources", *sources, "--data.weights", 0.9, 0.1]
-    argv += ["--data.seed", seed, "--data.val-fraction", HELD_OUT, "--trainer.validation-samples", SAMPLES]
+    argv = ["--config", CONFIG, "--run-dir", folder, "--data.sources", *sources, "--data.seed", seed]
     argv += ["--trainer.total-steps", variant.steps, "--trainer.validate-every", max(1, variant.steps // 8)]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.demo_runs import Variant, compare
 
-ADAMW = ("--trainer.optimizer", "adamw", "--trainer.learning-rate", 5e-3)
+ADAMW = ("--trainer.optimizer", "adamw")
 
 
 def main(

@@ -15,8 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.demo_runs import Variant, compare
 
-RATE = 5e-3  # AdamW's best of 3e-3, 5e-3 and 8e-3
-
 
 def main(
     sources: tuple[Path, Path],
@@ -36,9 +34,8 @@ def main(
         seeds: of weights, data order and draws.
         scale: trainer.muon_scale.
     """
-    rate = ("--trainer.learning-rate", RATE)
-    muon = ("--trainer.optimizer", "muon", "--trainer.muon-scale", scale, *rate)
-    variants = [Variant("adamw", steps, ("--trainer.optimizer", "adamw", *rate))]
+    muon = ("--trainer.optimizer", "muon", "--trainer.muon-scale", scale)
+    variants = [Variant("adamw", steps, ("--trainer.optimizer", "adamw"))]
     variants += [Variant("muon", round(part * steps), muon) for part in (1, *shorter)]
     compare(out, sources, seeds, variants)
 
