@@ -5,7 +5,8 @@ and reads that wait for the device.
 
 The network is so narrow that nearly all of a CPU's time is that of Python and of dispatch, which a GPU's host has as
 well. A read is `item`, `tolist`, `float`, `bool`, ... of a tensor in the code of a step: on a GPU each waits until all
-that was launched is done, but for the one list of numbers that was copied to pinned memory a step before.
+that was launched is done, but for the one list of numbers that was copied to pinned memory a step before. A wait is an
+operation that needs values for its result, by what was dispatched, the backward included.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.reads import Reads
 from tests.training import FITTED, TINY, make_source
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache
@@ -29,21 +30,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import CachedDataset, collate_fn
 from tinyflux.trainer.trainer import Trainer
 
-READS = {"item", "tolist", "__float__", "__int__", "__bool__", "__index__", "cpu", "numpy"}
 NARROW = TINY | FITTED | {"num_double_layers": 15, "num_single_layers": 25}
-
-
-class Reads(TorchFunctionMode):
-    """Counts what reads values of tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.count: collections.Counter = collections.Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if (name := getattr(func, "__name__", "")) in READS:
-            self.count[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Timed:
@@ -99,7 +86,7 @@ def main() -> None:
             if not at + 3 <= number < at + 6:
                 return plain(batches)
             ready = iter([next(batches) for _ in range(args.accumulation)])  # what the loader reads is on the host
-            with reads:
+            with reads.counted():
                 return plain(ready)
 
         trainer.train_step = step
@@ -115,7 +102,8 @@ def main() -> None:
     print(f"{'operations launched':24}{top / 3:.0f}")
     for name in names:
         print(f"{name:24}{events[name] / 3:.0f}")
-    print(f"{'reads':24}{sum(reads.count.values()) / 3:.1f}: {dict(reads.count)} in 3 steps")
+    print(f"{'reads':24}{sum(reads.reads.values()) / 3:.1f}: {dict(reads.reads)} in 3 steps")
+    print(f"{'waits':24}{sum(reads.waits.values()) / 3:.1f}: {dict(reads.waits)} in 3 steps")
 
 
 if __name__ == "__main__":

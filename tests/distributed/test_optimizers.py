@@ -15,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # torchrun runs this file too
 
-from tests.training import ROOT, curve, environment, make_source, train
-from tinyflux.model.model import TinyFluxDeep, flops_per_sample
-from tinyflux.trainer.config import TrainerConfig
+from tests.reads import Reads
+from tests.training import FITTED, ROOT, TINY, curve, environment, make_source, train
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
+from tinyflux.trainer.config import ParallelConfig, TrainerConfig
+from tinyflux.trainer.objective import Objective
 from tinyflux.trainer.optim.muon import Muon, orthogonal
-from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state, take_step
-from tinyflux.trainer.parallel import make_mesh
+from tinyflux.trainer.optim.registry import OPTIMIZERS, make_optimizer, optimizer_state, take_step
+from tinyflux.trainer.parallel import distribute, join_process_group, make_mesh, set_last_micro_batch
 
 STEPS, STOP = 10, 5
 WIDE = ("--model.attention-head-dim", 32, "--model.hidden-size", 64, "--model.axes-dims-rope", 8, 12, 12)
@@ -86,8 +88,25 @@ def compare() -> None:
             difference = (p.full_tensor() - q).abs()
             assert difference.max() < (2e-2 if rough else 2e-6), (name, difference.max())
             assert not rough or q.shape != (33, 256) or difference.max() > 0
+    count_gathers()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def count_gathers() -> None:
+    """Blocks are gathered for the forward and again for the backward, all but the one that both meet last; the root
+    once. Gradients are reduced in the step's last backward."""
+    torch.manual_seed(0)
+    model = TinyFluxDeep(TinyFluxConfig(**TINY, **FITTED))
+    distribute(model, torch.device("cpu"), ParallelConfig())
+    inputs = torch.randn(2, 16, 4), torch.randn(2, 5, 24), torch.randn(2, 24), torch.rand(2)
+    blocks, found = len(model.double_blocks) + len(model.single_blocks), Reads()
+    with found.counted():
+        for last in (False, True):
+            set_last_micro_batch(model, last, keep_gathered=False)
+            model(*inputs).square().mean().backward()
+    assert found.operations["_allgather_base_"] == 2 * (2 * blocks + 1), found.operations
+    assert found.operations["_reduce_scatter_base_"] == blocks + 1, found.operations
 
 
 def test_sharded_steps_are_those_of_the_whole():
@@ -109,6 +128,33 @@ def test_muon_is_torch_s():
             p.grad = gradient.clone()
             optimizer.step()
     assert (ours - theirs).abs().max() < 0.03 * (theirs - 1).abs().max()
+
+
+def few_samples() -> dict:
+    """A batch whose draws are the same in every step."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"latents": (4, 4, 4), "t5_embeds": (5, 24), "clip_pooled": (24,), "lune_features": (24,)}
+    sizes |= {"sol_stats": (3,), "sol_spatial": (8, 8)}
+    batch = {name: torch.randn(4, *size, generator=draw) for name, size in sizes.items()}
+    return batch | {"masks": None, "t": torch.tensor([0.2, 0.4, 0.6, 0.8]), "sample_seeds": torch.arange(4)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_few_samples_are_learnt(name):
+    torch.manual_seed(0)
+    model = TinyFluxDeep(TinyFluxConfig(**TINY, **FITTED))
+    nn.init.normal_(model.final_linear.weight, std=0.1)  # zero at the start, which adafactor's steps are relative to
+    join_process_group(torch.device("cpu"))
+    distribute(model, torch.device("cpu"), ParallelConfig())
+    config = TrainerConfig(optimizer=name, learning_rate=3e-2 if name == "adafactor" else 5e-3, use_snr_weighting=False)
+    objective, optimizer, losses = Objective(model, config), make_optimizer(model, config), []
+    for _ in range(40):
+        loss = objective(few_samples(), 0)["main"].mean()
+        loss.backward()
+        take_step(optimizer, torch.zeros(()))
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], losses
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

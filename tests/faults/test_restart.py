@@ -104,21 +104,40 @@ def launched(*argv: object, **env: str) -> subprocess.Popen:
     )
 
 
-def test_ranks_that_differ_are_refused_in_as_many_lines_as_it_takes(sources, tmp_path):
+DIFFERENT = {  # what rank 1 has, and what is said of it
+    "config": ("argv += ['--trainer.learning-rate', '2e-3']", "trainer.learning_rate is 0.002 on rank 1 ("),
+    "data": ("argv[argv.index('--data.sources') + 1] = 'others/a'", "data.sources.a is "),
+    "code": ("sys.path.insert(0, 'copy')", "version.tinyflux is "),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_differ_are_refused_in_as_many_lines_as_it_takes(sources, tmp_path, what):
+    change, expected = DIFFERENT[what]
     script = tmp_path / "differ.py"
     script.write_text(
         "import os, sys\n"
+        f"argv = sys.argv[1:]\nos.chdir({str(tmp_path)!r})\n"
+        f"if os.environ['RANK'] == '1':\n    {change}\n"
         "from launch.train import main\n"
-        "sys.exit(main(sys.argv[1:] + ['--trainer.learning-rate', f'{4 - int(os.environ[\"RANK\"])}e-3']))\n"
+        "sys.exit(main(argv))\n"
     )
+    if what == "data":  # the same sizes, other values
+        tiny = {"shapes": [(8, 8)], "channels": 16, "t5_width": 128, "clip_width": 128}
+        make_source(tmp_path / "others" / "a", 1, captions=2, **tiny)
+    if what == "code":
+        for name in ("tinyflux", "launch"):
+            shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+        with open(tmp_path / "copy" / "tinyflux" / "util" / "log.py", "a") as file:
+            file.write("# one line more\n")
     argv = command(tmp_path / "run", sources, *OPTIONS)[2:]
     process = launched(script, *argv)
     said, _ = process.communicate(timeout=120)
     lines = [line for line in said.splitlines() if "OMP_NUM_THREADS" not in line]
     assert process.returncode == 2 and len(lines) == 2, said
     assert lines[0] == "error: the ranks differ, so they would train different models:"
-    assert lines[1].startswith("  trainer.learning_rate is 0.003 on rank 1 (")
-    assert lines[1].endswith("), 0.004 on rank 0") and not (tmp_path / "run").exists()
+    assert lines[1].startswith(f"  {expected}") and " on rank 1 (" in lines[1] and lines[1].endswith(" on rank 0")
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
 def test_an_error_of_one_rank_is_told_once(tmp_path):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import default_planner
 from tinyflux.model.dcp import write_metadata
 from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.run import checkpoint, metrics
+from tinyflux.run import checkpoint, folders, metrics
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import MARK, list_checkpoints
 from tinyflux.run.metrics import Metrics, read_metrics
@@ -69,7 +69,7 @@ def damage(folder: Path) -> None:
 
 
 def test_an_io_error_is_no_damage(model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.05, 0.3))
+    monkeypatch.setattr(folders, "PAUSES", (0.05, 0.3))
     with opened(tmp_path) as checkpointer:
         save(checkpointer, model, 1, 2)
     path = tmp_path / "checkpoints" / "step_2" / "metadata.json"
@@ -80,6 +80,9 @@ def test_an_io_error_is_no_damage(model, tmp_path, monkeypatch, capfd):
             checkpointer.load_newest(state(model))
         assert names(tmp_path) == {"step_1", "step_2"}
         said = capfd.readouterr().out
+        with pytest.raises(OSError, match="Input/output error"):  # what a start reads first of all
+            folders.newest_identity(checkpointer.root)
+        assert capfd.readouterr().out.count("trying again in") == 2
         assert said.count("trying again in") == 2 and "falling back" not in said
 
         def heal() -> None:
@@ -152,6 +155,21 @@ def test_a_large_state_is_exported_by_a_process_of_its_own(model, tmp_path, monk
     for name in ("step_1.safetensors", "best_ema.safetensors"):
         loaded = load_model(tmp_path / "checkpoints" / name).state_dict()
         assert all(torch.equal(x, loaded[key]) for key, x in model.state_dict().items())
+
+
+def test_a_stop_saves_and_leaves_exports_to_the_next_start(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(checkpoint, "APART", 0)  # a process of its own takes seconds
+    root = tmp_path / "checkpoints"
+    checkpointer = Checkpointer(root, CONFIG)
+    checkpointer.write_configs({})
+    save(checkpointer, model, 1)
+    assert (root / "step_1" / "metadata.json").exists()
+    checkpointer.close(0.0)
+    assert "written at the next start" in capfd.readouterr().out
+    assert {path.name for path in root.iterdir()} == {"step_1", "config.json", "training_config.json"}
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.load_newest(state(model))["step"] == 1
+    assert {"step_1.safetensors", "step_1_ema.safetensors"} <= {path.name for path in root.iterdir()}
 
 
 def test_a_state_is_planned_once(model, tmp_path, monkeypatch):

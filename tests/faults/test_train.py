@@ -1,6 +1,7 @@
 """Trainings that are killed, stopped, damaged or asked for the impossible."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,7 +13,9 @@ import pytest
 from launch.train import main
 from tests.training import command, curve, make_source, records, start, train, train_until, wait_for
 from tinyflux.model.dcp import read_metadata
+from tinyflux.model.zoo import ModelZoo
 from tinyflux.run.folders import lock
+from tinyflux.trainer import trainer
 from tinyflux.trainer.sampling import Sampler
 
 STEPS = 24
@@ -191,6 +194,31 @@ def test_pictures_stop_no_training(tmp_path, monkeypatch):
     (tmp_path / "other/samples").touch()
     done = train(tmp_path / "other", [source], *options)
     assert done.returncode == 0 and "WARNING: no samples of step 1: " in done.stdout, done.stdout
+
+
+def test_a_stop_gives_up_scores_that_take_long(tmp_path, monkeypatch):
+    """Told to stop at the third of 80 pictures, the run is saved and ends after a few more at most."""
+    source = make_source(tmp_path / "a", 1, samples=80, shapes=[(8, 8)], channels=16, t5_width=128, clip_width=128)
+    decoded, decode = [], ModelZoo.decode_latents
+
+    def told(zoo, latents):
+        decoded.append(len(latents))
+        if len(decoded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(decoded) > 3:
+            time.sleep(0.2)
+        return decode(zoo, latents)
+
+    monkeypatch.setattr(ModelZoo, "decode_latents", told)
+    monkeypatch.setattr(trainer, "STOP_PATIENCE", 0.0)
+    options = ("--trainer.evaluate-every", 1, "--trainer.evaluation-samples", 40, "--trainer.sample-steps", 1)
+    options += ("--data.val-fraction", 0.8, "--trainer.zoo", "tiny", "--trainer.total-steps", 10_000)
+    done = train(tmp_path / "run", [source], *options)
+    assert done.returncode == 75 and "stopped by a signal" in done.stdout, done.stdout
+    for thread in threading.enumerate():
+        if thread.name.startswith("scores"):
+            thread.join(10)
+    assert len(decoded) < 40 and not (tmp_path / "run" / "evaluations").exists()
 
 
 BAD = {

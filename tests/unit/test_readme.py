@@ -18,7 +18,7 @@ from sharding import build, inspect, pull, push, verify
 from tests.training import records
 from tinyflux.precache.config import BuildConfig
 from tinyflux.precache.sources import load_sources
-from tinyflux.run import export
+from tinyflux.run import export, report
 from tinyflux.shards.config import DataConfig
 from tinyflux.trainer.config import RunConfig, TrainerConfig, load_config
 from tinyflux.trainer.drawing import SampleOptions
@@ -36,6 +36,7 @@ OPTIONS = {
     "launch/sample.py": SampleOptions,
     "launch/evaluate.py": EvaluateOptions,
     "tinyflux.run.export": export.Options,
+    "tinyflux.run.report": report.Options,
 }
 FILES = {"launch/slurm/train.sbatch": "launch/train.py", "launch/slurm/build.sbatch": "sharding.build"}
 

@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -34,35 +33,18 @@ from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metad
 from tinyflux.model.loader import load_model
 from tinyflux.run import folders, identity
 from tinyflux.run.export import KINDS, LORA, Exporter, beside, export_missing
-from tinyflux.run.folders import list_checkpoints, step_of
+from tinyflux.run.folders import list_checkpoints, patiently, step_of
 from tinyflux.run.staging import Staging
 from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
 # what a full disk or a damaged file raises
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, SafetensorError)
-PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries to read a checkpoint that an I/O error hides."""
 RETRY = 60.0
 """Seconds after which a save that failed is tried again."""
 APART = 2**28
 """Bytes of state from which exports are made in a process of their own: in a thread they would hold this one's
 interpreter for seconds, and a process takes seconds to start."""
-
-T = TypeVar("T")
-
-
-def patiently(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again after an OSError: file systems of clusters have bad minutes."""
-    for pause in (*PAUSES, None):
-        try:
-            return read()
-        except OSError as error:
-            if pause is None:
-                raise
-            say(f"WARNING: {error}; trying again in {pause:g} s")
-            time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 class Planner(DefaultSavePlanner):
@@ -109,7 +91,7 @@ def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str,
     found: list = [None, False]
     state: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
-        if list_checkpoints(root):
+        if patiently(lambda: list_checkpoints(root)):
             found = [TinyFluxConfig.from_json(root / "config.json"), True]
         else:
             model = load_model(source, use_ema=True)
@@ -159,7 +141,7 @@ class Checkpointer:
         self.leads = dist.get_rank() == 0
         if self.leads:
             root.mkdir(parents=True, exist_ok=True)
-            for folder in folders.list_cut(root):
+            for folder in patiently(lambda: folders.list_cut(root)):
                 say(f"{folder} was cut off while it was saved: it is now {folders.set_aside(folder, folders.CUT).name}")
         dist.barrier(self.group)
 
@@ -218,6 +200,7 @@ class Checkpointer:
 
     def _write(self, state: dict[str, Tensor], wait: Callable[[], None], folder: Path, metadata: dict) -> None:
         try:
+            began = time.monotonic()
             wait()
             dcp.save(state, checkpoint_id=folder, planner=Planner(self.plan_key), process_group=self.savers)
             files = self._checksums(folder)
@@ -225,6 +208,7 @@ class Checkpointer:
                 return
             write_metadata(folder, {**metadata, "config": self.training_config, "files": files})
             folders.mark_saved(self.root, metadata["step"])
+            say(f"saved {folder.name} in {time.monotonic() - began:.1f} s")
             self.owed = set()
             self.published = self.publishing.submit(self._publish, folder)
         except FAILURES as error:

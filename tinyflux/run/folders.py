@@ -9,8 +9,11 @@
 import os
 import re
 import stat
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from tinyflux.model.dcp import METADATA, Damaged, read_metadata
 from tinyflux.util.files import NoLocks, atomic_write, locked
@@ -18,6 +21,23 @@ from tinyflux.util.log import say
 
 CUT, DAMAGED = "cut", "damaged"
 MARK = ".saved"
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between tries to read what an I/O error hides."""
+
+T = TypeVar("T")
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again after an OSError: file systems of clusters have bad minutes."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if pause is None:
+                raise
+            say(f"WARNING: {error}; trying again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def lock(run_dir: Path, patience: float = 120) -> ExitStack:
@@ -103,9 +123,9 @@ def leftovers(root: Path) -> list[str]:
 
 def newest_identity(root: str | Path) -> dict:
     """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
-    for folder in list_checkpoints(root):
+    for folder in patiently(lambda: list_checkpoints(root)):
         try:
-            return read_metadata(folder).get("identity", {})
+            return patiently(lambda folder=folder: read_metadata(folder)).get("identity", {})
         except Damaged:  # resuming says what is wrong with it, and takes the one before it too
             continue
     return {}

@@ -70,7 +70,11 @@ class Guard:
         dist.all_gather_object(everyone, keys)
         path = self.run_dir / f"nonfinite_step_{step}.json"
         if dist.get_rank() == 0:
-            path.write_text(json.dumps({"step": step, "fault": fault, "keys": sum(everyone, [])}, indent=2))
+            keys = sum(everyone, [])
+            try:
+                path.write_text(json.dumps({"step": step, "fault": fault, "keys": keys}, indent=2))
+            except OSError as error:
+                say(f"WARNING: {path}: {error}; the keys are {' '.join(keys)}")
         return (
             f"{self.in_a_row} steps in a row were skipped, the last because: {fault}. Its samples are in {path}; lower"
             " trainer.learning_rate, or look at them with `python -m sharding.inspect`"

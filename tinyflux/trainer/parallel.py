@@ -27,8 +27,8 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NCCL_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # the flight recorder
-# most graphs of one block kind, for latent shapes, batch sizes, training and sampling; after torch.compile's own 8,
-# blocks would run uncompiled
+# most graphs, for latent shapes, batch sizes, training and sampling. Checkpointed blocks of both kinds count together,
+# for their code is torch's `checkpoint`. After torch.compile's own 8 they would run uncompiled, in silence
 GRAPHS = 64
 # what selective activation checkpointing keeps: matrix products and attention; the cheap rest is computed again
 SAVED = {
@@ -154,6 +154,8 @@ def prepare_block(block: nn.Module, gradient_checkpointing: str = "none", compil
             how["context_fn"] = partial(create_selective_checkpoint_contexts, _save_products)
         block.forward = partial(checkpoint, block.forward, **how)
     if compile_mode is not None:
+        torch._dynamo.config.recompile_limit = GRAPHS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         block.forward = torch.compile(block.forward, mode=compile_mode)
 
 
@@ -177,9 +179,6 @@ def distribute(
     meta = any(p.is_meta for p in model.parameters())
     if not meta:
         model.to(device=device, dtype=torch.float32)
-    if compile_mode is not None:
-        torch._dynamo.config.recompile_limit = GRAPHS
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks:
         prepare_block(block, gradient_checkpointing, compile_mode)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tinyflux.run.metrics import Metrics
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.sampling import Prompts, Sampler, image_grid, save_samples
+from tinyflux.util.files import Stopped
 from tinyflux.util.log import say
 
 
@@ -28,7 +29,7 @@ class Preview:
     ):
         self.raw, self.texts = raw, list(texts)
         self.sampler, self.folder, self.device, self.seed = sampler, folder, device, seed
-        self.executor, self.stopped = ThreadPoolExecutor(1, "preview"), False
+        self.executor = ThreadPoolExecutor(1, "preview")
         encoded = [None]
         if dist.get_rank() == 0:
             encoded = [Prompts.encode(sampler.zoo, texts)]
@@ -66,16 +67,13 @@ class Preview:
     def _decode(self, drawn: dict[str, Tensor], step: int, metrics: Metrics) -> None:
         try:
             for kind, latents in drawn.items():
-                decoded = []
-                for one in latents.split(1):
-                    if self.stopped:
-                        return
-                    decoded.append(self.sampler.decode(one))
-                images = torch.cat(decoded)
+                images = self.sampler.decode(latents)
                 path = self.folder / f"step_{step}{kind}.png"
                 save_samples(images, path, parameters={"prompts": self.texts, "height": images.shape[2]})
                 metrics.image(f"samples{kind}", image_grid(images), step)
             say(f"samples of step {step}: {self.folder / f'step_{step}.png'}")
+        except Stopped:
+            say(f"no samples of step {step}: the training stops")
         except (RuntimeError, OSError, ValueError) as error:  # such as too little memory, or a full disk
             say(f"WARNING: no samples of step {step}: {error}")
 
@@ -83,4 +81,4 @@ class Preview:
         """Wait for the grid that is being decoded, for at most `patience` seconds: then it is given up."""
         if self.pending is not None:
             wait([self.pending], patience)
-            self.stopped = True
+            self.sampler.stop()

@@ -22,6 +22,9 @@ class Profiler:
         if self.profile and step == self.end:
             self.profile.stop()
             path = self.run_dir / f"profile_step_{self.first}.json.gz"
-            self.profile.export_chrome_trace(str(path))
-            self.profile = None
-            say(f"profile of {self.end - self.first} steps: {path}")
+            profile, self.profile = self.profile, None
+            try:
+                profile.export_chrome_trace(str(path))
+                say(f"profile of {self.end - self.first} steps: {path}")
+            except (OSError, RuntimeError) as error:
+                say(f"WARNING: no profile: {error}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinyflux.trainer.schedules import flux_shift
 from tinyflux.trainer.solvers import SOLVERS
 from tinyflux.util import rng
+from tinyflux.util.files import Stopped
 from tinyflux.util.pixels import to_uint8
 
 if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and a rank that trains never needs them
@@ -214,6 +215,7 @@ class Sampler:
     ):
         self.settings = Settings(**settings)
         self.zoo, self.batch_size, self.latent_shape = zoo, batch_size, tuple(latent_shape or zoo.latent_shape)
+        self.stopped = False
 
     def latents(
         self,
@@ -248,10 +250,19 @@ class Sampler:
         return torch.cat(parts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], on the CPU."""
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU. Raises Stopped once `stop` is called."""
         if self.zoo.vae is None:
             self.zoo.load_vae()
-        return torch.cat([self.zoo.decode_latents(x).float().cpu() for x in latents.split(self.batch_size)])
+        pictures = []
+        for some in latents.split(1 if self.zoo.device.type == "cpu" else self.batch_size):
+            if self.stopped:
+                raise Stopped("pictures")
+            pictures.append(self.zoo.decode_latents(some).float().cpu())
+        return torch.cat(pictures)
+
+    def stop(self) -> None:
+        """End a `decode` of another thread after the picture that it is at; there will be no other."""
+        self.stopped = True
 
     def __call__(self, model: nn.Module, texts: list[str], *, negative: str = "", seed: int = 0) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one a prompt."""

@@ -12,6 +12,7 @@ from tinyflux.shards.stream import Stream
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.evaluation import Evaluator, Samples, board_values
 from tinyflux.trainer.sampling import Sampler
+from tinyflux.util.files import Stopped
 from tinyflux.util.log import say
 
 
@@ -60,6 +61,9 @@ class Scoreboard:
         about = {"step": step, "held_out": True, "seed": self.seed}
         try:
             scores = self.evaluator.write(self.folder, f"step_{step}_ema", about, losses, latents)
+        except Stopped:
+            say(f"no scores of step {step}: the training stops")
+            return
         except (RuntimeError, OSError, ValueError) as error:  # such as too little memory, or a full disk
             say(f"WARNING: no scores of step {step}: {error}")
             return
@@ -68,6 +72,7 @@ class Scoreboard:
         say(f"scores of step {step}: {told}  {self.folder / f'step_{step}_ema.html'}")
 
     def wait(self, patience: float | None = None) -> None:
-        """Wait for the scores that are being computed, for at most `patience` seconds."""
+        """Wait for the scores that are being computed, for at most `patience` seconds: then they are given up."""
         if self.pending is not None:
             wait([self.pending], patience)
+            self.evaluator.sampler.stop()

@@ -1,6 +1,7 @@
 """The training loop: one state, the step; everything random or ordered follows from it."""
 
 import json
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -41,7 +42,7 @@ from tinyflux.util import cli, devices
 from tinyflux.util.log import say
 
 STOP_PATIENCE = 20.0
-"""Seconds that a run which was told to stop, and is saved, waits for exports and pictures."""
+"""Seconds that a run which was told to stop, and is saved, waits for pictures, scores and exports in all."""
 
 
 class Trainer:
@@ -342,14 +343,16 @@ class Trainer:
         if self.checkpointer.newest != self.step:
             self.save_checkpoint({"step"})
             self.checkpointer.wait()
-        patience = None if self.finished else STOP_PATIENCE
-        if self.preview:
-            self.preview.wait(patience)
-        if self.scoreboard:
-            self.scoreboard.wait(patience)
+        until = time.monotonic() + STOP_PATIENCE
+
+        def patience() -> float | None:
+            return None if self.finished else max(0.0, until - time.monotonic())
+
+        for drawn in filter(None, (self.preview, self.scoreboard)):
+            drawn.wait(patience())
         say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         self.metrics.close()
-        self.close(patience)
+        self.close(patience())
 
     def _conclude(self) -> int:
         """Report and upload. Returns the exit status."""

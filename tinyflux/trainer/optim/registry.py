@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def make_optimizer(model: "nn.Module", config: "TrainerConfig") -> "torch.optim.Optimizer":
-    """The optimizer `config.optimizer` of the parameters that are trained, sharded or whole.
+    """The optimizer `config.optimizer` of the parameters that are trained: sharded, or for adamw and muon whole.
 
     Raises ValueError where it needs a package that is not installed.
     """

@@ -1,0 +1,72 @@
+"""A training of two ranks that is killed again and again at random moments: its losses must be those of an unbroken run.
+
+    python tests/faults/storm.py [--kills 15] [--steps 60]
+
+Each start is killed (SIGKILL: torchrun, one rank, or all of it) at a random moment, its start, a save and a validation
+included; then the same command is run again. The last start ends by itself.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.training import command, curve, environment, make_source, train, workers
+
+RANKS = 2
+
+
+def kill(process: subprocess.Popen, what: str) -> None:
+    """Kill one rank, torchrun alone, or all of it."""
+    ranks = workers(process)
+    victims = {"rank": ranks[-1:], "torchrun": [process.pid], "all": [process.pid, *ranks]}[what]
+    for pid in victims or [process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--longest", type=float, default=16.0, help="seconds until a kill, at most")
+    args = parser.parse_args()
+    dice, killed, folder = random.SystemRandom(), 0, Path(tempfile.mkdtemp())
+    sources = [make_source(folder / "a", 1), make_source(folder / "b", 2, samples=40)]
+    options = ("--trainer.total-steps", args.steps, "--trainer.save-every-steps", 3, "--data.val-fraction", 0.2)
+    options += ("--trainer.validate-every", 4)
+    done = train(folder / "unbroken", sources, *options, ranks=RANKS)
+    assert done.returncode == 0, done.stdout
+    run_dir, log = folder / "run", open(folder / "log", "w")
+    argv = command(run_dir, sources, *options, ranks=RANKS)
+    while killed < args.kills:
+        process = subprocess.Popen(argv, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        what, moment = dice.choice(("rank", "torchrun", "all")), dice.uniform(1, args.longest)
+        until = time.monotonic() + moment
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            assert process.returncode == 0, (folder / "log").read_text()[-3000:]
+            break
+        kill(process, what)
+        killed += 1
+        process.wait(timeout=120)  # of a dead rank, torchrun takes the other one down
+        print(f"kill {killed}: {what} after {moment:.1f} s, at step {len(curve(run_dir))}", flush=True)
+    done = train(run_dir, sources, *options, ranks=RANKS)
+    assert done.returncode == 0, done.stdout
+    same = curve(run_dir) == curve(folder / "unbroken")
+    print(f"{killed} kills, {len(curve(run_dir))} steps: losses {'equal' if same else 'DIFFER'}, bit by bit; {folder}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
