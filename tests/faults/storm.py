@@ -1,4 +1,4 @@
-"""A training of two ranks that is killed again and again at random moments: its losses must be those of an unbroken run.
+"""A training of two ranks that is killed again and again at random moments has the losses of an unbroken one.
 
     python tests/faults/storm.py [--kills 15] [--steps 60]
 
