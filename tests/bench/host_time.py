@@ -11,6 +11,7 @@ operation that needs values for its result, by what was dispatched, the backward
 
 import argparse
 import collections
+import json
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from tinyflux.trainer.cache_experts import DatasetCache
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.data import CachedDataset, collate_fn
 from tinyflux.trainer.trainer import Trainer
+from tinyflux.util import cli
 
 NARROW = TINY | FITTED | {"num_double_layers": 15, "num_single_layers": 25}
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
     begun, profiled, reads = [], {}, Reads()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,14 +99,19 @@ def main() -> None:
     names = ("c10d::allreduce_", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
     top = sum(1 for e in profiled["profile"].events() if e.name.startswith("aten::") and e.cpu_parent is None)
     print(f"torch {torch.__version__}, {args.accumulation} micro-batches a step")
-    print(f"{'a step':24}{median(seconds) * 1e3:.1f} ms")
-    print(f"{'optimizer':24}{median(optimizer.seconds[3:at]) * 1e3:.2f} ms")
-    print(f"{'average of the weights':24}{median(ema.seconds[3:at]) * 1e3:.2f} ms")
-    print(f"{'operations launched':24}{top / 3:.0f}")
-    for name in names:
-        print(f"{name:24}{events[name] / 3:.0f}")
-    print(f"{'reads':24}{sum(reads.reads.values()) / 3:.1f}: {dict(reads.reads)} in 3 steps")
-    print(f"{'waits':24}{sum(reads.waits.values()) / 3:.1f}: {dict(reads.waits)} in 3 steps")
+    figures = {
+        "step_ms": median(seconds) * 1e3,
+        "optimizer_ms": median(optimizer.seconds[3:at]) * 1e3,
+        "average_of_the_weights_ms": median(ema.seconds[3:at]) * 1e3,
+        "operations": top / 3,
+        **{name: events[name] / 3 for name in names},
+        "reads": sum(reads.reads.values()) / 3,
+        "waits": sum(reads.waits.values()) / 3,
+    }
+    print(cli.table([*figures.items()]))
+    print(f"reads and waits in 3 steps: {dict(reads.reads)} {dict(reads.waits)}")
+    if args.json:
+        args.json.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

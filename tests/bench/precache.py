@@ -8,6 +8,7 @@ probabilities for Sol. All variants take turns in one process; ratios are median
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -89,11 +90,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="timesteps that go through a teacher at once")
     parser.add_argument("--side", type=int, default=64, help="latents along each side; 64 is a 512 x 512 image")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--channels", type=int, nargs=4, default=[320, 640, 1280, 1280], help="SD1.5's, or fewer")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are SD1.5's
+    # the other defaults are SD1.5's
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=args.channels)
     unet = unet.eval().to(device, dtype)
     latents = torch.randn(args.batch, 4, args.side, args.side, device=device, dtype=dtype)
     context = torch.randn(args.batch, 77, 768, device=device, dtype=dtype)
@@ -104,6 +108,7 @@ def main() -> None:
     print(f"{where}, torch {torch.__version__}, {args.dtype}, UNet of {count / 1e6:.0f}M, {list(latents.shape)}")
     head = ("ours, s", "plain, s", "times", "ours, MiB", "plain, MiB", "part", "differ")
     print(f"{'':6}" + "".join(f"{title:>12}" for title in head))
+    figures = {}
     for name, pair in VARIANTS.items():
         outputs, memory = [], []
         for function in pair:  # warms up, too
@@ -118,11 +123,15 @@ def main() -> None:
                 spent.append(time.perf_counter() - start)
         ratio = median(theirs / ours for ours, theirs in zip(*seconds, strict=True))
         differ = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+        ours = {"samples_per_s": args.batch / median(seconds[0]), "times_the_plain_way": ratio}
+        figures[name] = ours | {"bytes": memory[0], "plain_bytes": memory[1], "differs_by": differ.item()}
         print(
             f"{name:6}{median(seconds[0]):12.2f}{median(seconds[1]):12.2f}{ratio:12.2f}{memory[0] / 2**20:12.0f}"
             f"{memory[1] / 2**20:12.0f}{memory[0] / memory[1]:12.2f}{differ:12.1e}",
             flush=True,
         )
+    if args.json:
+        args.json.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
