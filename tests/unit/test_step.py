@@ -73,5 +73,6 @@ def test_a_deterministic_run_has_no_kernel_that_is_not(source, tmp_path):
             tmp_path / "run", [source], "--trainer.deterministic", "--trainer.total-steps", 2, "--data.unit", 2
         )
         assert done.returncode == 0 and torch.are_deterministic_algorithms_enabled(), done.stdout
+        assert (tmp_path / "run" / "profile_step_2.json.gz").stat().st_size > 1000
     finally:
         torch.use_deterministic_algorithms(before)

@@ -23,6 +23,7 @@ CUT, DAMAGED = "cut", "damaged"
 MARK = ".saved"
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds between tries to read what an I/O error hides."""
+LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 T = TypeVar("T")
 
@@ -32,6 +33,8 @@ def patiently(read: Callable[[], T]) -> T:
     for pause in (*PAUSES, None):
         try:
             return read()
+        except LASTING:
+            raise
         except OSError as error:
             if pause is None:
                 raise

@@ -80,7 +80,7 @@ class Uploader:
         self.root, self.repo, self.run = root, repo, run
         self.waiting = root / ".upload"
         self.failures, self.sent = 0, []
-        self.wake, self.closing = threading.Event(), False
+        self.wake, self.closing, self.given_up = threading.Event(), False, False
         # a daemon: an upload that hangs does not keep the process
         self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
         if get_token() is None:
@@ -126,7 +126,7 @@ class Uploader:
                     names = ", ".join(path.name for path in files)
                     say(f"WARNING: upload to {self.repo} failed ({self.failures} in a row): {error}")
                     say(f"  training continues; {names} will be sent at the next try")
-            if self.closing and not self.pending():
+            if self.given_up or (self.closing and not self.pending()):
                 return
 
     def _send(self, files: list[Path]) -> None:
@@ -156,6 +156,8 @@ class Uploader:
         self.closing = True
         self.wake.set()
         self.thread.join(seconds)
+        self.given_up = True
+        self.wake.set()
         if waiting := self.pending():
             names = ", ".join(path.name for path in waiting)
             say(f"WARNING: not uploaded to {self.repo}: {names}; the same command sends them")

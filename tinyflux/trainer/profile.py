@@ -19,12 +19,18 @@ class Profiler:
         if self.first and step == self.first:
             self.profile = torch.profiler.profile()  # whatever this device has: CPU, and CUDA where there is one
             self.profile.start()
-        if self.profile and step == self.end:
-            self.profile.stop()
-            path = self.run_dir / f"profile_step_{self.first}.json.gz"
-            profile, self.profile = self.profile, None
-            try:
-                profile.export_chrome_trace(str(path))
-                say(f"profile of {self.end - self.first} steps: {path}")
-            except (OSError, RuntimeError) as error:
-                say(f"WARNING: no profile: {error}")
+        if step == self.end:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the recording, if one is running, and write it."""
+        if self.profile is None:
+            return
+        profile, self.profile = self.profile, None
+        path = self.run_dir / f"profile_step_{self.first}.json.gz"
+        try:
+            profile.stop()
+            profile.export_chrome_trace(str(path))
+            say(f"profile: {path}")
+        except (OSError, RuntimeError) as error:
+            say(f"WARNING: no profile: {error}")

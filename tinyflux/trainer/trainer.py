@@ -249,6 +249,7 @@ class Trainer:
                 self._after_step()
                 collect_garbage(self.step)
             self._read(last=True)
+            self.profiler.finish()
             self._save_the_end()
         return self._conclude()
 
