@@ -69,9 +69,9 @@ def test_garbage_is_collected_by_the_clock_of_steps():
 def test_a_deterministic_run_has_no_kernel_that_is_not(source, tmp_path):
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        done = train(
-            tmp_path / "run", [source], "--trainer.deterministic", "--trainer.total-steps", 2, "--data.unit", 2
-        )
+        options = ("--trainer.deterministic", "--trainer.total-steps", 2, "--data.unit", 2)
+        options += ("--trainer.profile-at", 2)  # five steps, of which there is one
+        done = train(tmp_path / "run", [source], *options)
         assert done.returncode == 0 and torch.are_deterministic_algorithms_enabled(), done.stdout
         assert (tmp_path / "run" / "profile_step_2.json.gz").stat().st_size > 1000
     finally:
