@@ -8,25 +8,15 @@ content still need are replaced in the last commit, together with the manifest. 
 `hf auth login`.
 """
 
-import hashlib
-import posixpath
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from tqdm import tqdm
 
-from tinyflux.precache.card import PREVIEW, contact_sheet, render
-from tinyflux.shards.index import FILE as INDEX
-from tinyflux.shards.manifest import Manifest, check_name
-from tinyflux.shards.source import open_source
-
-COMMIT = 100  # new shards a commit
+from tinyflux.util import cli
+from tinyflux.util.settings import Match, check
 
 
 @dataclass
@@ -35,7 +25,7 @@ class PushConfig:
 
     source: tyro.conf.Positional[Path]
     """Folder of the source."""
-    repo: str
+    repo: Annotated[str, Match(r"[\w.-]+/[\w.-]+", "USER/NAME")]
     """USER/NAME of the dataset repo; it is made if there is none."""
     private: bool = False
     """The repo must be private; one that is made will be."""
@@ -43,173 +33,22 @@ class PushConfig:
     """Send rejected.jsonl too; it names files of this machine."""
 
     def __post_init__(self):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
-            raise ValueError(f"--repo must be USER/NAME, not {self.repo!r}")
+        check(self, "--")
 
 
-def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = None) -> bool:
-    """Whether the repo's file has this content, as far as the repo tells: by its LFS hash, or by git's."""
-    if remote is None or remote.size != size:
-        return False
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == sha256
-    return data is not None and remote.blob_id == hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+def run(config: PushConfig) -> None:
+    """Push, and print what was sent."""
+    from tinyflux.precache.push import push
 
-
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raises FileNotFoundError or ValueError where a shard is missing or has another size than the manifest says."""
-    for shard in manifest.shards:
-        path = folder / shard.path
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: missing, and the manifest lists it; see python -m sharding.verify {folder}"
-            )
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}: nothing was pushed"
-            )
-
-
-def place_of(folder: Path, manifest: Manifest) -> str:
-    """The folder of the repo that a source goes to: of its name, an overlay's as it is called here."""
-    return manifest.source if manifest.base is None else check_name(folder.resolve().name)
-
-
-def check_base(repo: "Repo", place: str, manifest: Manifest) -> None:
-    """Raises ValueError where the repo lacks the base that an overlay there would look for."""
-    if manifest.base is None or "://" in manifest.base.location:
-        return
-    path = posixpath.normpath(f"{place}/{manifest.base.location}/manifest.json")
-    if path not in repo.files or hashlib.sha256(repo.file(path).read_bytes()).hexdigest() != manifest.base.sha256:
-        raise ValueError(
-            f"{repo.name} has no {path}, or another one than {place} was made for: push the base first, from a folder "
-            "of its own name beside the overlay's"
-        )
-
-
-def check_hash(path: Path, sha256: str) -> None:
-    """Raises ValueError where a shard's content is not the manifest's."""
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(
-                f"{path}: its content is not what the manifest says; see python -m sharding.verify --deep"
-            )
-
-
-class Repo:
-    """A dataset repo on the Hub: what it holds, and commits to it."""
-
-    def __init__(self, api: HfApi, name: str):
-        self.api, self.name = api, name
-        entries = api.list_repo_tree(name, repo_type="dataset", recursive=True)
-        self.files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-    def text(self, path: str) -> str:
-        """A small file's text, "" where there is none."""
-        if path not in self.files:
-            return ""
-        return self.file(path).read_text(encoding="utf-8")
-
-    def file(self, path: str) -> Path:
-        """A file, downloaded."""
-        return Path(self.api.hf_hub_download(self.name, path, repo_type="dataset"))
-
-    def manifests(self) -> dict[str, Manifest]:
-        """The manifests of the repo's sources by folder."""
-        folders = [
-            path.partition("/")[0] for path in self.files if path.endswith("/manifest.json") and path.count("/") == 1
-        ]
-        return {
-            folder: Manifest.from_parts(
-                self.text(f"{folder}/manifest.json").encode(), self.file(f"{folder}/{INDEX}"), f"{self.name}/{folder}"
-            )
-            for folder in folders
-        }
-
-    def commit(self, message: str, operations: list) -> None:
-        if operations:
-            self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset")
-
-
-def push(folder: Path, name: str, private: bool, rejected: bool = False) -> str:
-    """Push a source or an overlay; returns the URL to train from. Raises ValueError, OSError, the Hub's errors too."""
-    manifest = Manifest.load(folder)
-    source = open_source(folder)
-    check_files(folder, manifest)
-    api = HfApi()
-    api.create_repo(name, repo_type="dataset", private=True if private else None, exist_ok=True)
-    if private and not api.dataset_info(name).private:
-        raise ValueError(f"{name} is a public repo and --private was asked for: change it on the Hub, or name another")
-    repo, place = Repo(api, name), place_of(folder, manifest)
-    check_base(repo, place, manifest)
-
-    changed = [s for s in manifest.shards if not same(repo.files.get(f"{place}/{s.path}"), s.bytes, s.sha256)]
-    replaced = {shard.name for shard in changed if f"{place}/{shard.path}" in repo.files}
-    bar = tqdm(total=len(manifest.shards), initial=len(manifest.shards) - len(changed), desc=place, unit="shard")
-    operations = []
-    for shard in sorted(changed, key=lambda shard: shard.name in replaced):
-        check_hash(folder / shard.path, shard.sha256)
-        operations.append(CommitOperationAdd(f"{place}/{shard.path}", folder / shard.path))
-        if len(operations) == COMMIT and shard.name not in replaced:
-            repo.commit(f"Add shards of {place}", operations)
-            bar.update(len(operations))
-            operations = []
-
-    listed = {f"{place}/{shard.path}" for shard in manifest.shards}
-    gone = [
-        path for path in repo.files if path.startswith(f"{place}/") and path.endswith(".tar") and path not in listed
-    ]
-    sheet = contact_sheet(source)
-    manifests = repo.manifests() | {place: manifest}
-    pictured = {other for other in manifests if f"{other}/{PREVIEW}" in repo.files} - {place}
-    small = {
-        "README.md": render(repo.text("README.md"), name, manifests, pictured | ({place} if sheet else set())).encode(),
-        f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
-        f"{place}/{INDEX}": (folder / INDEX).read_bytes(),
-    }
-    if manifest.null_sha256:
-        small[f"{place}/null.safetensors"] = (folder / "null.safetensors").read_bytes()
-    if sheet:
-        small[f"{place}/{PREVIEW}"] = sheet
-    if rejected and (folder / "rejected.jsonl").is_file():
-        small[f"{place}/rejected.jsonl"] = (folder / "rejected.jsonl").read_bytes()
-    sent = len(operations)
-    for path, data in small.items():
-        if not same(repo.files.get(path), len(data), hashlib.sha256(data).hexdigest(), data):
-            operations.append(CommitOperationAdd(path, data))
-    operations += [CommitOperationDelete(path) for path in gone]
-    repo.commit(f"Add {place}: {manifest.count} samples in {len(manifest.shards)} shards", operations)
-    bar.update(sent)
-    bar.close()
-    print(f"{folder}: {len(changed)} of {len(manifest.shards)} shards sent, {len(gone)} removed from {name}")
-    return f"hf://datasets/{name}/{place}"
-
-
-def explain(error: HTTPError, repo: str) -> str:
-    """The Hub's answer in words that say what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, GatedRepoError) or status in (401, 403):
-        return f"{repo}: the Hub refuses it; set HF_TOKEN or run `hf auth login` with a token that may write ({error})"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{repo}: the Hub shows no such dataset repo to you ({error})"
-    return f"{repo}: {error}\nrun the same command to resume"
+    done = push(config.source, config.repo, config.private, config.rejected)
+    print(f"{config.source}: {done.sent} of {done.shards} shards sent, {done.removed} removed from {config.repo}")
+    print(done.url)
 
 
 def main(args: list[str] | None = None) -> int:
     """The command; `args` default to the process's own."""
-    config = tyro.cli(PushConfig, prog="python -m sharding.push", description=__doc__, args=args)
-    try:
-        print(push(config.source, config.repo, config.private, config.rejected))
-        return 0
-    except KeyboardInterrupt:
-        print("stopped; run the same command to resume", file=sys.stderr)
-        return 130
-    except HTTPError as error:  # before OSError, which the Hub's own errors also are
-        print(f"error: {explain(error, config.repo)}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the client's, of a file that it can't send
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    # RuntimeError: the Hub's client, of a file that it can't send
+    return cli.run(run, PushConfig, args, prog="python -m sharding.push", description=__doc__, failures=(RuntimeError,))
 
 
 if __name__ == "__main__":

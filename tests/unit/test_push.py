@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sharding import pull, push
 from tests.dataset_hub import TOKEN, commit_id, dataset_hub
 from tests.make_source import make_source
 from tinyflux.precache import card
+from tinyflux.precache import push as pushing
 from tinyflux.shards.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +164,7 @@ def test_a_stopped_push_goes_on_and_readers_never_see_half_of_it(hub, client, so
 
 
 def test_new_shards_are_committed_as_they_come_replaced_ones_with_the_manifest(hub, client, source, monkeypatch):
-    monkeypatch.setattr(push, "COMMIT", 1)
+    monkeypatch.setattr(pushing, "COMMIT", 1)
     assert client.push(source).returncode == 0
     sizes = [sum(name.endswith(".tar") for name in files) for files in hub.repos[REPO]]
     assert sizes == [0, 1, 2, 3, 3]
@@ -225,9 +227,11 @@ def test_pull_does_not_mix_sources(hub, client, source, tmp_path):
 
 def test_text_in_a_fingerprint_cannot_leave_its_block(source):
     manifest = Manifest.load(source)
-    manifest.fingerprint = {"source": {"location": "```\n# gotcha\n<script>alert(1)</script>"}}
+    nasty = {"location": "```\n# gotcha\n<script>alert(1)</script>"}
+    manifest.groups = {name: replace(group, producer=nasty) for name, group in manifest.groups.items()}
     lines = card.section(REPO, "portraits", manifest, preview=False).splitlines()
-    assert all(line.startswith("    ") for line in lines if "gotcha" in line or "script" in line)
+    found = [line for line in lines if "gotcha" in line or "script" in line]
+    assert found and all(line.startswith("    ") for line in found)
 
 
 def test_an_overlay_goes_beside_its_base(hub, client, source, tmp_path):
@@ -251,4 +255,4 @@ print(sorted(source.open(2).decode(3)))
 
 def test_a_repo_without_a_user_is_refused_before_anything_is_made(hub, client, source):
     done = client.process("-m", "sharding.push", source, "--repo", "photos")
-    assert done.returncode == 2 and "--repo must be USER/NAME, not 'photos'" in done.stderr and not hub.repos
+    assert done.returncode == 2 and "--repo is 'photos': it must be USER/NAME" in done.stderr and not hub.repos
