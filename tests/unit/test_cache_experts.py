@@ -242,7 +242,7 @@ class Bomb:
         ({"lune": {"features": torch.zeros(7, 10, 6), "t_buckets": torch.arange(10)}}, "its timesteps are"),
         ({"sol": [1, 2]}, "sol.pt: holds a list"),
         ({"sol": {"stats": "no", "spatial": "no"}}, "stats is a str, must be a tensor"),
-        ({"lune": Bomb()}, "lune.pt: refused, it holds more than tensors"),
+        ({"lune": Bomb()}, "lune.pt is refused: it holds more than tensors"),
     ],
 )  # fmt: skip
 def test_bad_old_caches(tmp_path, changes, message):
@@ -253,7 +253,7 @@ def test_bad_old_caches(tmp_path, changes, message):
 def test_old_caches_that_are_damaged(tmp_path):
     path = make_old_cache(tmp_path / "cut") / "lune.pt"
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match="lune.pt: damaged, cut short"):
+    with pytest.raises(ValueError, match="lune.pt is damaged or cut short"):
         DatasetCache.load(tmp_path / "cut")
     features = torch.zeros(7, 10, 6)
     features[3] = torch.nan

@@ -21,10 +21,10 @@ from tinyflux.model.loader import (
     from_published,
     load_checkpoint,
     load_model,
-    pick_weights,
     save_published,
     to_published,
 )
+from tinyflux.model.locate import pick_weights
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 
 TINY = TinyFluxConfig(

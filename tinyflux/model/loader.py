@@ -8,36 +8,28 @@ All else maps one to one, bit for bit, and nothing is ever loaded in part.
 
 import functools
 import logging
-import os
-import pickle
 import re
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import METADATA, check_files, read_checkpoint, read_metadata
+from tinyflux.model.dcp import check_files, read_checkpoint
 from tinyflux.model.layers import rope_frequencies
+from tinyflux.model.locate import CheckpointError, locate
 from tinyflux.model.model import TinyFluxDeep
+from tinyflux.util.files import replaced
+from tinyflux.util.plain import load_plain
 
 log = logging.getLogger(__name__)
 
 GATES = ("text_balance", "lune_predictor.expert_gate", "sol_prior.blend_gate")
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # left in names by torch.compile and activation checkpointing
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*)/?)?")
-
-
-class CheckpointError(ValueError):
-    """A file that is not a whole checkpoint of this network; the message says which and why."""
 
 
 def _constants(config: TinyFluxConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -134,30 +126,12 @@ def save_published(model_or_state: nn.Module | dict, path: str | Path, config: T
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name("config.json")
     if not beside.exists():
-        _atomic(beside, config.save_json)
+        with replaced(beside) as temporary:
+            config.save_json(temporary)
     elif TinyFluxConfig.from_json(beside) != config:
         raise ValueError(f"{beside} is another model's: save to a folder of its own")
-    _atomic(path, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
-
-
-def _atomic(path: Path, write) -> None:
-    """`write(temporary path)`, then fsync and rename to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replaced(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
 def read_weights(path: Path) -> dict:
@@ -170,141 +144,12 @@ def read_weights(path: Path) -> dict:
     if path.suffix not in (".pt", ".pth"):
         raise CheckpointError(f"{path}: weights are .safetensors or .pt files")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it holds more than tensors and plain values, which could run code when read. Have its "
-            f"weights saved as .safetensors ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}): fetch or export it again") from error
+        content = load_plain(path)
+    except ValueError as error:
+        raise CheckpointError(f"{error}. Fetch it again, or have its weights saved as .safetensors") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
-
-
-def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
-    """The file to load of a folder: model or ema, else the newest step, else the best, else the only one, else None.
-
-    Weights of the wanted kind come first; where there are only others those are taken, with a warning.
-    """
-    ranked = []
-    for name in names:
-        found = re.fullmatch(r"(?:(model)|(ema)|step_(\d+)|best|(.+?))(_ema)?\.(safetensors|pt)", name)
-        if found:
-            fixed, ema, step, other, suffix, kind = found.groups()
-            is_ema = kind == "safetensors" and bool(ema or suffix)  # a .pt holds both
-            order = 3 if fixed or ema else 2 if step else 0 if other else 1
-            wanted = kind == "pt" or is_ema == use_ema
-            ranked.append((wanted, kind == "safetensors", order, int(step or 0), name))
-    if not ranked:
-        return None
-    ranked.sort()
-    wanted, *rank, name = ranked[-1]
-    if len(ranked) > 1 and ranked[-2][:-1] == (wanted, *rank):
-        raise CheckpointError(f"{name} and {ranked[-2][-1]} could both be meant: name one of them")
-    if not wanted:
-        log.warning("no %s weights here: loading %s", "EMA" if use_ema else "raw", name)
-    return name
-
-
-def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tuple[Path, Path | None]:
-    """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`.
-
-    A run's own checkpoint folder, `checkpoints/step_N`, is returned itself, and so it is for `step_N.pt` and `best.pt`
-    where no such file was written.
-    """
-    path = Path(source)
-    if path.suffix == ".pt" and not path.exists():
-        path = _folder_of(path) or path
-    if (path / METADATA).is_file():
-        return path, path.with_name("config.json") if path.with_name("config.json").is_file() else None
-    if path.is_dir():
-        if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
-            raise CheckpointError(f"{path}: {METADATA} is missing: its save was cut off, so take another checkpoint")
-        for folder in (path, path / "checkpoints"):
-            names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
-            if name := pick_weights(names, use_ema):
-                path = folder / name
-                break
-        else:
-            raise FileNotFoundError(f"{path}: no .safetensors or .pt weights in this folder")
-    if path.is_file():
-        folders = [path.parent, path.parent.parent] if path.parent.name == "checkpoints" else [path.parent]
-        return path, next((f / "config.json" for f in folders if (f / "config.json").is_file()), None)
-    match = REPO.fullmatch(str(source))
-    known = [f"{folder}: {', '.join(names)}" for folder in (path.parent, path.parent / "checkpoints")
-             if (names := _checkpoints(folder))]  # fmt: skip
-    if known:
-        raise FileNotFoundError(f"{source}: no such checkpoint; there are in {'; in '.join(known)}")
-    if path.suffix in (".safetensors", ".pt") or not match:
-        raise FileNotFoundError(f"{source}: no such file or directory, and not of the form user/repo[:sub/folder]")
-    return _locate_on_hub(match["repo"], match["folder"] or "", use_ema, revision)
-
-
-def _folder_of(path: Path) -> Path | None:
-    """The checkpoint folder that a `step_N.pt` or `best.pt` that was not written would have been made of."""
-    folders = sorted(path.parent.glob("step_*"), key=lambda folder: _step(folder.name), reverse=True)
-    for folder in folders:
-        if (folder / METADATA).is_file():
-            is_best = path.stem == "best" and "best" in read_metadata(folder).get("reasons", ())
-            if is_best or path.stem == folder.name:
-                return folder
-    return None
-
-
-def _step(name: str) -> int:
-    match = re.match(r"step_(\d+)", name)
-    return int(match[1]) if match else -1
-
-
-def _checkpoints(folder: Path) -> list[str]:
-    """Names of the checkpoints in a folder, by step: their folders where they are whole, and weights files."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir()
-             if (path / METADATA).is_file() or (path.suffix in (".safetensors", ".pt") and path.name[0] != ".")]
-    return sorted(names, key=lambda name: (_step(name), name))
-
-
-def find_training_config(source: str | Path, use_ema: bool = True, revision: str | None = None) -> Path | None:
-    """The training_config.json of the run that a checkpoint is of, None where there is none. Errors as of `locate`."""
-    weights, _ = locate(source, use_ema, revision)
-    for folder in weights.parents[:2]:
-        if (path := folder / "training_config.json").is_file():
-            return path
-    if Path(source).exists() or not (match := REPO.fullmatch(str(source))):
-        return None
-    try:  # of the weights' own commit
-        commit = weights.parents[len(PurePosixPath(match["folder"] or "").parts)].name
-        name = str(PurePosixPath(match["folder"] or "", "training_config.json"))
-        return Path(hf_hub_download(match["repo"], name, revision=commit))
-    except EntryNotFoundError:
-        return None
-
-
-def _locate_on_hub(repo: str, folder: str, use_ema: bool, revision: str | None) -> tuple[Path, Path | None]:
-    try:
-        if is_offline_mode():
-            root = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-            paths = [PurePosixPath(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-        else:
-            paths = [PurePosixPath(file.rfilename) for file in HfApi().model_info(repo, revision=revision).siblings]
-    except httpx.TransportError as error:
-        raise ConnectionError(
-            f"{repo}: no answer from the Hub ({error}); HF_HUB_OFFLINE=1 loads a cached copy"
-        ) from error
-    name = pick_weights([path.name for path in paths if path.parent == PurePosixPath(folder)], use_ema)
-    if name is None:
-        where = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(f"{repo}{folder and ':' + folder} has no .safetensors or .pt weights{where}")
-    weights = PurePosixPath(folder, name)
-    config = next((p / "config.json" for p in weights.parents if p / "config.json" in paths), None)
-    fetched = Path(hf_hub_download(repo, str(weights), revision=revision))
-    commit = fetched.parents[len(weights.parts) - 1].name
-    log.info("loading %s of %s at revision %s", weights, repo, commit)
-    # the config of the same commit: a push in between cannot mix two models
-    return fetched, Path(hf_hub_download(repo, str(config), revision=commit)) if config else None
 
 
 def _read_folder(folder: Path, config_path: Path | None, kinds: tuple[str, ...]) -> tuple[dict, TinyFluxConfig]:

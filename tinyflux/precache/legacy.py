@@ -1,7 +1,7 @@
 """Legacy caches: folders of encodings.pt, lune.pt and sol.pt, from before there were shards; and their conversion."""
 
-import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tinyflux.shards.manifest import check_name
 from tinyflux.shards.schema import DTYPES, SCHEMA, Field, fields_of
 from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.plain import load_plain
 
 FILES = {  # file -> its fields
     "encodings": ("latents", "t5_embeds", "clip_pooled"),
@@ -124,16 +125,11 @@ class LegacyCache:
         return {name: torch.zeros_like(self.tensors[name][0]) for name in ("t5_embeds", "clip_pooled")}
 
 
-def _load(path: Path):
+def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise LegacyError(
-            f"{path}: refused, it holds more than tensors and plain values, which could run code when read "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise LegacyError(f"{path}: damaged, cut short or not written by torch.save: {error}") from error
+        return load_plain(path, mmap=True)
+    except ValueError as error:
+        raise LegacyError(str(error)) from error
 
 
 def _checked(tensor, name: str, where: str) -> Tensor:

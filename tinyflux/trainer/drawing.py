@@ -40,7 +40,8 @@ class Artist:
         zoo: instead of the run's own. device: this machine's GPU unless given. Errors as of `load_model` and
         `ModelZoo`.
         """
-        from tinyflux.model.loader import find_training_config, load_model, locate
+        from tinyflux.model.loader import load_model
+        from tinyflux.model.locate import find_training_config, locate
         from tinyflux.model.zoo import ModelZoo
         from tinyflux.trainer.parallel import local_device
 

@@ -51,7 +51,7 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     """Draw, score and write. Returns the JSON's path and the scores."""
-    from tinyflux.model.loader import find_training_config, locate
+    from tinyflux.model.locate import find_training_config, locate
     from tinyflux.shards.config import DataConfig
     from tinyflux.shards.sources import open_sources
     from tinyflux.shards.stream import Stream

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from tinyflux.model.loader import REPO, check_place, load_model, save_published
+from tinyflux.model.loader import check_place, load_model, save_published
+from tinyflux.model.locate import REPO
 from tinyflux.model.lora import Lora, linear_layers, read_lora
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo

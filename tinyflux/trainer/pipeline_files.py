@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from tinyflux.model.loader import REPO
+from tinyflux.model.locate import REPO
 from tinyflux.model.pretrained import Pretrained, load_pretrained
 
 INDEX = "model_index.json"

@@ -1,0 +1,20 @@
+"""Files that torch.save wrote, read without running anything that they hold."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_plain(path: Path, *, mmap: bool = False) -> Any:
+    """The tensors and plain values of a file, on the CPU. Raises ValueError where it is damaged or holds more."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and plain values, which could run code when read "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from error
