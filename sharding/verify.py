@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
-from tinyflux.shards.manifest import Manifest, ManifestError
-from tinyflux.shards.verify import Check, rebuild, set_aside
 from tinyflux.util import cli
 
 
@@ -38,6 +35,10 @@ class VerifyConfig:
 
 def run(config: VerifyConfig) -> int:
     """Check, print, repair if asked to; returns the exit status."""
+    from tqdm import tqdm
+
+    from tinyflux.shards.verify import Check, set_aside
+
     folder = Path(config.source)
     if "://" in config.source:
         if config.repair:
@@ -63,6 +64,9 @@ def run(config: VerifyConfig) -> int:
 
 def manifest_is_there(folder: Path, repair: bool) -> bool:
     """Whether there is a manifest that can be read, or, with `repair`, one could be made."""
+    from tinyflux.shards.manifest import Manifest, ManifestError
+    from tinyflux.shards.verify import rebuild
+
     try:
         Manifest.load(folder)
     except (ManifestError, FileNotFoundError) as error:

@@ -6,7 +6,6 @@ from html import escape
 import numpy as np
 
 from tinyflux.precache.survey import FieldStats, Report, Shown
-from tinyflux.precache.tables import fingerprint, members, prompts, summary, values
 
 BINS = 60
 STYLE = """
@@ -24,14 +23,13 @@ td:first-child, th:first-child { text-align: left } th { color: #5b6673; font-we
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def render(report: Report) -> str:
+def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], fingerprint: list[str]) -> str:
     """The page as text."""
     name = escape(report.source.name)
-    parts = [f"<h1>{name}</h1>", *(f"<p>{escape(line)}</p>" for line in summary(report))]
+    parts = [f"<h1>{name}</h1>", *(f"<p>{escape(line)}</p>" for line in summary)]
     if report.faults:
         parts.append("<h2>Faults</h2>" + "".join(f'<p class="fault">{escape(fault)}</p>' for fault in report.faults))
-    for title, rows in (("Members", members(report)), ("Values", values(report)), ("Prompts", prompts(report))):
-        parts.append(f"<h2>{title}</h2>{table(rows)}")
+    parts += [f"<h2>{escape(title)}</h2>{table(rows)}" for title, rows in tables.items()]
     parts.append("<h2>Samples</h2>")
     if report.shown and "sol_spatial" in report.shown[0].tensors:
         parts.append("<p>Beside each picture: where Sol's attention goes at a few timesteps, from none to red.</p>")
@@ -43,7 +41,7 @@ def render(report: Report) -> str:
     parts.append(f'<h2>Histograms</h2><div class="grid">{"".join(drawn)}</div>')
     if report.rejected:
         parts.append(f"<h2>Rejected</h2>{table([('reason', 'inputs'), *report.rejected.most_common()])}")
-    parts.append(f"<h2>Fingerprint</h2><pre>{escape(chr(10).join(fingerprint(report)))}</pre>")
+    parts.append(f"<h2>Fingerprint</h2><pre>{escape(chr(10).join(fingerprint))}</pre>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head>'
