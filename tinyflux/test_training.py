@@ -14,20 +14,9 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import torch
-import tyro
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.model import TinyFluxDeep
-from tinyflux.model.zoo import ModelZoo
-from tinyflux.run.metrics import read_metrics
-from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
-from tinyflux.trainer.config import TrainerConfig, fit_model
-from tinyflux.trainer.data import CachedDataset, collate_fn
-from tinyflux.trainer.parallel import local_device
-from tinyflux.trainer.trainer import Trainer
+from tinyflux.util import cli
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (0, 16, 16)}
 SMALL |= {"num_double_layers": 2, "num_single_layers": 4, "lune_hidden_dim": 64, "sol_hidden_dim": 64}
@@ -67,6 +56,19 @@ def random_pictures(count: int, size: int) -> tuple[list[Image.Image], list[str]
 
 def field_test(config: Config, folder: Path) -> bool:
     """Build, train and judge. Returns whether all is well."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from tinyflux.model.config import TinyFluxConfig
+    from tinyflux.model.model import TinyFluxDeep
+    from tinyflux.model.zoo import ModelZoo
+    from tinyflux.run.records import read_metrics
+    from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
+    from tinyflux.trainer.config import TrainerConfig, fit_model
+    from tinyflux.trainer.data import CachedDataset, collate_fn
+    from tinyflux.trainer.parallel import local_device
+    from tinyflux.trainer.trainer import Trainer
+
     device = torch.device(config.device) if config.device else local_device()
     zoo = ModelZoo(device=device, zoo=config.zoo or ("flux" if torch.cuda.is_available() else "tiny"))
     whole = zoo.image_size >= 512
@@ -122,17 +124,16 @@ def field_test(config: Config, folder: Path) -> bool:
     return well
 
 
+def run(config: Config) -> int:
+    """The test, in the folder that is asked for or in a temporary one."""
+    with tempfile.TemporaryDirectory(prefix="tinyflux-test-") as folder:
+        return cli.DONE if field_test(config, Path(config.out or folder)) else cli.FAILED
+
+
 def main(args: list[str] | None = None) -> int:
     """The command; `args` default to the process's own. Returns the exit status."""
-    try:
-        config = tyro.cli(Config, prog="python -m tinyflux.test_training", description=__doc__, args=args)
-        if config.out:
-            return 0 if field_test(config, Path(config.out)) else 1
-        with tempfile.TemporaryDirectory(prefix="tinyflux-test-") as folder:
-            return 0 if field_test(config, Path(folder)) else 1
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
+    prog = "python -m tinyflux.test_training"
+    return cli.run(run, Config, args, prog=prog, description=__doc__, failures=(RuntimeError,))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.run import checkpoint, folders, metrics
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import MARK, list_checkpoints
-from tinyflux.run.metrics import Metrics, read_metrics
+from tinyflux.run.metrics import Metrics
+from tinyflux.run.records import read_metrics
 from tinyflux.trainer.parallel import join_process_group
 
 CONFIG = TinyFluxConfig(

@@ -19,5 +19,5 @@ def test_fails_with_a_reason(monkeypatch, capsys):
     assert field_test.main(["--zoo", "tiny", "--device", "cpu", "--steps", "20"]) == 1
     out = capsys.readouterr().out
     assert "the last losses are not below 0.1" in out and out.rstrip().endswith("FAILED")
-    assert field_test.main(["--zoo", "nowhere"]) == 1
-    assert 'FAILED: nowhere: a zoo is "flux", "tiny" or a folder' in capsys.readouterr().err
+    assert field_test.main(["--zoo", "nowhere"]) == 2
+    assert 'error: nowhere: a zoo is "flux", "tiny" or a folder' in capsys.readouterr().err

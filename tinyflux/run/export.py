@@ -9,13 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import METADATA, check_files, read_adapters, read_checkpoint
-from tinyflux.model.loader import save_published, to_published
-from tinyflux.run.folders import list_checkpoints
 from tinyflux.util import cli
 from tinyflux.util.files import replaced
 
@@ -36,6 +32,11 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
     A `.safetensors` file has the averaged weights, or the trained ones with `ema=False`; a `.pt` file has both, the
     optimizer's state by parameter name, step, epoch, best_loss and the configs, and loads with `weights_only=True`.
     """
+    import torch
+
+    from tinyflux.model.dcp import read_checkpoint
+    from tinyflux.model.loader import save_published, to_published
+
     if out.suffix == ".safetensors":
         kind = "ema" if ema else "model"
         save_published(read_checkpoint(folder, kind)[kind], out, config)
@@ -51,6 +52,8 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
 
 def export_missing(folder: Path, *, save_pt: bool = False) -> None:
     """Write those of a checkpoint's exports that are not there."""
+    from tinyflux.model.dcp import read_adapters
+
     config = TinyFluxConfig.from_json(folder.parent / "config.json")
     for kind in (*KINDS, *([".pt"] if save_pt else [])):
         if not beside(folder, kind).exists():
@@ -110,6 +113,9 @@ class Options:
 
 def command(options: Options) -> None:
     """Check the checkpoint, then write."""
+    from tinyflux.model.dcp import METADATA, check_files
+    from tinyflux.run.folders import list_checkpoints
+
     folder = options.folder
     if not (folder / METADATA).is_file():
         found = list_checkpoints(folder) or list_checkpoints(folder / "checkpoints")

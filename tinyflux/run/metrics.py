@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tinyflux.run.records import parse
 from tinyflux.shards.stream import Stream
 from tinyflux.util import devices
 from tinyflux.util.files import atomic_write, replaced
@@ -18,25 +19,6 @@ RETRY = 60.0
 """Seconds until TensorBoard's files are tried again after an error."""
 
 LATE = 0.1  # part of a step that a rank may be late without being named
-
-
-def read_metrics(run_dir: str | Path) -> list[dict]:
-    """The records of RUN_DIR/metrics.jsonl, oldest first. Raises ValueError naming a line that is none."""
-    path = Path(run_dir) / "metrics.jsonl"
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        records.append(_parse(line))
-        if records[-1] is None:
-            raise ValueError(f"{path}: line {number} is damaged ({line[:20]!r}): delete it, the others are used then")
-    return records
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # a crash of the machine may leave zeros
-        return None
-    return record if isinstance(record, dict) and "step" in record else None
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -49,7 +31,7 @@ def _truncate(path: Path, step: int) -> None:
         return
     kept = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        record = _parse(line)
+        record = parse(line)
         if record is None:
             say(f"WARNING: {path}: line {number} is damaged, so it is left out")
         elif record["step"] <= step:
@@ -200,20 +182,6 @@ def data_report(loader: Stream, step: int, device: torch.device) -> dict:
         for (name, share), n, passes in rows
     }
     return {"sources": sources, **counts}
-
-
-def data_lines(report: dict) -> list[str]:
-    """A `data_report` to read, a line a source and one for the rest."""
-    lines = [
-        f"source {name}: {s['samples']:,} samples, share {s['share']:.4f} of {s['requested']:.4f} requested,"
-        f" {s['passes']:.2f} passes in all"
-        for name, s in report["sources"].items()
-    ]
-    rest = f"data: {report['bad_samples']} bad samples, {report['replaced_samples']} replacements"
-    cached, late, fetched = (report[name] for name in ("cache_hits", "late_shards", "fetched_bytes"))
-    if cached or late or fetched:
-        rest += f"; {cached} shards found in the cache, {late} waited for, {fetched / 1e6:,.1f} MB fetched"
-    return [*lines, rest]
 
 
 def scalars(

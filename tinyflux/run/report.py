@@ -16,8 +16,8 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
-from tinyflux.run.metrics import data_lines, read_metrics
 from tinyflux.run.plots import Points, plot, smooth
+from tinyflux.run.records import data_lines, read_metrics
 from tinyflux.util import cli
 from tinyflux.util.files import atomic_write
 

@@ -17,7 +17,8 @@ from tinyflux.model.lora import attach
 from tinyflux.run.checkpoint import Checkpointer
 from tinyflux.run.folders import lock
 from tinyflux.run.identity import agree
-from tinyflux.run.metrics import Metrics, data_lines, data_report, scalars
+from tinyflux.run.metrics import Metrics, data_report, scalars
+from tinyflux.run.records import data_lines
 from tinyflux.run.report import write_report
 from tinyflux.run.upload import Uploader
 from tinyflux.trainer import parallel
