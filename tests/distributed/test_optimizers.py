@@ -21,7 +21,8 @@ from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep, flops_per_sample
 from tinyflux.trainer.config import ParallelConfig, TrainerConfig
 from tinyflux.trainer.objective import Objective
 from tinyflux.trainer.optim.muon import Muon, orthogonal
-from tinyflux.trainer.optim.registry import OPTIMIZERS, make_optimizer, optimizer_state, take_step
+from tinyflux.trainer.optim.optimizer import make_optimizer, optimizer_state, take_step
+from tinyflux.trainer.optim.registry import OPTIMIZERS
 from tinyflux.trainer.parallel import distribute, join_process_group, make_mesh, set_last_micro_batch
 
 STEPS, STOP = 10, 5

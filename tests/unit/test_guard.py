@@ -9,7 +9,8 @@ from torch import nn
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.guard import FEWEST, WINDOW, Guard
-from tinyflux.trainer.optim.registry import OPTIMIZERS, make_optimizer, take_step
+from tinyflux.trainer.optim.optimizer import make_optimizer, take_step
+from tinyflux.trainer.optim.registry import OPTIMIZERS
 
 NAN = float("nan")
 

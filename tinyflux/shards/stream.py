@@ -254,6 +254,7 @@ class Stream:
             config.check_shapes(world)
         self._position = start_step * self.accumulation  # micro-batches handed out since step 0
         self._pipeline: _Pipeline | None = None
+        self._shut_down: weakref.finalize | None = None
 
     @property
     def plan(self) -> Plan:

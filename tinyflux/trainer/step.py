@@ -15,7 +15,7 @@ from tinyflux.trainer.batches import Batch, to_device
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.objective import Objective
-from tinyflux.trainer.optim.registry import set_learning_rate, take_step
+from tinyflux.trainer.optim.optimizer import set_learning_rate, take_step
 
 T_BINS = 10  # parts of t that the main loss is recorded for
 

@@ -30,7 +30,7 @@ from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.garbage import collected_by_steps
 from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.objective import Objective
-from tinyflux.trainer.optim.registry import make_optimizer, optimizer_state
+from tinyflux.trainer.optim.optimizer import make_optimizer, optimizer_state
 from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.profile import Profiler
 from tinyflux.trainer.sampling import Sampler

@@ -1,14 +1,6 @@
 """The optimizers by name. To add one: a file beside this with a function `build`, and a line in OPTIMIZERS."""
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the settings read the names here, and need no torch
-    import torch
-    from torch import Tensor, nn
-
-    from tinyflux.trainer.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -27,45 +19,3 @@ OPTIMIZERS = {
     "adafactor": Entry("adafactor", 0),
     "muon": Entry("muon", 4),  # 8 of the few parameters outside the blocks
 }
-
-
-def make_optimizer(model: "nn.Module", config: "TrainerConfig") -> "torch.optim.Optimizer":
-    """The optimizer `config.optimizer` of the parameters that are trained: sharded, or for adamw and muon whole.
-
-    Raises ValueError where it needs a package that is not installed.
-    """
-    entry = OPTIMIZERS[config.optimizer]
-    try:
-        module = importlib.import_module(f"{__package__}.{entry.module}")
-    except ImportError as error:
-        if entry.extra is None:
-            raise
-        raise ValueError(
-            f"trainer.optimizer = {config.optimizer}: {error}. Install it: pip install 'tinyflux-deep[{entry.extra}]'"
-        ) from error
-    return module.build(model, config)
-
-
-def set_learning_rate(optimizer: "torch.optim.Optimizer", lr: float) -> None:
-    """Set the learning rate of the next step."""
-    for group in optimizer.param_groups:
-        if not isinstance(group["lr"], float):  # torchao's: compiled, so a number would be compiled in
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def take_step(optimizer: "torch.optim.Optimizer", skip: "Tensor") -> None:
-    """The optimizer's update, unless `skip` (0-d) is 1. Where its kernel reads that, the host does not wait for it."""
-    if getattr(optimizer, "skips_on_device", False):
-        optimizer.found_inf = skip
-        optimizer.step()
-    elif not skip.item():
-        optimizer.step()
-
-
-def optimizer_state(model: "nn.Module", optimizer: "torch.optim.Optimizer") -> "dict[str, dict[str, Tensor]]":
-    """Parameter name -> entry -> tensor, sharded as the parameter is. Tensors are live: loading into them updates the
-    optimizer."""
-    state_of = getattr(optimizer, "plain_state", optimizer.state.__getitem__)
-    return {name: state_of(p) for name, p in model.named_parameters() if p in optimizer.state}
