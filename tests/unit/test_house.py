@@ -6,8 +6,6 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 FLOORS = [
     {"tinyflux.util"},
@@ -49,32 +47,48 @@ def floor(module: str) -> tuple[int, str]:
     return next(i for i, rooms in enumerate(FLOORS) if room in rooms), room
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "tinyflux"])
-def test_imports_go_down(module):
-    own, room = floor(module)
-    for other in imports(module):
-        assert floor(other)[0] < own or floor(other)[1] == room, f"{module} imports {other}"
+def test_imports_go_down():
+    for module in MODULES.keys() - {"tinyflux"}:
+        own, room = floor(module)
+        wrong = [other for other in imports(module) if floor(other)[0] >= own and floor(other)[1] != room]
+        assert not wrong, f"{module} imports {wrong}"
 
 
 def test_no_circles():
     TopologicalSorter({module: set(imports(module)) - {module} for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_attributes_are_born_in_init(module):
-    for node in ast.walk(tree(module)):
-        if isinstance(node, ast.ClassDef):
-            declared = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-            declared |= {t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-            methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-            born = {name for method in methods if method.name == "__init__" for name in assigned(method)}
-            setters = {m.name for m in methods if any(ast.unparse(d).endswith(".setter") for d in m.decorator_list)}
-            for method in methods:
-                late = set(assigned(method)) - declared - born - setters
-                assert not late or node.bases, f"{module}.{node.name}.{method.name} makes {late}"
+def test_attributes_are_born_in_their_class():
+    """In `__init__`, or as a field; none is given to another object under a private name."""
+    classes = {
+        node.name: node for module in MODULES for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef)
+    }
+    for name, node in classes.items():
+        born, bases = fields(node), [ast.unparse(base).partition("[")[0] for base in node.bases]
+        born |= {field for base in bases if base in classes for field in fields(classes[base])}
+        late = {attribute for method in node.body for own, attribute in stored(method) if own == "self"} - born
+        assert not late, f"{name} makes {late} outside __init__"
+    for module in MODULES:
+        injected = {
+            f"{own}.{name}" for own, name in stored(tree(module)) if own not in ("self", "cls") and name[0] == "_"
+        }
+        assert not injected, f"{module} gives {injected}"
 
 
-def assigned(method: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
-            yield node.attr
+def fields(node: ast.ClassDef) -> set[str]:
+    """The names that a class declares, has setters of, or assigns in `__init__`."""
+    targets = [t for n in node.body for t in getattr(n, "targets", [getattr(n, "target", None)])]
+    found = {target.id for target in targets if isinstance(target, ast.Name)}
+    for method in (n for n in node.body if isinstance(n, ast.FunctionDef)):
+        if method.name == "__init__":
+            found |= {name for own, name in stored(method) if own == "self"}
+        elif any(ast.unparse(decorator).endswith(".setter") for decorator in method.decorator_list):
+            found.add(method.name)
+    return found
+
+
+def stored(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(object, attribute) of each assignment to an attribute."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield ast.unparse(node.value), node.attr

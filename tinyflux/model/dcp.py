@@ -1,8 +1,8 @@
 """A run's own checkpoint folders (torch.distributed.checkpoint), read whole by one process without a process group.
 
 `metadata.json` is written last: without it a folder does not count. It has the sizes and checksums of all files, and
-one of itself. DCP's own `.metadata` is a pickle; here it is read with nothing but the few types that DCP puts there, so
-a folder cannot run code.
+its own checksum. DCP's `.metadata` is a pickle; it is unpickled with only the few types that DCP needs, so a folder
+cannot run code.
 """
 
 import json
@@ -22,7 +22,7 @@ from tinyflux.model.lora import Lora, detach, merged
 from tinyflux.util.files import atomic_write
 
 METADATA = "metadata.json"
-# said of every read by one process alone
+# a warning of every read without a process group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TYPES = {
     "torch.distributed.checkpoint.metadata": {

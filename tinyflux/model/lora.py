@@ -20,7 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names of
 PREFIX = "base_model.model."  # of PEFT's keys
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # how peft names an adapter in memory
 BASE = ".base_layer."  # where peft puts the layer that is adapted
-PLAIN = {  # what a PEFT adapter may say beyond rank, alpha and targets, and what that must be to be a plain LoRA
+PLAIN = {  # further settings of a PEFT adapter, and the values that a plain LoRA has
     "bias": "none",
     "modules_to_save": None,
     "use_dora": False,

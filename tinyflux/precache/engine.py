@@ -96,7 +96,7 @@ class Engine:
     """Fields that all samples have: those of the first."""
 
     def run(self, progress: Callable[[], None]) -> None:
-        """Build what this process can claim. `progress` is called after each batch and each shard.
+        """Build the parts that this process can claim. `progress` is called after each batch and each shard.
 
         Raises OSError where a shard cannot be written, ValueError where the recipe accepts no rejects and there is
         one; the finished shards stay.
@@ -123,7 +123,7 @@ class Engine:
                     progress()
                 done = writer.submit(self._finish, work, pending, rejected, contents, part if last else None)
                 writing.append(done)
-                while len(writing) > 1:  # one shard is written while the next is encoded, no more
+                while len(writing) > 1:  # only one shard is written while the next is encoded
                     with self.stages.time("wait for write"):
                         writing.popleft().result()
                 progress()
@@ -185,7 +185,7 @@ class Engine:
             return *place, future.result()
 
     def _batches(self, entries: Iterable[tuple], rejected: list[dict]) -> Iterator[list[Ready]]:
-        """Full batches of what was accepted, the last one maybe short; the rest is added to `rejected`."""
+        """Batches of the accepted inputs, the last one maybe short; the others are added to `rejected`."""
 
         def accepted():
             for _, _, task, result in entries:
@@ -216,7 +216,7 @@ class Engine:
             return found, self.recipe.pack(ready, tensors)
 
     def _finish(self, work: Work, pending: list, rejected: list[dict], contents: dict, part: int | None) -> None:
-        """Write a shard and its note, in a thread; with its last shard a part is released."""
+        """Write a shard and its note, in a thread; release the part after its last shard."""
         samples, shape, cut, remarks = [], work.shape, [0, 0], Counter()
         for ready, future in pending:
             result = future.result()

@@ -1,4 +1,4 @@
-"""Line charts as SVG, with the points beside them for what shows values under the mouse."""
+"""Line charts as SVG, with their points as data for the script that shows values under the mouse."""
 
 import html
 import json
@@ -18,7 +18,7 @@ def smooth(points: Points, count: int = 200) -> Points:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values that divide low..high into about as many parts."""
+    """Round values that divide low..high into about that many parts."""
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough)

@@ -1,8 +1,8 @@
 """A node's folder of downloaded files, shared by all its processes: each is downloaded once, the oldest are evicted.
 
-A file's date (mtime) is its place in the order of eviction. What was used last has the date of its use; what a
-look-ahead needs has a date to come, the later the sooner it is needed, and falls back into the ranks of the used ones
-within LEASE after the look-ahead's process is gone.
+A file's date (mtime) is its place in the order of eviction. A used file has the date of its last use. A file that a
+look-ahead needs has a date in the future: the sooner it is needed, the later the date. Within LEASE after the
+look-ahead's process has ended, the file counts as a used one again.
 """
 
 import errno
@@ -20,8 +20,8 @@ from pathlib import Path
 from tinyflux.shards.clients import DownloadError
 from tinyflux.util.files import Stopped, cache_folder, locked
 
-TIMEOUT = 300.0  # seconds that a store may be out of order
-MIN_RATE = 16 << 10  # bytes a second below which a download is given up
+TIMEOUT = 300.0  # seconds that a store may be down
+MIN_RATE = 16 << 10  # bytes a second; a slower download is given up
 LEASE = 1800 * 10**9  # ns
 AUDIT = 3600.0  # seconds between two counts of all that is there
 LEFTOVER = 86400.0  # seconds after which nobody resumes a download that a killed process left
@@ -39,7 +39,7 @@ class NoRoom(Exception):
 class NodeCache:
     """A folder of downloaded files with a size limit in bytes, shared by all processes of a node.
 
-    timeout: seconds that a download may take beside those that its bytes need at MIN_RATE.
+    timeout: seconds that a download may take, on top of those that its bytes need at MIN_RATE.
     """
 
     def __init__(self, folder: str | Path | None = None, limit: int = 100 << 30, timeout: float = TIMEOUT):
@@ -63,7 +63,7 @@ class NodeCache:
             self._fetched += length
 
     def watch(self, holder) -> None:
-        """Have `holder.close_unlinked()` called when files were evicted: open ones keep their room on the disk."""
+        """Call `holder.close_unlinked()` whenever files are evicted: an open file keeps its room on the disk."""
         self._holders.add(holder)
 
     def deadline(self, size: int | None) -> float:
@@ -83,9 +83,9 @@ class NodeCache:
     ) -> Path:
         """`path` under the cache's folder; where it isn't there or isn't valid, `fill` writes it to a path beside it.
 
-        due: its date, where it is downloaded ahead; then it takes no room from files with a later one. What `fill`
-        wrote before it raised is there again the next time. Raises what fill raises, DownloadError where there is no
-        room on the disk, TimeoutError, NoRoom, and Stopped once that is set.
+        due: its date, if it is downloaded ahead of use; it then evicts no file with a later date. After an error the
+        next call continues what `fill` has written. Raises what `fill` raises, DownloadError if the disk is full,
+        TimeoutError, NoRoom, and Stopped once `stopped` is set.
         """
         if self.use(path) and valid(path):
             return path
@@ -98,7 +98,7 @@ class NodeCache:
                 self.drop(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = _part(path, size)
-            left = _length(part)  # by a process that was killed; it is counted
+            left = _length(part)  # left by a killed process; it is counted
             self._reserve(0 if left is not None else size or 0, due, on_disk=(size or 0) - (left or 0))
             try:
                 self._filled(part, size or 0, fill, what, stopped)
@@ -155,7 +155,7 @@ class NodeCache:
         return True
 
     def release(self, path: Path, date: int) -> None:
-        """A file is not needed any more for now, unless another process keeps it with another date."""
+        """This process does not need a file for now; it keeps the date that another process gave it."""
         try:
             if os.stat(path).st_mtime_ns == date:
                 os.utime(path)
@@ -165,7 +165,7 @@ class NodeCache:
             pass
 
     def date_of(self, step: int) -> int:
-        """The date of a file that is needed in so many steps of a run from its beginning; good for LEASE."""
+        """The date of a file that a run needs at this step, counted from its start; good for LEASE."""
         return (time.time_ns() // LEASE + 3) * LEASE - 1000 * step  # all processes have the same
 
     def drop(self, path: Path) -> None:
@@ -232,7 +232,7 @@ class NodeCache:
         return time.monotonic() - self._looked > max(1.0, 20 * self._looking)
 
     def _look(self) -> None:
-        """List all files, outside the lock of the node."""
+        """List all files, without the node's lock."""
         began = time.monotonic()
         self._oldest = [(_order(stat.st_mtime_ns), entry.path) for entry, stat in _files(self.folder)]
         heapq.heapify(self._oldest)
@@ -240,7 +240,7 @@ class NodeCache:
         self._looking = self._looked - began
 
     def _known(self, path: Path) -> None:
-        """This process knows that the file may be evicted one day."""
+        """Remember a file as one that may be evicted."""
         if self._oldest is not None:
             heapq.heappush(self._oldest, (_order(os.stat(path).st_mtime_ns), os.fspath(path)))
             if len(self._oldest) > 1 << 20:  # most of them are there many times

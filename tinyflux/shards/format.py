@@ -27,8 +27,8 @@ from tinyflux.shards.schema import DTYPES, GROUP_OF, SCHEMA, Field, check_names,
 SUFFIX = ".safetensors.zst"
 ORIGIN = "origin"
 _ORIGIN_BYTES = 4
-_TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here up the exponent may be full
-_HEADER_LIMIT = 4096  # bytes of safetensors header beyond which a blob is none of ours
+_TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here on the exponent may be full
+_HEADER_LIMIT = 4096  # bytes; a blob with a longer safetensors header is not ours
 _KEY = re.compile(r"(\d{4,})_(\d{9,})")
 
 
@@ -36,13 +36,13 @@ class ShardError(ValueError):
     """A shard or one of its samples cannot be used; `shard` and `key` say which."""
 
     def __init__(self, shard: str, key: str = "", why: str = ""):
-        # one argument alone is a finished message: that is how torch rebuilds an exception from another thread
+        # torch rebuilds an exception of another thread from its message alone
         super().__init__(f"{shard}{f', sample {key}' if key else ''}: {why}" if why else shard)
         self.shard, self.key, self.why = shard, key, why
 
 
 def sample_key(dataset_id: int, index: int) -> str:
-    """The key of the sample made from input number `index`; it has no dots, they end a key in a tar."""
+    """The key of the sample made from input number `index`; it has no dots: in a tar a dot ends the key."""
     return f"{dataset_id:04d}_{index:09d}"
 
 
@@ -292,9 +292,9 @@ def decode_member(
     for name, field in layout.fields.items():
         parts = [np.frombuffer(blob, np.uint8, field.count, base + begin) for begin in planes[name]]
         high, top = parts[-1], _TOP[field.dtype]
-        # two maxima see a full exponent under either sign, and need no temporary array
+        # two maxima find a full exponent of either sign without a temporary array
         full = finite and (high.view(np.int8).max() >= top or high.max() >= top | 0x80)
-        # float16 has its whole exponent there; of the others the next byte has one more bit
+        # float16 has its whole exponent there; the other types have one more bit in the next byte
         if full and (field.dtype == "float16" or (((high & 0x7F) == top) & (parts[-2] >= 0x80)).any()):
             raise ShardError(*where, f"{name} has NaN or infinity")
         join(parts, out[name])

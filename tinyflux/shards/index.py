@@ -1,4 +1,4 @@
-"""index.safetensors: what a source's manifest says of each shard and of each sample, as arrays read by mmap."""
+"""index.safetensors: facts of each shard and each sample of a source, as arrays that are read by mmap."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ class Index:
     """The arrays of a source. Of each shard: `bytes`, `samples`, `number`, `shape` (row of the manifest's shapes) and
     `sha256` [shards, 32]; of each sample: `origins` (hash of its image's origin) and `captions` (how many it has).
 
-    `names`: the shards' file names, where they don't follow from their numbers. digest: SHA-256 and size of the file
-    that the arrays are of. Raises ValueError.
+    `names`: the shards' file names, if they don't follow from their numbers. digest: SHA-256 and size of the file that
+    holds the arrays. Raises ValueError.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], digest: dict | None = None):

@@ -1,8 +1,8 @@
 """Look-ahead: the remote shards that the plan uses next are fetched before they are needed, and evicted last.
 
 Threads walk the plan from the step that is being loaded, fetch what is missing in the order of its next use, and date
-the cached files by their next use, so that the cache, which evicts the oldest, keeps what is needed soonest. A step
-costs what its own shards cost, however many are looked at ahead.
+the cached files by their next use: the cache evicts the oldest, so it keeps what is needed soonest. A step costs what
+its own shards cost, however far ahead the threads look.
 """
 
 import heapq
@@ -23,8 +23,8 @@ from tinyflux.util.files import Stopped
 
 log = logging.getLogger(__name__)
 
-DOWNLOADS = 2  # at a time: more of them would delay the first in order
-MOST_DOWNLOADS = 8  # for the first batch, which needs them all, and where readers had to wait
+DOWNLOADS = 2  # at a time: more would delay the one that is needed first
+MOST_DOWNLOADS = 8  # for the first batch, which needs them all, and when readers had to wait
 STEPS = 1024  # looked ahead at most
 PORTION = 16  # steps walked at a time, and from which on a file is dated again
 RETRY = 60.0  # seconds until a shard whose download failed is tried again ahead of its use
@@ -36,7 +36,7 @@ Key = tuple[int, int]  # source, shard
 
 @dataclass
 class _Needed:
-    """A shard in the window: its remote files, and the (step, place)s of its uses to come."""
+    """A shard in the window: its remote files, and the (step, place) of each of its next uses."""
 
     key: Key
     files: list[tuple[Store, Shard]]
@@ -51,11 +51,11 @@ class _Needed:
 
 
 class LookAhead:
-    """The downloads of one rank, from `step` on, for steps before `end_step`, until `stop`, of remote sources alone.
+    """The downloads of one rank from `step` to `end_step`, until `stop`; of remote sources only.
 
     first: samples of the rank's first batch, which are fetched before anything else. budget: bytes of the cache that
-    the rank may fill ahead. timeout: seconds that `need` waits at most. Raises ValueError where the shards of a single
-    step are more than the budget.
+    the rank may fill ahead. timeout: the longest that `need` waits, in seconds. Raises ValueError if the shards of one
+    step exceed the budget.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LookAhead:
             thread.start()
 
     def need(self, source: int, shard: int) -> None:
-        """Return once a shard is in the cache; what is waited for is fetched first.
+        """Return once a shard is in the cache. Shards that a reader waits for are fetched first.
 
         Raises what its download raised, TimeoutError, or Stopped after `stop`.
         """
@@ -156,7 +156,7 @@ class LookAhead:
             self._change.notify_all()
 
     def stop(self) -> None:
-        """End the threads: readers are let go at once, a download ends at the next of its bytes."""
+        """End the threads: waiting readers return at once, a download ends when its next bytes come."""
         self._stopped.set()
         with self._change:
             self._change.notify_all()
@@ -179,12 +179,12 @@ class LookAhead:
                     self._walk()
                 else:
                     self._fetch(*chosen)
-            except Exception:  # whatever it is, who waits must be told, and the next shard needs a thread
+            except Exception:  # whatever it is: the next shard needs this thread
                 log.exception("look-ahead")
                 self._stopped.wait(POLL)
 
     def _fetch(self, needed: _Needed, due: int | None) -> None:
-        """Download a shard; a failure goes to who waits for it, or is tried again later."""
+        """Download a shard. A failure goes to the reader that waits, or the download is tried again later."""
         error: Exception | None = None
         try:
             for store, shard in needed.files:
@@ -221,7 +221,7 @@ class LookAhead:
             needed = self._needed.get(self._missing[0][2])
             if needed is None or needed.there or needed.key in self._busy:
                 heapq.heappop(self._missing)
-            elif self._first and needed.key not in self._first:  # nothing takes its part of the line from the first
+            elif self._first and needed.key not in self._first:  # nothing shares the bandwidth with the first batch
                 break
             elif self._later.get(needed.key, 0.0) > now:
                 put_off.append(heapq.heappop(self._missing))

@@ -1,4 +1,4 @@
-"""The shards of a run that are open now, looked ahead for and healed where their sources are remote."""
+"""The open shards of a run; those of remote sources are fetched ahead, and fetched again if they are damaged."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ class _Slot:
 
 
 class OpenShards:
-    """The shards that are open now: at most `limit`, the least recently used dropped first.
+    """The open shards: at most `limit`, the least recently used are closed first.
 
     opened: how often a remote one was opened.
     """
@@ -27,7 +27,7 @@ class OpenShards:
     def __init__(self, sources: list[Source], limit: int = 64):
         self.sources, self.limit = sources, limit
         self.opened = 0
-        self._late = 0  # of the look-aheads before the last one
+        self._late = 0  # of the look-aheads before this one
         self._ahead: LookAhead | None = None
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[int, int], _Slot] = OrderedDict()
@@ -81,7 +81,7 @@ class OpenShards:
     def get(self, source: int, shard: int, ahead: LookAhead | None = None) -> ShardFile:
         """The open shard; threads that want the same one wait for one opening.
 
-        ahead: what fetches it, if anything does. Raises as `Source.open` and `LookAhead.need` do.
+        ahead: fetches it, if its source is remote. Raises as `Source.open` and `LookAhead.need` do.
         """
         with self._lock:
             slot = self._slots.setdefault((source, shard), _Slot())
@@ -109,7 +109,7 @@ class OpenShards:
                     raise
 
     def _heal(self, source: int, shard: int) -> bool:
-        """Whether files of a shard that proved damaged are not what they should be and are gone from the cache."""
+        """Check the files of a shard that proved damaged. True if one was, and is gone from the cache."""
         with self._lock:
             if not self._remote[source] or (source, shard) in self._checked:
                 return False
@@ -118,9 +118,9 @@ class OpenShards:
         return any([layer.store.heal(entry.path, entry.bytes, entry.sha256) for layer, entry in files])
 
     def heal(self, source: int, shard: int, file: ShardFile) -> bool:
-        """After a fault in an open shard: whether it is worth reading again, since its copy in the cache was damaged.
+        """After a fault in an open shard: whether to read it again, because its copy in the cache was damaged.
 
-        Its sum is compared once; a copy that is as the store has it stays.
+        Its checksum is compared once; a copy that equals the store's stays.
         """
         with self._lock:
             slot = self._slots.get((source, shard)) or _Slot()
@@ -133,7 +133,7 @@ class OpenShards:
         return True
 
     def close_unlinked(self) -> None:
-        """Close files that were evicted: their room on the disk is free once nobody reads them."""
+        """Close files that were evicted: that frees their room on the disk."""
         with self._lock:
             gone = [key for key, slot in self._slots.items() if slot.file is not None and slot.file.is_unlinked]
             for key in gone:

@@ -1,8 +1,8 @@
 """The plan: which samples a step takes, as a pure function of (seed, step).
 
 At every step any two samples of one shape of a source have been seen equally often, give or take one, on any number
-of ranks. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a sample is a
-new PLAN_VERSION.
+of ranks. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a sample
+needs a new PLAN_VERSION.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from tinyflux.util import rng
 PLAN_VERSION = 2
 
 # Consecutive Fibonacci numbers: STRIDE * k mod PERIOD fills [0, PERIOD) as evenly as any sequence can,
-# so that shares are rounded up at evenly spread steps.
+# so shares are rounded up at evenly spread steps.
 PERIOD = 75025
 STRIDE = 46368
 
@@ -202,7 +202,7 @@ class Plan:
         return self._stretch_of(step)[0].weights
 
     def epoch(self, step: int) -> int:
-        """How often as many samples as the sources hold were taken before the step."""
+        """The epoch of a step: samples taken before it, divided by those that the sources hold."""
         return step * self.global_batch_size // self.total
 
     def start(self, step: int) -> list[int]:

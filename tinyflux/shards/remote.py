@@ -1,7 +1,7 @@
 """Remote sources: files of a client's store, each copied once to the node's cache and checked before it is used.
 
-A download resumes where the last one stopped, survives whatever the store goes through for less than the cache's
-timeout, and is renamed into place when size, sum or syntax are right.
+A download resumes where the last one stopped, survives outages shorter than the cache's timeout, and is renamed into
+place once its size, checksum or syntax is right.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ def without_revision(url: str) -> str:
 
 
 class Patience:
-    """Tries of one thing: `wait` between two of them, until nothing came for `outage` seconds, or `seconds` are over.
+    """Tries of one thing, with a `wait` between two: until nothing came for `outage` seconds, or `seconds` have passed.
 
-    what: names it in messages. stopped: nobody waits for it any more.
+    what: names it in messages. stopped: set once nobody waits for it any more.
     """
 
     def __init__(self, what: str, outage: float, seconds: float | None = None, stopped: threading.Event = _NEVER):
@@ -61,7 +61,7 @@ class Patience:
         self.tries, self.failures = 0, 0
 
     def wait(self, error: DownloadError) -> None:
-        """Sleep before the next try. Raises DownloadError where another one is of no use, Stopped."""
+        """Sleep before the next try. Raises DownloadError if another try is useless, or Stopped."""
         self.tries += 1
         self.failures += 1
         if not error.again:
@@ -78,7 +78,7 @@ class Patience:
             raise Stopped(self.what) from error
 
     def progress(self) -> None:
-        """Bytes came: the next failure is a first one again. Raises DownloadError where the time is over, Stopped."""
+        """Bytes came: count failures from zero again. Raises DownloadError if the time is over, or Stopped."""
         self.failures, self.came = 0, time.monotonic()
         if self.stopped.is_set():
             raise Stopped(self.what)
@@ -116,7 +116,7 @@ class RemoteFiles:
     ) -> Path:
         """A local copy of a file, checked against size and sum where given. Raises as `NodeCache.get`.
 
-        A small one that is there already is checked again, and fetched once more where it is damaged.
+        A small copy that is there already is checked again, and fetched again if it is damaged.
         """
         fill = partial(self._fill, name, size, sha256, stopped)
         valid = partial(self._holds, name, size, sha256)
@@ -124,7 +124,7 @@ class RemoteFiles:
         return self.cache.get(self.path(name), size, fill, what=what, valid=valid, due=due, stopped=stopped)
 
     def heal(self, name: str, size: int, sha256: str) -> bool:
-        """Whether a local copy that proved damaged was indeed not what it should be; the next `fetch` gets it again."""
+        """Check a local copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
         path = self.path(name)
         if not path.is_file() or self._is_whole(path, name, size, sha256):
             return False
@@ -142,19 +142,19 @@ class RemoteFiles:
     def _fill(self, name: str, size: int | None, sha256: str | None, stopped: threading.Event, part: Path) -> None:
         """Download to `part`, which may have the beginning. Raises DownloadError, Stopped."""
         patience = Patience(f"{self.url}/{name}", self.cache.timeout, self.cache.deadline(size), stopped)
-        for last in (False, True):  # a wrong sum may come of what a killed process left, a wrong syntax of a proxy
+        for last in (False, True):  # a killed process may leave a wrong checksum, a proxy a wrong syntax
             fault = self._download(name, size, sha256, patience, part)
             if not fault:
                 return
             part.unlink()
             if not last:
                 log.warning("%s: %s; it is fetched again", patience.what, fault)
-        said = "its content is not what the manifest says: it was replaced, or the manifest was: " if sha256 else ""
+        said = "its content is not what the manifest says, so one of the two was replaced: " if sha256 else ""
         raise DownloadError(f"{patience.what}: {said}{fault}")
 
     def _download(self, name: str, size: int | None, sha256: str | None, patience: Patience, part: Path) -> str:
         """What is wrong with the download, "" if nothing. Raises DownloadError, Stopped."""
-        digest = hashlib.sha256()  # on the way, so that the end of a download is the end of it
+        digest = hashlib.sha256()  # computed on the way: no second read of a large file
         with open(part, "a+b") as file:
             file.seek(0)
             while size is not None and (data := file.read(1 << 20)):

@@ -43,7 +43,7 @@ class Store(Protocol):
         ...
 
     def heal(self, name: str, size: int, sha256: str) -> bool:
-        """Whether a copy that proved damaged is not what the store has; then the next `fetch` gets it again."""
+        """Check a copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
         ...
 
 

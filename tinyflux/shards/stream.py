@@ -1,7 +1,7 @@
 """Plan -> load -> collate -> pin -> prefetch: the batches of a run, from its step number alone.
 
 Threads, not worker processes: reading and zstd release the GIL, and samples are decoded straight into the batch's
-tensors. A batch's memory is used again once nothing refers to it, so a consumer may keep it as long as it likes.
+tensors. A batch's memory is reused once nothing refers to it, so a consumer may keep a batch for as long as it likes.
 """
 
 import logging

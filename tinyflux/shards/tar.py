@@ -27,7 +27,7 @@ def read_member(fd: int, offset: int, size: int) -> bytes:
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_LONGEST_END = 20 * _BLOCK  # bytes that writers fill the end of an archive up to
+_LONGEST_END = 20 * _BLOCK  # bytes: writers pad an archive to a multiple
 _WINDOW = 1 << 20  # bytes read at once where a whole header is looked for
 _USTAR = struct.Struct("100s24x12s12x8sc100x5s83x155s12x")  # name, size, checksum, type, magic, prefix
 
@@ -49,11 +49,11 @@ def _header(head: bytes) -> tuple[str, int, bytes]:
 
 
 class Damage(str):
-    """What is wrong with a tar at some place; members that are lost there may be any."""
+    """A fault at a place in a tar; any members may be lost there."""
 
 
 def _plain_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
-    """(name, offset, size) of each file of a ustar archive, in their place Damage where headers cannot be read.
+    """(name, offset, size) of each file of a ustar archive, or Damage where a header cannot be read.
 
     Raises LookupError where a header needs the tarfile module.
     """
@@ -91,7 +91,7 @@ def _plain_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
 
 
 def _next_header(fd: int, offset: int, end: int) -> int | None:
-    """Where the next block that is a tar header begins, None where there is none."""
+    """The offset of the next tar header, None if there is none."""
     while offset < end:
         data = os.pread(fd, _WINDOW, offset)
         for at in range(0, len(data) - _BLOCK + 1, _BLOCK):
@@ -106,7 +106,7 @@ def _next_header(fd: int, offset: int, end: int) -> int | None:
 
 
 def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
-    """The same for archives with pax or GNU headers, by way of tarfile; they end at the first damage."""
+    """The same through tarfile, for archives with pax or GNU headers. Ends at the first damage."""
     end = 0
     try:
         with os.fdopen(os.dup(fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -127,7 +127,7 @@ def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
 class Scan(NamedTuple):
     """What a tar holds: `samples` in file order, and the first `fault` that was found.
 
-    `gaps`: before which of the samples others may be lost, rising; one more than the last means behind it.
+    `gaps`: indices of samples before which others may be lost, ascending; len(samples) means after the last.
     """
 
     samples: list[Sample]
@@ -164,7 +164,7 @@ def _group(members: Iterable[tuple[str, int, int] | Damage], shard: str) -> Scan
 def scan(fd: int, shard: str) -> Scan:
     """The samples of an open tar. Plain ustar headers are read directly, other tars through tarfile.
 
-    After a damaged header it continues at the next one that is whole. `shard` names the file in the fault.
+    After a damaged header it continues at the next whole one. `shard` names the file in the fault.
     """
     try:
         return _group(_plain_members(fd), shard)

@@ -45,7 +45,7 @@ class Shard:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Shard":
-        """What `to_dict` gave."""
+        """The shard of a `to_dict`."""
         arrays = {name: np.frombuffer(base64.b64decode(data[name]), dtype) for name, dtype in _ARRAYS.items()}
         return cls(**(data | {"shape": tuple(data["shape"])} | arrays))
 
@@ -55,7 +55,7 @@ def _to_text(values: np.ndarray, dtype: str) -> str:
 
 
 class _Hashing:
-    """What TarWriter writes to: counts and hashes on the way to the file."""
+    """The stream that TarWriter writes to: counts and hashes what goes into the file."""
 
     def __init__(self, file):
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
@@ -69,9 +69,9 @@ class _Hashing:
 def write_shard(path: str | Path, samples: Iterable[dict], shape: tuple[int, int] | None = None) -> Shard:
     """Write samples (of `encode_sample`) to a tar and return its entry in the manifest.
 
-    shape: (h, w) of the latents of all its samples, where they don't say it themselves. The same samples give the same
-    bytes, whoever runs it. One process writes a shard at a time: the temporary file `.NAME.tmp` is named after it, so
-    that a killed writer's leftover is overwritten. Raises OSError where the disk is full, ValueError where there are no
+    shape: (h, w) of the latents of all its samples, if the samples don't have it. The same samples give the same bytes,
+    in any process. Only one process may write a shard at a time: the temporary file `.NAME.tmp` is named after it, so
+    that what a killed writer left is overwritten. Raises OSError if the disk is full, ValueError if there are no
     samples or they differ in shape; finished shards are not touched either way.
     """
     path = Path(path)

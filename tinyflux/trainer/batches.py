@@ -1,4 +1,4 @@
-"""What a trainer is fed: batches, and what gives them."""
+"""The trainer's input: batches, and what yields them."""
 
 from collections.abc import Iterator
 from typing import NotRequired, Protocol, TypedDict

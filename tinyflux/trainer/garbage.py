@@ -1,4 +1,4 @@
-"""Garbage collection by the clock of steps: a collection that one rank starts on its own makes all others wait."""
+"""Garbage collection at fixed steps: a collection that one rank starts on its own makes all others wait."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ YOUNG, ALL = 50, 5000  # steps between collections of young objects and of all
 
 @contextmanager
 def collected_by_steps() -> Iterator[Callable[[int], None]]:
-    """No automatic collections for the length of a `with` block; it gives a function to call after each step."""
+    """Turn automatic collections off for a `with` block. Yields a function to call after each step."""
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()  # what is there now stays: it need not be looked through again
+    gc.freeze()  # objects that exist now stay: collections need not visit them
     gc.disable()
 
     def after(step: int) -> None:

@@ -50,7 +50,7 @@ def compute_main_loss(
     grid: tuple[int, int] | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Velocity loss: mean squared error, or Huber, times the weights given.
+    """Velocity loss: mean squared error, or Huber loss, times the given weights.
 
     pred, target [B, N, C]; mask [B, H, W]: weight fg_weight where it is over 0.5, bg_weight elsewhere, 1 where it is
     NaN (the sample has none); spatial_weights [B, h, w], resized to the token grid and divided by their mean;

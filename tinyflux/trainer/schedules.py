@@ -8,7 +8,6 @@ from torch import Tensor
 from tinyflux.util import rng
 
 LR_SCHEDULES = ("cosine", "linear", "constant")
-WARMUPS = ("linear", "cosine")
 
 
 def flux_shift(t: Tensor, shift: float = 3.0) -> Tensor:

@@ -73,7 +73,7 @@ def frechet(real: Tensor, drawn: Tensor) -> float:
 
 
 class Inception:
-    """FID's features [B, 2048] of pictures, by torch-fidelity (the extra [eval]) and a weights file of its.
+    """FID's features [B, 2048] of pictures, by torch-fidelity (the extra [eval]) and its weights file.
 
     Errors: ValueError without that package, FileNotFoundError without the file.
     """

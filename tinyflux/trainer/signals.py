@@ -10,11 +10,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Whether this rank was told to stop: by a signal, or by the end of the torchrun that started it."""
+    """Whether this rank was told to stop, by a signal or because the torchrun that started it has ended."""
 
     def __init__(self):
         self.number = 0  # of the signal that came last
-        # a torchrun that is killed leaves its workers behind: they notice by their parent, save and stop
+        # a killed torchrun leaves its workers behind: they see that their parent has changed, save and stop
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -23,8 +23,8 @@ class StopSignals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note a stop signal instead of dying from it, for the length of a `with` block. The second Ctrl-C ends the
-        process at once."""
+        """Note stop signals instead of dying from them, within a `with` block. A second Ctrl-C ends the process at
+        once."""
 
         def note(number: int, _frame) -> None:
             if number == self.number == signal.SIGINT:

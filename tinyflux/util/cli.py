@@ -1,4 +1,4 @@
-"""Commands: parse, call, and turn what a user can put right into one message and an exit status."""
+"""Commands: parse, call, and turn errors that a user can mend into one message and an exit status."""
 
 import json
 import os
@@ -15,15 +15,14 @@ SAVED = 75
 """Stopped by a signal after saving (EX_TEMPFAIL): run the same command to resume."""
 INTERRUPTED = 130
 
-# what goes wrong before anything is begun
+# errors before anything is begun
 SETUP = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 Options = TypeVar("Options")
 
 
 def parse(options: type[Options], argv: list[str] | None, prog: str, description: str | None) -> Options:
-    """The options of a command line, sys.argv's unless given. Exits with 0 after --help, and with 2 where they are
-    not understood."""
+    """The options of a command line, sys.argv's unless given. Exits with 0 after --help, with 2 on a wrong option."""
     import tyro
 
     return tyro.cli(options, args=argv, prog=prog, description=description)

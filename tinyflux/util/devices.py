@@ -1,4 +1,4 @@
-"""What this device can do: its peak rate, its memory, and settings made once."""
+"""The device: its peak rate, its memory, and settings that are made once."""
 
 import os
 import resource
@@ -6,7 +6,7 @@ import time
 
 import torch
 
-# dense bfloat16 products a second, from the makers' data sheets
+# dense bfloat16 FLOP/s, from the makers' data sheets
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -14,7 +14,7 @@ def configure(device: torch.device, *, deterministic: bool = False) -> None:
     """Settings of the whole process: float32 products on tensor cores (TF32) where there are any; deterministic: only
     kernels that give the same bits every time."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, which takes time
     if device.type == "cuda":

@@ -17,7 +17,7 @@ _NEVER = threading.Event()
 
 
 class NoLocks(OSError):
-    """The file system has no locks, as many NFS and Lustre mounts have none."""
+    """The file system has no locks, like many NFS and Lustre mounts."""
 
 
 class Stopped(Exception):
@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 def cache_folder() -> Path:
-    """Where downloads and what was read once are kept: $TINYFLUX_CACHE, or tinyflux in the user's cache folder."""
+    """The folder of downloads and derived files: $TINYFLUX_CACHE, or tinyflux in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyflux"
     return Path(os.environ.get("TINYFLUX_CACHE") or default)
 
@@ -47,10 +47,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`: what the block writes there takes its place once the block ends well.
+    """A temporary path beside `path`: the file that the block writes there replaces `path` if the block succeeds.
 
-    File and folder are fsynced, so that a crash leaves the old file or the new one. temporary: its name, where a
-    killed writer's leftover should be overwritten by the next one. Where the disk is full the OSError says so.
+    File and folder are fsynced, so a crash leaves the old file or the new one. temporary: its name, if the next writer
+    should overwrite what a killed one left. If the disk is full, the OSError says so.
     """
     path = Path(path)
     temporary = Path(temporary or path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
@@ -80,7 +80,7 @@ def locked(
 ) -> Iterator[None]:
     """Hold a lock file; the kernel frees it when its holder dies. Threads of one process exclude each other too.
 
-    timeout: seconds to wait, 0 for a single try. what: what is waited for, for the error. Raises TimeoutError,
+    timeout: seconds to wait, 0 for a single try. what: names what is waited for in the error. Raises TimeoutError,
     Stopped once that event is set, NoLocks where the file system has no locks.
     """
     path = Path(path)

@@ -46,7 +46,7 @@ def euler_step(x_t: Tensor, v: Tensor, t_now: float, t_next: float) -> Tensor:
 def split(prediction: Tensor, form: str, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(data, noise) at x_t, according to a prediction of that form.
 
-    Of `epsilon` the data is not finite at t = 0: x_t is the noise itself and says nothing of it.
+    With `epsilon` the data is not finite at t = 0: there x_t is pure noise and says nothing about the data.
     """
     if form == "flow":
         return flow_data(x_t, prediction, t), flow_noise(x_t, prediction, t)

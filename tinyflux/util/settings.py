@@ -71,13 +71,13 @@ class Match:
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Raises ValueError, in the one form that all settings have, unless the condition holds."""
+    """Raises ValueError, in the form of all messages about settings, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Raises ValueError, with the key and the accepted values, where a field has another type or is out of range.
+    """Raises ValueError, with the key and the accepted values, if a field has the wrong type or is out of range.
 
     prefix: what comes before a field's name: "data." for data.threads, "--" for an option such as --batch-size.
     """
@@ -127,7 +127,7 @@ def _is(value: object, kind: Any) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown word: the nearest known one, and all of them."""
+    """The end of a message about an unknown word: the nearest known word, and all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, 1)
     return f"{f'did you mean {near[0]}? ' if near else ''}Accepted here: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""URLs without what nobody should read in a log: user names, passwords and signed queries."""
+"""URLs without secrets, for logs: no user names, passwords or signed queries."""
 
 import re
 from typing import Any

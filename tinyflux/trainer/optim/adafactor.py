@@ -14,7 +14,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.optim.adamw import decay_groups
 
 BETA2_DECAY = -0.8  # the second moments' decay after step n is 1 - n ** BETA2_DECAY
-SMALLEST_RMS = 1e-3  # of a parameter, in the step's size: what is zero can leave it
+SMALLEST_RMS = 1e-3  # smallest root mean square in the step's size: a parameter of zeros can move
 LARGEST_UPDATE = 1.0  # root mean square of an update before it is scaled down
 
 

@@ -22,7 +22,7 @@ def build(model: nn.Module, config: TrainerConfig) -> "AdamW":
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """What is trained, as an optimizer's groups: only matrices decay; norms, biases and gates are vectors."""
+    """The trained parameters as an optimizer's groups: only matrices decay; norms, biases and gates are vectors."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},

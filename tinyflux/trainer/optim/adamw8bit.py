@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels, of its other parts, that a CPU build lacks
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns that a CPU build lacks kernels, which are not used here
 
 import torchao.optim  # noqa: E402
 from torchao.optim.subclass_8bit import OptimState8bit  # noqa: E402

@@ -1,4 +1,4 @@
-"""Matrices that are sharded by rows become whole, each on one rank, and go back."""
+"""Gather matrices that are sharded by rows, each whole on one rank, and scatter them back."""
 
 from itertools import chain
 
