@@ -124,7 +124,7 @@ class RemoteFiles:
         return self.cache.get(self.path(name), size, fill, what=what, valid=valid, due=due, stopped=stopped)
 
     def heal(self, name: str, size: int, sha256: str) -> bool:
-        """Check a local copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
+        """Check a copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
         path = self.path(name)
         if not path.is_file() or self._is_whole(path, name, size, sha256):
             return False
