@@ -20,6 +20,7 @@ from tinyflux.util.urls import redacted
 
 CHUNK = 1 << 20  # bytes that are handed on at a time
 BLOCK = 8 << 20  # bytes of one request, where a store is read in blocks
+PLAIN = "/%:@~+,;=!$&()*"  # characters of a path that stay as they are in a URL
 REQUESTS = 4  # blocks of a file that are under way
 HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
 
@@ -83,12 +84,12 @@ class HttpClient:
     def __init__(self, url: str, revision: str | None = None):
         parts = urlsplit(url)
         user, at, host = parts.netloc.rpartition("@")
-        self._base = f"{parts.scheme}://{host}{quote(parts.path.rstrip('/'), safe='/%:@~+,;=!$&()*')}"
+        self._base = f"{parts.scheme}://{host}{quote(parts.path.rstrip('/'), PLAIN)}"
         self._query = f"?{parts.query}" if parts.query else ""
         self._secret = f"Basic {base64.b64encode(unquote(user).encode()).decode()}" if at else ""
 
     def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
-        request = urllib.request.Request(f"{self._base}/{name}{self._query}", headers=_range(start))
+        request = urllib.request.Request(f"{self._base}/{quote(name, PLAIN)}{self._query}", headers=_range(start))
         if self._secret:
             request.add_unredirected_header("Authorization", self._secret)  # for this host alone
         try:

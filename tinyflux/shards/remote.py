@@ -99,7 +99,7 @@ class RemoteFiles:
 
     def __init__(self, url: str, client: Client, cache: NodeCache, folder: Path):
         self.url, self.cache = redacted(url.rstrip("/")), cache
-        self._client, self._folder = client, folder
+        self.client, self._folder = client, folder
 
     def path(self, name: str) -> Path:
         """Where the local copy of a file is or will be."""
@@ -141,7 +141,8 @@ class RemoteFiles:
 
     def _fill(self, name: str, size: int | None, sha256: str | None, stopped: threading.Event, part: Path) -> None:
         """Download to `part`, which may have the beginning. Raises DownloadError, Stopped."""
-        patience = Patience(f"{self.url}/{name}", self.cache.timeout, self.cache.deadline(size), stopped)
+        seconds = math.inf if size is None and not _syntax(name) else self.cache.deadline(size)
+        patience = Patience(f"{self.url}/{name}", self.cache.timeout, seconds, stopped)
         for last in (False, True):  # a killed process may leave a wrong checksum, a proxy a wrong syntax
             fault = self._download(name, size, sha256, patience, part)
             if not fault:
@@ -181,7 +182,7 @@ class RemoteFiles:
         done = file.tell()
         silence, began, received = min(SILENCE, self.cache.timeout), time.monotonic(), 0
         limit = size if size is not None else LARGEST if _syntax(name) else math.inf
-        with closing(self._client.read(name, done, size, silence)) as chunks:
+        with closing(self.client.read(name, done, size, silence)) as chunks:
             for chunk in chunks:
                 received += len(chunk.data)
                 self.cache.count(len(chunk.data))
@@ -207,7 +208,7 @@ class RemoteStore(RemoteFiles):
     """
 
     def __init__(self, url: str, cache: NodeCache, revision: str | None = None):
-        client = _client(url, cache, revision)
+        client = client_of(url, cache, revision)
         super().__init__(url, client, cache, _folder_of(url, client.pin or revision or "", cache))
         if client.pin is not None:
             self.revision = client.pin
@@ -234,8 +235,11 @@ class RemoteStore(RemoteFiles):
                 part.unlink(missing_ok=True)
 
 
-def _client(url: str, cache: NodeCache, revision: str | None = None) -> Client:
-    make = CLIENTS[url.partition("://")[0]]
+def client_of(url: str, cache: NodeCache, revision: str | None = None) -> Client:
+    """The client of a URL. Raises ValueError where its scheme is not in CLIENTS, DownloadError."""
+    scheme = url.partition("://")[0]
+    if (make := CLIENTS.get(scheme)) is None:
+        raise ValueError(f"{redacted(url)}: scheme {scheme!r} is not accepted; known are {', '.join(CLIENTS)}")
     return Patience(redacted(url), cache.timeout).of(partial(make, url, revision))
 
 
