@@ -99,7 +99,7 @@ class RemoteFiles:
 
     def __init__(self, url: str, client: Client, cache: NodeCache, folder: Path):
         self.url, self.cache = redacted(url.rstrip("/")), cache
-        self.client, self._folder = client, folder
+        self._client, self._folder = client, folder
 
     def path(self, name: str) -> Path:
         """Where the local copy of a file is or will be."""
@@ -141,8 +141,7 @@ class RemoteFiles:
 
     def _fill(self, name: str, size: int | None, sha256: str | None, stopped: threading.Event, part: Path) -> None:
         """Download to `part`, which may have the beginning. Raises DownloadError, Stopped."""
-        seconds = math.inf if size is None and not _syntax(name) else self.cache.deadline(size)
-        patience = Patience(f"{self.url}/{name}", self.cache.timeout, seconds, stopped)
+        patience = Patience(f"{self.url}/{name}", self.cache.timeout, self.cache.deadline(size), stopped)
         for last in (False, True):  # a killed process may leave a wrong checksum, a proxy a wrong syntax
             fault = self._download(name, size, sha256, patience, part)
             if not fault:
@@ -182,7 +181,7 @@ class RemoteFiles:
         done = file.tell()
         silence, began, received = min(SILENCE, self.cache.timeout), time.monotonic(), 0
         limit = size if size is not None else LARGEST if _syntax(name) else math.inf
-        with closing(self.client.read(name, done, size, silence)) as chunks:
+        with closing(self._client.read(name, done, size, silence)) as chunks:
             for chunk in chunks:
                 received += len(chunk.data)
                 self.cache.count(len(chunk.data))
@@ -251,18 +250,31 @@ def _folder_of(url: str, revision: str, cache: NodeCache) -> Path:
 
 def download(url: str, cache: NodeCache) -> Path:
     """A local copy of one file at a URL whose scheme is in CLIENTS. Raises ValueError, DownloadError, TimeoutError."""
-    folder, _, name = url.partition("?")[0].rpartition("/")
-    query = url[len(folder) + len(name) + 1 :]
-    client = _client(folder + query, cache)
-    remote = RemoteFiles(folder, client, cache, _folder_of(folder, "", cache))
-    if remote.path(name).is_file():
-        return remote.fetch(name)
+    path = copy_of(url, cache)
+    if cache.use(path):
+        return path
+    folder, name = split(url)
+    client = client_of(folder, cache)
 
     def size() -> int | None:
         with closing(client.read(name, 0, None, SILENCE)) as chunks:
             return next(chunks).total
 
-    return remote.fetch(name, Patience(redacted(url), cache.timeout).of(size))
+    found = Patience(redacted(url), cache.timeout).of(size)
+    return RemoteFiles(folder, client, cache, path.parent).fetch(name, found)
+
+
+def copy_of(url: str, cache: NodeCache) -> Path:
+    """Where `download` puts a file."""
+    folder, name = split(url)
+    return _folder_of(folder, "", cache) / name
+
+
+def split(url: str) -> tuple[str, str]:
+    """The URL of a file's folder, with the query, and the file's name."""
+    path, question, query = url.partition("?")
+    folder, _, name = path.rpartition("/")
+    return f"{folder}{question}{query}", name
 
 
 def _fault(path: Path, name: str, size: int | None, sha256: str | None) -> str:
