@@ -22,8 +22,6 @@ from tinyflux.model.lora import Lora, detach, merged
 from tinyflux.util.files import atomic_write
 
 METADATA = "metadata.json"
-# a warning of every read without a process group
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 TYPES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -141,6 +139,8 @@ def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.partition(".")[0] in kinds
     }
+    # true, and as intended
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 

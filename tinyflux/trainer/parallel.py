@@ -22,9 +22,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tinyflux.model.loader import check_place
 from tinyflux.trainer.config import ParallelConfig
 
-# the caller never changes the network's output in place, which is what this warns of at every start
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NCCL_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # the flight recorder
 # most graphs, for latent shapes, batch sizes, training and sampling. Checkpointed blocks of both kinds count together,
@@ -174,6 +171,8 @@ def distribute(
     with `dtype="bfloat16"` they are gathered and used in bfloat16, and gradients are reduced in float32.
     """
     mesh = make_mesh(device, config.shard_size)
+    # a warning for callers who change the network's output in place: ours never do
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # inputs are cast by the caller: FSDP would round timesteps and rotary tables to bfloat16 too
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
     meta = any(p.is_meta for p in model.parameters())
