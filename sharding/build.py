@@ -30,9 +30,8 @@ def build(config: BuildConfig) -> int:
         return cli.DONE
     import transformers
 
+    from tinyflux.precache.build import build, estimate, recipe_of
     from tinyflux.precache.ledger import Ledger
-    from tinyflux.precache.progress import estimate
-    from tinyflux.precache.recipe import build, recipe_of
 
     transformers.logging.disable_progress_bar()  # one bar is enough: the build's own
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, and of sizes that our own limit rejects

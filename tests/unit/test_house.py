@@ -64,8 +64,11 @@ def test_attributes_are_born_in_their_class():
         node.name: node for module in MODULES for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef)
     }
     for name, node in classes.items():
-        born, bases = fields(node), [ast.unparse(base).partition("[")[0] for base in node.bases]
-        born |= {field for base in bases if base in classes for field in fields(classes[base])}
+        born, bases = fields(node), [node]
+        while bases:  # those of the bases too
+            names = [ast.unparse(base).partition("[")[0] for base in bases.pop().bases]
+            bases += [classes[base] for base in names if base in classes]
+            born |= {field for base in names if base in classes for field in fields(classes[base])}
         late = {attribute for method in node.body for own, attribute in stored(method) if own == "self"} - born
         assert not late, f"{name} makes {late} outside __init__"
     for module in MODULES:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from tinyflux.precache.build import build
 from tinyflux.precache.config import BuildConfig, Place
 from tinyflux.precache.from_images import FromImages
 from tinyflux.precache.from_legacy import FromLegacy
@@ -18,7 +19,6 @@ from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import ImageSource, Input, digest
 from tinyflux.precache.kinds.legacy import LegacyFolder
 from tinyflux.precache.ledger import Ledger
-from tinyflux.precache.recipe import build
 from tinyflux.shards.manifest import shard_name
 from tinyflux.util.pixels import to_uint8
 

@@ -6,58 +6,22 @@ it every bit of the result, depends neither on ranks nor on restarts.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from threading import Lock
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from tinyflux.precache.images import Picture, Rejected
+from tinyflux.precache.images import Rejected
 from tinyflux.precache.ledger import Ledger
+from tinyflux.precache.recipe import Recipe
+from tinyflux.precache.work import Ready, Task, Work
 from tinyflux.shards.schema import Field, fields_of, shape_of
 from tinyflux.shards.writer import write_shard
-
-if TYPE_CHECKING:
-    from tinyflux.precache.recipe import Recipe
-
-
-class Ready(NamedTuple):
-    """An input that is read: what models take of it, and what of it is known already."""
-
-    index: int
-    origin: str
-    seed: int = 0
-    """Its key for everything random, signed 64-bit."""
-    prompts: Sequence[str] = ()
-    picture: Picture | None = None
-    tensors: Mapping[str, Tensor] = MappingProxyType({})
-    meta: Mapping = MappingProxyType({})
-    """What its .json has, where it is a sample already."""
-    content: str | None = None
-    """A hash of image and captions, as they were read."""
-
-
-class Task(NamedTuple):
-    """An input of a shard. `read`, called in a thread, gives it ready to be encoded or raises Rejected."""
-
-    index: int
-    origin: str
-    read: Callable[[], Ready]
-
-
-class Work(NamedTuple):
-    """A shard to be made."""
-
-    number: int
-    tasks: Sequence[Task]
-    shape: tuple[int, int] | None = None
-    """(h, w) of its latents, None where the tensors tell."""
 
 
 class Stages:
@@ -81,7 +45,7 @@ class Stages:
 class Engine:
     """Turns the inputs of a recipe into shards."""
 
-    recipe: "Recipe"
+    recipe: Recipe
     ledger: Ledger
     batch_size: int
     workers: int

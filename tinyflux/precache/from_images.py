@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tinyflux.precache import models
 from tinyflux.precache.config import BuildConfig, Place
-from tinyflux.precache.engine import Ready, Task
 from tinyflux.precache.images import (
     COLOURS,
     Picture,
@@ -25,6 +24,7 @@ from tinyflux.precache.images import (
 from tinyflux.precache.kinds.base import ImageSource, Input
 from tinyflux.precache.ledger import Ledger
 from tinyflux.precache.recipe import Listed
+from tinyflux.precache.work import Ready, Task
 from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS, grid

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tinyflux.precache import models
-from tinyflux.precache.engine import Ready
 from tinyflux.precache.from_images import FromImages, encode
 from tinyflux.precache.images import COLOURS, Rejected, content_hash, preview
 from tinyflux.precache.kinds.base import Input, SourceError
+from tinyflux.precache.work import Ready
 from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.util.pixels import to_uint8
 

@@ -7,10 +7,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from tinyflux.precache.engine import Ready, Task
 from tinyflux.precache.kinds.base import Input, SourceError
 from tinyflux.precache.legacy import FILES, PRODUCER
 from tinyflux.precache.recipe import Listed
+from tinyflux.precache.work import Ready, Task
 from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.schema import GROUP_OF
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tinyflux.precache import models
 from tinyflux.precache.config import BuildConfig, Place
-from tinyflux.precache.engine import Ready, Task, Work
 from tinyflux.precache.from_images import FromImages
 from tinyflux.precache.images import Rejected, preview
 from tinyflux.precache.kinds.base import ImageSource, Input
 from tinyflux.precache.ledger import Ledger, LedgerError
 from tinyflux.precache.listing import Counted, Parted
+from tinyflux.precache.work import Ready, Task, Work
 from tinyflux.shards.format import encode_sample, origin_hash, parse_key, sample_key
 from tinyflux.shards.manifest import Base, Manifest, diff_fingerprints, shard_name
 from tinyflux.shards.shardfile import ShardFile
@@ -39,7 +39,7 @@ class Overlay(FromImages):
 
     def __init__(self, config: BuildConfig, source: ImageSource, ledger: Ledger, place: Place):
         super().__init__(config, source, ledger, place)
-        self.groups = groups_of(config.only)
+        self.groups, self.inputs = groups_of(config.only), None
         where = config.old or f"data/{source.name}"
         if "://" in where:
             raise LedgerError(f"--from {where}: must be a folder here; fetch it with python -m sharding.pull")

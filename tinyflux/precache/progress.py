@@ -1,30 +1,22 @@
-"""What a build says: its bar, its estimate, where its time went, and what it made."""
+"""What a build says: its bar, where its time went, and what it made."""
 
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from tinyflux.precache.engine import Engine
 from tinyflux.precache.ledger import Ledger, LedgerError
-from tinyflux.precache.listing import Few
 from tinyflux.shards.manifest import Base, Manifest
 from tinyflux.util.cli import table
-
-if TYPE_CHECKING:
-    from tinyflux.precache.engine import Engine
-    from tinyflux.precache.from_images import FromImages
 
 
 class Progress:
     """The bar: images of all ranks, images/s, time left, rejects."""
 
-    def __init__(self, ledger: Ledger, engine: "Engine", show: bool):
+    def __init__(self, ledger: Ledger, engine: Engine, show: bool):
         self.ledger, self.engine = ledger, engine
         ledger.look()
         self.before, self.left_out = sum(ledger.done), ledger.done[1]
@@ -69,7 +61,7 @@ def shares(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {each / total:.1%}" for name, each in sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def say_speed(engine: "Engine", seconds: float, truncated: Mapping[str, int], models: Mapping[str, float]) -> None:
+def say_speed(engine: Engine, seconds: float, truncated: Mapping[str, int], models: Mapping[str, float]) -> None:
     """Print where the time of this run went, and how many captions were longer than a text model takes."""
     if longer := ", ".join(f"{n} for {name}" for name, n in sorted(truncated.items()) if n):
         print(f"captions that were too long and are cut: {longer}")
@@ -135,50 +127,3 @@ def _status(ledger: Ledger, max_rejected: float) -> int:
         return 0
     print(f"error: more than --max-rejected {max_rejected:.1%} of the inputs were rejected", file=sys.stderr)
     return 1
-
-
-def estimate(recipe: "FromImages", world: int) -> int:
-    """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
-    from tinyflux.precache.engine import Engine
-    from tinyflux.precache.models import workers_of
-
-    config = recipe.config
-    batch = config.shard_size if config.low_memory else config.batch_size
-    recipe.asked({})
-    recipe.probe()
-    recipe.load({})
-    name = recipe.source.name
-    with tempfile.TemporaryDirectory(prefix="tinyflux-estimate-") as folder:
-        recipe.ledger = ledger = Ledger(Path(folder), name, recipe.source.dataset_id)
-        with ledger.lock():
-            recipe.take_inputs()
-        count = ledger.total
-        recipe.config = replace(config, shard_size=batch)
-        recipe.listing, ledger.parts = Few(recipe.listing, (2 if config.low_memory else 4) * batch), range(1)
-        ledger.per_part, marks = 1000, []
-        engine = Engine(recipe, ledger, config.batch_size, workers_of(config, recipe.place), config.low_memory)
-        recipe.zoo.timed = True
-        engine.run(lambda: marks.append((time.perf_counter(), engine.images, Counter(recipe.seconds))))
-        notes = [note for number in range(1000) if (note := ledger.note_of(number))]
-    shards = [note["shard"] for note in notes if note["shard"]]
-    made = sum(shard["count"] for shard in shards)
-    if not made:
-        reason = notes[0]["rejected"][0]["reason"] if notes else "there are none"
-        raise LedgerError(f"all of the first {engine.images} inputs are rejected: {reason}, ...")
-    (start, warm, before), (end, images, after) = marks[0], marks[-1]  # the first batch pays for warming up
-    if images == warm:
-        option = "--shard-size" if config.low_memory else "--batch-size"
-        raise LedgerError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
-    rate = (images - warm) / (end - start)
-    each, kept = sum(shard["bytes"] for shard in shards) / made, made / engine.images
-    device = recipe.zoo.device.type.upper()
-    print(f"{name}: {rate:.1f} images/s a rank, from {images - warm} of them; {1 - kept:.1%} rejected")
-    for inputs, n in ((f"all {count} inputs", count), ("a million inputs", 10**6)):
-        if n is not None:
-            hours, size = n / rate / 3600, n * kept * each / 1e9
-            on = f", {hours / world:.2f} hours on {world} ranks" if world > 1 else ""
-            print(f"  {inputs}: {hours:.2f} {device}-hours{on}, {size:.2f} GB at {each / 1e3:.1f} kB a sample")
-    spent = after - before
-    print(f"  time by model: {shares(spent)}; {sum(spent.values()) / (end - start):.0%} of the whole")
-    print(f"  feed: a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
-    return 0

@@ -1,37 +1,21 @@
-"""One build, whatever it is made of: a recipe says which inputs there are and how a sample is made of one of them.
+"""Recipes: which inputs a build has, and how a sample is made of one of them. `build` runs them all."""
 
-`build` is the flow of all of them: check, list, load, run, merge.
-"""
-
-import time
 from collections.abc import Mapping
 from functools import cached_property
-from importlib import import_module
 
 from torch import Tensor
 
 from tinyflux.precache.config import BuildConfig, Place
-from tinyflux.precache.engine import Engine, Ready, Task, Work
 from tinyflux.precache.images import Rejected
-from tinyflux.precache.kinds.base import ImageSource, Input, Source
+from tinyflux.precache.kinds.base import Input, Source
 from tinyflux.precache.ledger import Ledger, LedgerError
 from tinyflux.precache.listing import Counted, Listing, Parted
-from tinyflux.precache.models import workers_of
-from tinyflux.precache.progress import Progress, finish, say_complete, say_speed
+from tinyflux.precache.work import Ready, Task, Work
 from tinyflux.shards.manifest import Base
-from tinyflux.shards.writer import write_null
 from tinyflux.util.buckets import BUCKETS
 
 SLICE = 16  # times --shard-size: inputs of a part that is sorted into several shapes
 OF_A_SLICE, OF_A_TAR = 100, 1000  # numbers of shards that such a part has, and one that is not counted beforehand
-
-
-def recipe_of(source: Source, only: tuple[str, ...] = ()) -> type["Recipe"]:
-    """What a source, or with `only` an overlay of it, is built by. Raises ValueError where it has no images for one."""
-    if only and not isinstance(source, ImageSource):
-        raise ValueError(f"[{source.name}] is of kind {source.kind!r}: it has no images, so leave out --only")
-    module, _, cls = ("overlay:Overlay" if only else source.recipe).partition(":")
-    return getattr(import_module(f"tinyflux.precache.{module}"), cls)
 
 
 class Recipe:
@@ -205,38 +189,3 @@ class Listed(Recipe):
     def task(self, index: int, item: Input, shape: int) -> Task:
         """How an input is read."""
         raise NotImplementedError
-
-
-def build(recipe: Recipe, *, quiet: bool = False) -> int:
-    """Build what is missing, or this rank's share of it. Returns the exit status.
-
-    Raises ValueError, OSError or RuntimeError with a message for the user.
-    """
-    config, ledger, place = recipe.config, recipe.ledger, recipe.place
-    begun = ledger.config() or {}
-    asked = recipe.asked(begun.get("settings", {}))
-    if begun:
-        if "only" in begun and "only" not in asked:
-            raise LedgerError(f"{ledger.out}: was begun with --only: finish it by the same command")
-        ledger.check(asked)
-        recipe.check(begun)
-        if not config.append and ledger.complete():
-            return say_complete(ledger, config.max_rejected, "" if place.rank else recipe.changes(), quiet=quiet)
-    recipe.probe()
-    ledger.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
-    producers = recipe.load(begun)
-    with ledger.lock():
-        ledger.begin(asked | {"producers": producers})
-        recipe.take_inputs()
-        if not (ledger.out / "null.safetensors").exists() and (null := recipe.null()) is not None:
-            write_null(ledger.out, null)
-    engine = Engine(recipe, ledger, config.batch_size, workers_of(config, place), whole_shards=config.low_memory)
-    progress = Progress(ledger, engine, show=place.local_rank == 0)
-    start = time.perf_counter()
-    engine.run(progress)
-    progress.close()
-    if not quiet:
-        say_speed(engine, time.perf_counter() - start, recipe.truncated, recipe.seconds)
-    return finish(
-        ledger, producers, config.max_rejected, timesteps=recipe.timesteps, base=recipe.base, quiet=quiet
-    )
