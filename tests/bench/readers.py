@@ -109,29 +109,40 @@ def collated(folder: Path, batch: int, threads: int) -> Iterator[dict]:
 
 
 def floor(folder: Path, batch: int, threads: int) -> Iterator[dict]:
-    """A bare pool: eight samples a task, read, decompressed and joined into the batch's memory, nothing checked."""
+    """A bare pool: eight samples a task, read, decompressed and joined into the batch's memory, nothing checked.
+
+    A sample's members are read by one call and decompressed by one, and a task's planes are joined by one a field.
+    """
     from tinyflux.shards.source import open_source
 
     source = open_source(folder)
     files = [source.open(k) for k in range(len(source.manifest.shards))]
-    parts = []  # of each member: name, and its fields with their offsets of the two planes
-    for name, layout in files[0].wanted(0):
-        planes = layout.planes(layout.head[8:])
-        fields = [(f, x.count, *(len(layout.head) + at for at in planes[f])) for f, x in layout.fields.items()]
-        parts.append((name, fields))
-    places = [(file.fd, [sample.members[name] for name, _ in parts]) for file in files for sample in file.samples]
-    local = threading.local()
+    parts, size = [], 0  # of each field: its elements, and where its planes lie in a sample
+    for _, layout in files[0].wanted(0):
+        planes, size = layout.planes(layout.head[8:]), size + len(layout.head)
+        parts += [(name, field.count, *(size + at for at in planes[name])) for name, field in layout.fields.items()]
+        size += layout.payload
+    places = []
+    for file in files:
+        members = [[sample.members[name] for name, _ in file.wanted(0)] for sample in file.samples]
+        places += [(file.fd, one) for one in members]
+    local, between = threading.local(), memoryview(bytearray(1 << 16))
 
     def decode(memory: dict[str, np.ndarray], rows: range, samples: list[int]) -> None:
         if not hasattr(local, "zstd"):
-            local.zstd = zstandard.ZstdDecompressor()
-        for row, (fd, members) in zip(rows, (places[i] for i in samples), strict=True):
-            for (offset, size), (_, fields) in zip(members, parts, strict=True):
-                blob = np.frombuffer(local.zstd.decompress(os.pread(fd, size, offset)), np.uint8)
-                for name, count, low, high in fields:
-                    out = memory[name][row]
-                    np.multiply(blob[high : high + count], 256, out=out, dtype=np.uint16)
-                    out |= blob[low : low + count]
+            local.zstd, local.data = zstandard.ZstdDecompressor(), memoryview(bytearray(2 * size))
+            local.blobs = np.zeros((8, size), np.uint8)
+        for blob, (fd, members) in zip(local.blobs, (places[i] for i in samples), strict=False):
+            at, end, buffers = 0, members[0][0], []
+            for offset, length in members:
+                buffers += [between[: offset - end], local.data[at : at + length]]
+                at, end = at + length, offset + length
+            os.preadv(fd, buffers, members[0][0])
+            local.zstd.stream_reader(local.data[:at], read_size=at, read_across_frames=True).readinto(blob)
+        for name, count, low, high in parts:
+            out = memory[name][rows.start : rows.stop]
+            np.multiply(local.blobs[: len(rows), high : high + count], 256, out=out, dtype=np.uint16)
+            out |= local.blobs[: len(rows), low : low + count]
 
     order = itertools.cycle(np.random.default_rng(0).permutation(len(places)).tolist())
     memories = itertools.cycle(

@@ -6,6 +6,7 @@ It accepts only what is beyond doubt. For everything else `decode_member` says w
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import zstandard
@@ -22,6 +23,17 @@ _GAP = 1 << 16  # bytes between members of a sample that are read through rather
 _SEAL = zstandard.ZstdCompressor(write_checksum=True).compress(b"seal")
 
 
+@dataclass
+class _Region:
+    """High planes that lie in a row in every sample, from begin to end, and the planes of their fields: views of all
+    rows. top: of `_TOP`."""
+
+    begin: int
+    end: int
+    top: int
+    planes: dict[str, list[np.ndarray]] = field(default_factory=dict)
+
+
 class _Room:
     """Room for CHUNK decompressed samples whose members have these layouts, and where their parts lie."""
 
@@ -36,20 +48,20 @@ class _Room:
         # what a member begins with: the header and, right behind it, the origin
         self.heads = [(begin, begin + len(layout.head) + 4) for begin, layout in zip(begins, layouts, strict=True)]
         self.expected = [np.zeros((CHUNK, end - begin), np.uint8) for begin, end in self.heads]
-        self.planes, self.highest = {}, []
-        highest: list[tuple[int, int, int]] = []
+        self.regions: list[_Region] = []
         for begin, layout, expected in zip(begins, layouts, self.expected, strict=True):
             head, planes = layout.head, layout.planes(layout.head[8:])
             assert planes[ORIGIN] == [0]
             expected[:, :-4] = np.frombuffer(head, np.uint8)
-            for name, field in layout.fields.items():
+            for name, entry in layout.fields.items():
                 places = [begin + len(head) + place for place in planes[name]]
-                self.planes[name] = [self.memory[:, place : place + field.count] for place in places]
-                if highest and highest[-1][1:] == (places[-1], _TOP[field.dtype]):  # one call for planes in a row
-                    highest[-1] = highest[-1][0], places[-1] + field.count, _TOP[field.dtype]
-                else:
-                    highest.append((places[-1], places[-1] + field.count, _TOP[field.dtype]))
-        self.highest = [(self.memory[:, begin:end], top) for begin, end, top in highest]
+                last = self.regions[-1] if self.regions else None
+                if last is None or (last.end, last.top) != (places[-1], _TOP[entry.dtype]):
+                    last = _Region(places[-1], places[-1], _TOP[entry.dtype])
+                    self.regions.append(last)
+                last.end += entry.count
+                last.planes[name] = [self.memory[:, place : place + entry.count] for place in places]
+        self.fields = {name for region in self.regions for name in region.planes}
         self._frames = [b""] * len(layouts)  # the beginning of a frame that states the right size and has a checksum
 
     def states(self, i: int, data: bytearray, begin: int, end: int) -> bool:
@@ -63,18 +75,27 @@ class _Room:
         self._frames[i] = head[: zstandard.frame_header_size(head)]
         return True
 
-    def good(self, n: int, origins: np.ndarray) -> np.ndarray:
-        """Which of the first n rows are made from the images of these origin hashes and are finite; bool [n]."""
+    def take(self, n: int, origins: np.ndarray, having: list[int], out: dict[str, np.ndarray]) -> np.ndarray:
+        """Join the planes of the rows `having`, of the first n, into `out`. Returns bool [n]: which of the n are made
+        from the images of these origin hashes and are finite."""
         good, memory, origins = np.ones(n, bool), self.memory[:n], origins.view(np.uint8).reshape(n, 4)
         for (begin, end), expected in zip(self.heads, self.expected, strict=True):
             expected, found = expected[:n], memory[:, begin:end]
             expected[:, -4:] = origins
             if found.tobytes() != expected.tobytes():
                 good &= (found == expected).all(1)
-        for planes, top in self.highest:
-            planes = planes[:n]
-            if planes.max() >= top | 0x80 or planes.view(np.int8).max() >= top:
-                good &= (planes.max(1) < top | 0x80) & (planes.view(np.int8).max(1) < top)
+        for region in self.regions:  # its bytes are in the processor's cache while both are done
+            high, top = memory[:, region.begin : region.end], region.top
+            if high.max() >= top | 0x80 or high.view(np.int8).max() >= top:
+                good &= (high.max(1) < top | 0x80) & (high.view(np.int8).max(1) < top)
+            for name, planes in region.planes.items():
+                if len(having) == n:
+                    join([plane[:n] for plane in planes], out[name])
+                else:
+                    for i in having:
+                        join([plane[i] for plane in planes], out[name][i])
+        for name in out.keys() - self.fields:
+            out[name][having] = 0
         return good
 
 
@@ -162,14 +183,5 @@ def decode_chunk(
             whole.append(False)
     good, origins = np.array(whole), np.array(origins, np.uint32)
     for room, having in filled.items():
-        good[having] &= room.good(n, origins)[having]
-        for name, values in out.items():
-            planes = room.planes.get(name)
-            if planes is None:
-                values[having] = 0
-            elif len(having) == n:
-                join([plane[:n] for plane in planes], values)
-            else:
-                for i in having:
-                    join([plane[i] for plane in planes], values[i])
+        good[having] &= room.take(n, origins, having, out)[having]
     return good

@@ -224,7 +224,7 @@ class Reader:
             good = decode_chunk(files, micro.row[chosen], micro.captions[chosen], out).tolist()
             for i, file, fine in zip(rows, files, good, strict=True):
                 if fine:
-                    micro.batch["keys"][i] = file.key(micro.row[i])
+                    micro.batch["keys"][i] = file.samples[micro.row[i]].key
                 else:
                     self._repair(micro, i)
             self.progress = time.monotonic()
