@@ -1,12 +1,27 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and what a run of pytest has once, whatever its number of workers."""
+
+import os
 
 import pytest
-import torch
+
+from tests.forked import fork_server
+
+# several workers of pytest share the cores: torch on one of them, and no pool of compilers
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def pytest_configure(config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist has its controller's
+        server = fork_server()
+        server.__enter__()
+        config.add_cleanup(lambda: server.__exit__(None, None, None))
 
 
 @pytest.fixture
 def one_thread():
     """Torch on one thread: the order of a sum depends on it."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -4,15 +4,19 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 import tests.make_source as sources
 from launch.train import main
+from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
 TINY = {  # the network that tests train, without the sizes that the shards fix
@@ -43,7 +47,7 @@ SMALL = [  # a run small enough for a test
     *("--trainer.lr-scheduler", "constant"),
     *("--trainer.lune-warmup-steps", "5", "--trainer.sol-warmup-steps", "5", "--trainer.ema-decay", "0.9"),
     *("--trainer.save-every-epochs", "0", "--trainer.log-every", "5"),
-    *("--data.global-batch-size", "8", "--data.micro-batch-size", "2", "--data.seed", "7"),
+    *("--data.global-batch-size", "8", "--data.micro-batch-size", "4", "--data.seed", "7"),
 ]
 
 
@@ -53,11 +57,9 @@ def make_source(folder: Path, dataset_id: int, samples: int = 24, shard_size: in
     return sources.make_source(folder, counts, dataset_id=dataset_id, seed=dataset_id, **(sources.TRAINABLE | options))
 
 
-def command(run_dir: Path, sources: list[Path], *options: object, ranks: int = 1) -> list[str]:
-    """The command of a training: torchrun for several ranks, plain python for one."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    head = [sys.executable, *torchrun, str(ROOT / "launch/train.py"), "--run-dir", str(run_dir)]
-    return [*head, "--data.sources", *map(str, sources), *SMALL, *map(str, options)]
+def options_of_run(run_dir: Path, sources: list[Path], *options: object) -> list[str]:
+    """The options of a training."""
+    return ["--run-dir", str(run_dir), "--data.sources", *map(str, sources), *SMALL, *map(str, options)]
 
 
 def environment() -> dict[str, str]:
@@ -69,29 +71,57 @@ def train(
 ) -> subprocess.CompletedProcess:
     """Run a training to its end; stdout has stderr too. file_limit: bytes beyond which writing a file fails.
 
-    One rank without a limit trains in this process, which spares it the start.
+    Of one rank without a limit in this process, of several in forked ones: both spare the start of an interpreter.
     """
-    argv = command(run_dir, sources, *options, ranks=ranks)
-    if ranks == 1 and file_limit is None:
-        return _train_here(argv)
-    limit = ["prlimit", f"--fsize={file_limit}"] if file_limit else []
-    return subprocess.run(
-        [*limit, *argv],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    argv = [ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)]
+    if ranks == 1:
+        if file_limit is None:
+            return _train_here(argv)
+        process = Forked(argv, environment(), file_limit=file_limit)
+        said, _ = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(argv, process.returncode, said)
+    with tempfile.NamedTemporaryFile() as log:
+        status = run_ranks(argv, ranks, Path(log.name))
+        return subprocess.CompletedProcess(argv, status, Path(log.name).read_text())
 
 
-def _train_here(argv: list[str]) -> subprocess.CompletedProcess:
+def run_ranks(argv: Sequence[object], ranks: int, log: Path, timeout: float = 300) -> int:
+    """`argv` on several ranks, as torchrun would start them, with their output in `log`.
+
+    Returns the exit status of the first rank that failed, which ends the others, or 0.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # kept here, as torchrun's agent does
+    env = environment() | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_WORLD_SIZE": "1",
+    }
+    processes = [Forked(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, log=log) for r in range(ranks)]
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        statuses = [process.poll(timeout=0.01) for process in processes]
+        if failed := [status for status in statuses if status]:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(30)
+            return failed[0]
+        if None not in statuses:
+            return 0
+    return -signal.SIGKILL
+
+
+def _train_here(argv: list[object]) -> subprocess.CompletedProcess:
     output, threads = io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)  # as the other processes have it: the order of a sum depends on it
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            status = main(argv[2:])
+            status = main(argv[1:])
     except RuntimeError as error:
         status = 1
         output.write(str(error))
@@ -100,28 +130,28 @@ def _train_here(argv: list[str]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, status, output.getvalue())
 
 
-def start(run_dir: Path, sources: list[Path], *options: object, ranks: int = 1) -> subprocess.Popen:
-    """Start a training in a process group of its own."""
-    return subprocess.Popen(
-        command(run_dir, sources, *options, ranks=ranks),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(run_dir: Path, sources: list[Path], *options: object) -> Forked:
+    """Start a training on one rank."""
+    return Forked([ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)], environment())
 
 
-def wait_for(process: subprocess.Popen, run_dir: Path, when: int | Path) -> None:
+def start_torchrun(run_dir: Path, sources: list[Path], *options: object, more: Sequence[object] = ()) -> Forked:
+    """Start a training on two ranks under the real torchrun. more: its options. The output is in RUN_DIR.log."""
+    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
+    argv += [ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)]
+    return Forked(argv, environment(), log=Path(f"{run_dir}.log"))
+
+
+def wait_for(process: Forked, run_dir: Path, when: int | Path) -> None:
     """Wait until a step of a run is recorded, or a file is there."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if when.exists() if isinstance(when, Path) else len(records(run_dir)) >= when:
             return
         time.sleep(0.002)
 
 
-def workers(torchrun: subprocess.Popen) -> list[int]:
+def workers(torchrun: Forked) -> list[int]:
     """Process ids of the ranks, in their order."""
     found = {}
     for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
@@ -138,7 +168,7 @@ def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: in
     process = start(run_dir, sources, *options)
     wait_for(process, run_dir, when)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 

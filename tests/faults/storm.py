@@ -10,7 +10,6 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.training import command, curve, environment, make_source, train, workers
+from tests.forked import Forked, fork_server
+from tests.training import curve, make_source, start_torchrun, train, workers
 
 RANKS = 2
 
 
-def kill(process: subprocess.Popen, what: str) -> None:
+def kill(process: Forked, what: str) -> None:
     """Kill one rank, torchrun alone, or all of it."""
     ranks = workers(process)
     victims = {"rank": ranks[-1:], "torchrun": [process.pid], "all": [process.pid, *ranks]}[what]
@@ -46,16 +46,15 @@ def main() -> int:
     options += ("--trainer.validate-every", 4)
     done = train(folder / "unbroken", sources, *options, ranks=RANKS)
     assert done.returncode == 0, done.stdout
-    run_dir, log = folder / "run", open(folder / "log", "w")
-    argv = command(run_dir, sources, *options, ranks=RANKS)
+    run_dir = folder / "run"
     while killed < args.kills:
-        process = subprocess.Popen(argv, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        process = start_torchrun(run_dir, sources, *options)
         what, moment = dice.choice(("rank", "torchrun", "all")), dice.uniform(1, args.longest)
         until = time.monotonic() + moment
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         if process.poll() is not None:
-            assert process.returncode == 0, (folder / "log").read_text()[-3000:]
+            assert process.returncode == 0, (folder / "run.log").read_text()[-3000:]
             break
         kill(process, what)
         killed += 1
@@ -69,4 +68,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with fork_server():
+        status = main()
+    sys.exit(status)

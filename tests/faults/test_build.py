@@ -4,32 +4,24 @@ import json
 import os
 import random
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from tests.builds import start
+from tests.forked import Forked
+from tests.training import environment
 
 COUNT, SHARD = 48, 4
 KILLS = int(os.environ.get("TINYFLUX_KILLS", "3"))
 PATIENCE = 300  # seconds
 
 
-def rank(folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), **limits) -> BaseProcess:
+def rank(folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), **limits) -> Forked:
     """A rank of the build of `folder`/sources.toml into `folder`/`out`."""
-    args = ["--source", "drawn", "--sources", "sources.toml", "--out", out, "--zoo", "tiny", "--threads", "1"]
-    args += ["--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu", *options]
-    env = {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return start(folder, folder / f"{out}-{index}.log", args, env, **limits)
-
-
-def finished(process: BaseProcess) -> int:
-    """Its exit status; a build that hangs is killed and gives -9."""
-    process.join(PATIENCE)
-    process.kill()
-    process.join()
-    return process.exitcode
+    args = ["-m", "sharding.build", "--source", "drawn", "--sources", "sources.toml", "--out", out, "--zoo", "tiny"]
+    args += ["--threads", "1", "--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
+    env = environment() | {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return Forked([*args, *options], env, cwd=folder, log=folder / f"{out}-{index}.log", **limits)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -47,7 +39,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """A folder with a sources.toml, and what an undisturbed build of it holds."""
     folder = tmp_path_factory.mktemp("builds")
     (folder / "sources.toml").write_text(f'[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = {COUNT}\n')
-    assert finished(rank(folder, "whole")) == 0, (folder / "whole-0.log").read_text()
+    assert rank(folder, "whole").wait(PATIENCE) == 0, (folder / "whole-0.log").read_text()
     assert f"{COUNT} samples in {COUNT // SHARD} shards" in (folder / "whole-0.log").read_text()
     return folder, content(folder / "whole")
 
@@ -66,14 +58,14 @@ def test_killed_ranks_come_back(whole, world, kills):
         while notes(folder / out) < int(target) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.1)
-        running = [index for index, process in ranks.items() if process.is_alive()]
+        running = [index for index, process in ranks.items() if process.poll() is None]
         victim = draw.choice(running or [0])
         struck += victim in running
         ranks[victim].kill()
-        ranks[victim].join()
+        ranks[victim].wait(PATIENCE)
         ranks[victim] = rank(folder, out, victim, world)
     for index, process in ranks.items():
-        assert finished(process) == 0, (folder / f"{out}-{index}.log").read_text()
+        assert process.wait(PATIENCE) == 0, (folder / f"{out}-{index}.log").read_text()
     print(f"{struck} of {kills} kills struck a running build")
     assert struck or not kills
     assert content(folder / out) == expected
@@ -83,19 +75,19 @@ def test_killed_ranks_come_back(whole, world, kills):
 def test_fields_added_by_ranks_that_are_killed(whole):
     """--only on two ranks, one killed and started again: the bytes of one rank, and the base as it was."""
     folder, expected = whole
-    assert finished(rank(folder, "bare", options=("--no-lune",))) == 0, (folder / "bare-0.log").read_text()
+    assert rank(folder, "bare", options=("--no-lune",)).wait(PATIENCE) == 0, (folder / "bare-0.log").read_text()
     before, options = content(folder / "bare"), ("--only", "lune", "--from", "bare")
     ranks = {index: rank(folder, "taught", index, 2, options) for index in range(2)}
     deadline = time.monotonic() + PATIENCE
     while notes(folder / "taught") < 1 and time.monotonic() < deadline:
         time.sleep(0.002)
-    print(f"struck a running build: {ranks[1].is_alive()}")
+    print(f"struck a running build: {ranks[1].poll() is None}")
     ranks[1].kill()
-    ranks[1].join()
+    ranks[1].wait(PATIENCE)
     ranks[1] = rank(folder, "taught", 1, 2, options)
     for index, process in ranks.items():
-        assert finished(process) == 0, (folder / f"taught-{index}.log").read_text()
-    assert finished(rank(folder, "calm", options=options)) == 0, (folder / "calm-0.log").read_text()
+        assert process.wait(PATIENCE) == 0, (folder / f"taught-{index}.log").read_text()
+    assert rank(folder, "calm", options=options).wait(PATIENCE) == 0, (folder / "calm-0.log").read_text()
     assert content(folder / "taught") == content(folder / "calm") and content(folder / "bare") == before
 
 
@@ -105,7 +97,7 @@ def test_no_room_leaves_finished_shards_intact(whole):
     sizes = [len(expected[name]) for name in sorted(expected) if name.endswith(".tar")]
     last = max(range(len(sizes)), key=sizes.__getitem__)  # the first of the largest
     process = rank(folder, "full", file_limit=sizes[last] - 1)
-    assert finished(process) == 1
+    assert process.wait(PATIENCE) == 1
     log = (folder / "full-0.log").read_text()
     assert "Traceback" not in log
     assert f"error: File too large while writing full/drawn-{last:06d}.tar; what was finished before is intact" in log
@@ -113,5 +105,5 @@ def test_no_room_leaves_finished_shards_intact(whole):
     assert f"drawn-{last:06d}.tar" not in done and len(done) >= last
     assert not (folder / "full" / "manifest.json").exists() and not list((folder / "full").rglob("*.tmp"))
     assert all((folder / "full" / name).read_bytes() == expected[name] for name in done)
-    assert finished(rank(folder, "full")) == 0
+    assert rank(folder, "full").wait(PATIENCE) == 0
     assert content(folder / "full") == expected

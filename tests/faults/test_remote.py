@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import Forked
 from tests.make_source import make_samples, make_source
 from tests.store_server import COMMIT, s3_server, store_server  # noqa: F401  (COMMIT: for HUB)
+from tests.training import environment
 from tinyflux.shards import cache, remote
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import DownloadError
@@ -91,10 +92,10 @@ assert_same(run(config), folders, tmp_path)
 
 def test_two_sources_from_the_hub_give_the_same_batches(server, folder, tmp_path):
     places = make_source(server.root / "places", (4, 9), "places", dataset_id=2)
-    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", HUB, str(tmp_path), str(folder), str(places)]  # the client reads env when imported
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    env = environment() | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    process = Forked(["-c", HUB, tmp_path, folder, places], env)  # the client reads env when imported
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
 
 
 def test_s3_gives_the_same_batches_through_an_outage(folder, tmp_path, monkeypatch):
@@ -240,8 +241,8 @@ store.fetch("portraits-000001.tar", int(sys.argv[3]))
 
 def test_a_killed_download_leaves_no_half_file_and_is_resumed(server, folder, tmp_path):
     size = (folder / SHARD).stat().st_size
-    command = [sys.executable, "-c", KILLED, f"{server.url}/portraits", str(tmp_path / "cache"), str(size)]
-    assert subprocess.run(command, timeout=300).returncode == -signal.SIGKILL
+    process = Forked(["-c", KILLED, f"{server.url}/portraits", tmp_path / "cache", size], environment())
+    assert process.wait(300) == -signal.SIGKILL
     assert not list((tmp_path / "cache").glob("*/*.tar"))
     (part,) = (tmp_path / "cache").glob(f"*/.{SHARD}.*.part")
     left, before = part.stat().st_size, server.sent

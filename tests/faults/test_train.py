@@ -11,7 +11,16 @@ import time
 import pytest
 
 from launch.train import main
-from tests.training import command, curve, make_source, records, start, train, train_until, wait_for
+from tests.training import (
+    curve,
+    make_source,
+    options_of_run,
+    records,
+    start_torchrun,
+    train,
+    train_until,
+    wait_for,
+)
 from tinyflux.model.dcp import read_metadata
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run.folders import lock
@@ -88,11 +97,12 @@ def test_stopped_by_signals_and_requeued(unbroken, sources, tmp_path):
 
 def test_torchrun_killed_leaves_no_second_writer(unbroken, sources, tmp_path):
     """Workers whose torchrun was killed save and stop; a training started meanwhile waits for them."""
-    process = start(tmp_path / "run", sources, *OPTIONS, ranks=2)
+    process = start_torchrun(tmp_path / "run", sources, *OPTIONS)
     wait_for(process, tmp_path / "run", 5)
     process.kill()
     done = train(tmp_path / "run", sources, *OPTIONS, ranks=2)
-    orphans, _ = process.communicate(timeout=60)
+    process.wait(300)
+    orphans = (tmp_path / "run.log").read_text()
     assert "stopped by a signal" in orphans, orphans
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout
     for a, b in zip(curve(tmp_path / "run"), curve(unbroken), strict=True):
@@ -178,7 +188,7 @@ def test_pictures_stop_no_training(tmp_path, monkeypatch):
     options = ("--trainer.total-steps", 6, "--trainer.sample-every", 1, "--trainer.sample-steps", 1)
     options += ("--trainer.sample-prompts", "a red circle", "--trainer.zoo", "tiny")
     released, decode = threading.Event(), Sampler.decode
-    monkeypatch.setattr(Sampler, "decode", lambda *args: released.wait(60) and decode(*args))
+    monkeypatch.setattr(Sampler, "decode", lambda *args: released.wait(300) and decode(*args))
 
     def release() -> None:
         while len(records(tmp_path / "run")) < 4:
@@ -236,7 +246,7 @@ BAD = {
 def test_refused(sources, tmp_path, capfd, name):
     options, message = BAD[name]
     try:
-        status = main(command(tmp_path / "run", sources, *options)[2:])
+        status = main(options_of_run(tmp_path / "run", sources, *options))
     except SystemExit as error:  # what the option parser itself refuses
         status = error.code
     assert status == 2

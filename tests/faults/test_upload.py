@@ -1,14 +1,13 @@
 """Weights on their way to a loopback Hub during a training, by the real client in processes of their own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.dataset_hub import TOKEN, dataset_hub
-from tests.training import command, curve, environment, make_source
+from tests.forked import Forked
+from tests.training import ROOT, curve, environment, make_source, options_of_run
 from tinyflux.run.upload import render
 from tinyflux.trainer.config import TrainerConfig
 
@@ -23,12 +22,13 @@ def sources(tmp_path_factory):
     return [make_source(tmp_path_factory.mktemp("sources") / "a", 1)]
 
 
-def run(argv: list[str], url: str, home: Path) -> subprocess.CompletedProcess:
+def run(argv: list[object], url: str, home: Path) -> tuple[int, str]:
+    """Exit status and output."""
     env = {k: v for k, v in environment().items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
-    )
+    process = Forked(argv, env)
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
 
 
 def steps(hub) -> set[int]:
@@ -42,10 +42,10 @@ def steps(hub) -> set[int]:
 def test_uploaded_while_training_and_loaded_from_there(sources, tmp_path):
     with dataset_hub() as hub:
         hub.fail_commits = 1  # a 500, which the client itself tries again
-        argv = command(tmp_path / "run", sources, *OPTIONS, *UPLOAD)
-        done = run(argv, hub.url, tmp_path / "hf")
-        assert done.returncode == 0, done.stdout
-        assert TOKEN not in done.stdout and len(curve(tmp_path / "run")) == 8
+        argv = [ROOT / "launch/train.py", *options_of_run(tmp_path / "run", sources, *OPTIONS, *UPLOAD)]
+        status, said = run(argv, hub.url, tmp_path / "hf")
+        assert status == 0, said
+        assert TOKEN not in said and len(curve(tmp_path / "run")) == 8
         assert steps(hub) == {3, 6, 8}  # 3 and 6 are pruned by then
         files = hub.files(REPO)
         rest = {path for path in files if not path.startswith(f"{PLACE}/step_")}
@@ -56,28 +56,30 @@ def test_uploaded_while_training_and_loaded_from_there(sources, tmp_path):
         assert card.count("## mine") == 1 and "| steps | 8 of 8 |" in card and f'"{REPO}:{PLACE}"' in card
         assert not list((tmp_path / "run" / "checkpoints" / ".upload").iterdir())
 
-        code = (
-            "import sys, torch; from tinyflux.model.loader import from_pretrained, load_model;"
-            "a, b = from_pretrained(sys.argv[1]), load_model(sys.argv[2]);"
-            "assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())"
+        script = tmp_path / "load.py"
+        script.write_text(
+            "import sys, torch\nfrom tinyflux.model.loader import from_pretrained, load_model\n"
+            "a, b = from_pretrained(sys.argv[1]), load_model(sys.argv[2])\n"
+            "assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())\n"
         )
         local = tmp_path / "run" / "checkpoints" / "step_8_ema.safetensors"
-        loaded = run([sys.executable, "-c", code, f"{REPO}:{PLACE}", str(local)], hub.url, tmp_path / "hf2")
-        assert loaded.returncode == 0, loaded.stdout
+        status, said = run([script, f"{REPO}:{PLACE}", local], hub.url, tmp_path / "hf2")
+        assert status == 0, said
 
 
 def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
     with dataset_hub() as hub:
         nobody = hub.url
-    argv = command(tmp_path / "run", sources, *OPTIONS, *UPLOAD, "--trainer.upload-wait", 2)
-    done = run(argv, nobody, tmp_path / "hf")
-    assert done.returncode == 0 and len(curve(tmp_path / "run")) == 8, done.stdout
-    assert f"WARNING: upload to {REPO} failed (1 in a row)" in done.stdout, done.stdout
-    assert "WARNING: not uploaded" in done.stdout and "the same command sends them" in done.stdout
+    options = (*OPTIONS, *UPLOAD, "--trainer.upload-wait", 2)
+    argv = [ROOT / "launch/train.py", *options_of_run(tmp_path / "run", sources, *options)]
+    status, said = run(argv, nobody, tmp_path / "hf")
+    assert status == 0 and len(curve(tmp_path / "run")) == 8, said
+    assert f"WARNING: upload to {REPO} failed (1 in a row)" in said, said
+    assert "WARNING: not uploaded" in said and "the same command sends them" in said
     with dataset_hub() as hub:
-        done = run(argv, hub.url, tmp_path / "hf")
-        assert done.returncode == 0 and "finished: step 8" in done.stdout, done.stdout
-        assert steps(hub) == {3, 6, 8}, done.stdout
+        status, said = run(argv, hub.url, tmp_path / "hf")
+        assert status == 0 and "finished: step 8" in said, said
+        assert steps(hub) == {3, 6, 8}, said
 
 
 def test_a_card_keeps_what_others_wrote():

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from PIL import Image
 
 from launch.demo import CONFIG
+from tests.forked import Forked
 from tests.training import ROOT, environment, records
 from tinyflux.model.loader import save_published
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -32,18 +31,10 @@ def test_from_a_folder_to_a_picture(tmp_path):
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 
     def run(words: list[str], *more: str) -> None:
-        words = ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[1:]
-        done = subprocess.run(
-            [sys.executable, *words, *more],
-            cwd=tmp_path,
-            env=environment() | {"HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
+        words = words[1:] if words[0] == "python" else words[words.index("launch/train.py") :]
+        process = Forked([*words, *more], environment() | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
 
     run(build, "--zoo", "tiny")
     found = flat(Manifest.load(tmp_path / "data" / "portraits").groups)

@@ -3,8 +3,6 @@
 import logging
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,8 +11,10 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.forked import Forked
 from tests.hub import serve
 from tests.reference_model import ReferenceTinyFlux
+from tests.training import environment
 from tinyflux.model.loader import (
     CheckpointError,
     from_pretrained,
@@ -312,13 +312,10 @@ def test_disk_full_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "model.safetensors"
     save_published(TinyFluxDeep(TINY), path)
     before = path.read_bytes()
-    code = (
-        "import resource, signal, sys; from tests.unit.test_loader import *\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-        "save_published(TinyFluxDeep(TINY), sys.argv[1])"
-    )
-    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "File too large" in run.stderr
+    code = "import sys; from tests.unit.test_loader import *; save_published(TinyFluxDeep(TINY), sys.argv[1])"
+    process = Forked(["-c", code, path], environment(), file_limit=5000)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "File too large" in said
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.dataset_hub import TOKEN, dataset_hub
+from tests.forked import Forked
+from tests.training import ROOT, environment
 from tinyflux.model.loader import CheckpointError, load_model, save_published
 from tinyflux.model.lora import Lora, linear_layers
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
@@ -23,7 +25,6 @@ from tinyflux.trainer.pipeline_files import WEIGHTS
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.pixels import to_uint8
 
-ROOT = Path(__file__).parents[2]
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
 WIDTHS = {"joint_attention_dim": 128, "pooled_projection_dim": 128, "lune_expert_dim": 128}
 SMALL = TinyFluxConfig(
@@ -63,19 +64,16 @@ def draw(pipe, *args, **given):
     return pipe(*args, **{"num_inference_steps": 2, "generator": seeded(3), "output_type": "pt"} | given).images
 
 
-def test_the_same_pixels_three_ways(model, pipe, tmp_path):
+def test_the_same_pixels_three_ways(model, pipe, tmp_path, one_thread):
     """Sampler, the command as a process of its own, and the pipeline that was saved and loaded."""
     run = tmp_path / "mine"
     save_published(model, run / "checkpoints" / "step_5_ema.safetensors")
     (run / "checkpoints" / "training_config.json").write_text(json.dumps({"trainer": {"shift": 2.0}}))
-    command = [sys.executable, ROOT / "launch" / "sample.py", "--checkpoint", run, "--zoo", "tiny", "--no-grid"]
-    options = ["--steps", "3", "--seed", "3", "--negative-prompt", "blue", "--prompt", *PROMPTS]
-    size = ["--height", "64", "--width", "48", "--out", tmp_path / "a.png"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run(
-        [*command, *options, *size], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert process.returncode == 0, process.stderr
+    command = [ROOT / "launch/sample.py", "--checkpoint", run, "--zoo", "tiny", "--no-grid", "--steps", 3, "--seed", 3]
+    command += ["--negative-prompt", "blue", "--prompt", *PROMPTS]
+    process = Forked([*command, "--height", 64, "--width", 48, "--out", tmp_path / "a.png"], environment())
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     zoo = ModelZoo(zoo="tiny")
     sampler = Sampler(zoo, steps=3, shift=2.0, latent_shape=zoo.latent_shape_of(64, 48))
     sampled = to_uint8(sampler(load_model(run), PROMPTS, negative="blue", seed=3)).permute(0, 2, 3, 1).numpy()

@@ -3,8 +3,6 @@
 import gc
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.forked import Forked
 from tests.make_source import make_source, make_tensors
+from tests.training import environment
 from tinyflux.shards.format import parse_key
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.util import rng
@@ -166,8 +166,9 @@ def test_a_forgotten_stream_stops_its_threads(folders):
 
 def test_the_interpreter_ends_with_a_stream_open(folders):
     code = "import sys; from tests.unit.test_stream import *; s = stream_of(config_of(sys.argv[1:])); next(s); next(s)"
-    run = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=300)
-    assert (run.returncode, run.stderr) == (0, "")
+    process = Forked(["-c", code, *folders], environment())
+    said, _ = process.communicate(timeout=300)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_a_kept_batch_is_not_overwritten(folders):

@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 
 import pytest
 
+from tests.forked import Forked
 from tests.make_source import make_samples
+from tests.training import environment
 from tinyflux.shards.format import origin_hash, sample_key
 from tinyflux.shards.tar import scan_tar
 from tinyflux.shards.writer import Shard, write_shard
@@ -69,19 +69,19 @@ def test_atomic_write_replaces(tmp_path):
 
 
 LIMITED = """
-import resource, sys
+import sys
 from tests.make_source import make_samples
 from tinyflux.shards.writer import write_shard
 write_shard(sys.argv[1] + "/first.tar", make_samples(range(2)))
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 write_shard(sys.argv[1] + "/second.tar", make_samples(range(50)))
 """
 
 
 def test_no_room_is_said_and_finished_shards_stay(tmp_path):
-    run = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert f"while writing {tmp_path}/second.tar" in run.stderr and "Make room" in run.stderr
+    process = Forked(["-c", LIMITED, tmp_path], environment(), file_limit=40_000)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert f"while writing {tmp_path}/second.tar" in said and "Make room" in said
     assert os.listdir(tmp_path) == ["first.tar"]
     assert len(scan_tar(tmp_path / "first.tar")) == 2
 
@@ -101,8 +101,7 @@ write_shard(sys.argv[1], samples())
 
 def test_a_killed_writer_leaves_no_shard_and_no_hindrance(tmp_path):
     path = tmp_path / "a.tar"
-    run = subprocess.run([sys.executable, "-c", KILLED, str(path)])
-    assert run.returncode == -signal.SIGKILL
+    assert Forked(["-c", KILLED, path], environment()).wait(300) == -signal.SIGKILL
     assert not path.exists()
     write_shard(path, make_samples(range(20)))
     assert len(scan_tar(path)) == 20

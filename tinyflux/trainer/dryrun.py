@@ -19,6 +19,7 @@ from tinyflux.util import devices
 
 EXPECTED_MFU = 0.4  # of a GPU whose peak is known
 COMPILED = 0.7  # activations of compiled or selectively checkpointed blocks, of those of plain ones: at least
+MOST_KEPT = 100  # values of a token and hidden unit that autograd keeps of a block: never more
 SECONDS = 3.0  # that the data are read for
 
 
@@ -57,9 +58,11 @@ def network(config: RunConfig) -> TinyFluxDeep:
     return model
 
 
-def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int) -> dict[str, float]:
+def memory(
+    config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int, rough: bool = False
+) -> dict[str, float]:
     """Estimated GiB on each device: `state` (weights, gradients, optimizer, EMA) in shards, `gathered` blocks,
-    `activations` of a micro-batch."""
+    `activations` of a micro-batch. rough: at most so much, without a pass through the network."""
     model = network(config)
     blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.double_blocks, *model.single_blocks)]
     total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
@@ -72,9 +75,13 @@ def memory(config: RunConfig, grid: tuple[int, int], text_tokens: int, world: in
         total - sum(blocks) + (2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks))
     )
     B, tokens = config.data.micro_batch_size, grid[0] * grid[1] + text_tokens
-    activations = activation_bytes(config.model, B, grid, text_tokens, dtype)
+    of_block = B * tokens * config.model.hidden_size * dtype.itemsize  # its input
+    if rough:
+        activations = MOST_KEPT * len(blocks) * of_block
+    else:
+        activations = activation_bytes(config.model, B, grid, text_tokens, dtype)
     if config.trainer.gradient_checkpointing == "full":  # the input of each block, and one block's own
-        activations = len(blocks) * B * tokens * config.model.hidden_size * dtype.itemsize + activations / len(blocks)
+        activations = len(blocks) * of_block + activations / len(blocks)
     parts = {"state": state, "gathered": gathered * dtype.itemsize, "activations": activations}
     return {name: value / 2**30 for name, value in parts.items()}
 
@@ -99,6 +106,8 @@ def check_memory(config: RunConfig, stream: Stream, device: torch.device) -> Non
     up to COMPILED times of it.
     """
     c, shape, tokens = config.trainer, largest(stream), stream.fields["t5_embeds"].shape[0]
+    if sum(memory(config, shape, tokens, dist.get_world_size(), rough=True).values()) <= available(device):
+        return
     parts = memory(config, shape, tokens, dist.get_world_size())
     if c.compile_mode is not None or c.gradient_checkpointing == "selective":
         parts["activations"] *= COMPILED
