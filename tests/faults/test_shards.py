@@ -78,6 +78,15 @@ def member_of_another_group(sample):
     sample["lune" + SUFFIX] = sample["sol" + SUFFIX]
 
 
+def shorten(sample, group):
+    """The content is all there, but nothing says that it is right."""
+    sample[group + SUFFIX] = sample[group + SUFFIX][:-4]
+
+
+def twice(sample):
+    return {"sol" + SUFFIX: sample["sol" + SUFFIX] * 2}
+
+
 REST = range(9, 12)  # a tar that breaks at row 3 loses the rows behind it as well
 
 FAULTS = {
@@ -97,6 +106,9 @@ FAULTS = {
     "member missing": (lambda p: rewrite(p, lambda s: s.pop("lune" + SUFFIX)), [9], "member lune.* is missing"),
     "tensors of another shape": (lambda p: rewrite(p, other_shape), [9], r"fields take"),
     "member of another group": (lambda p: rewrite(p, member_of_another_group), [9], "lune: "),
+    "a frame without its checksum": (lambda p: rewrite(p, lambda s: shorten(s, "latents")), [9], "latents: "),
+    "the last frame without its checksum": (lambda p: rewrite(p, lambda s: shorten(s, "text.0")), [9], "t5_embeds.*: "),
+    "another frame behind one": (lambda p: rewrite(p, lambda s: s.update(twice(s))), [9], "sol_stats.*: "),
     "bomb": (lambda p: rewrite(p, lambda s: s.update({"lune" + SUFFIX: BOMB})), [9], "states 1073741824 bytes"),
     "huge member": (
         lambda p: rewrite(p, lambda s: s.update({"lune" + SUFFIX: bytes(10**6)})),
