@@ -7,18 +7,25 @@ import time
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from tests.forked import Forked
 from tests.training import environment
+from tests.unit.test_images import encoded
+from tinyflux.model.tiny import shapes
+from tinyflux.shards.manifest import Manifest
 
-COUNT, SHARD = 48, 4
+COUNT, SHARD, TARS = 48, 4, 6
 KILLS = int(os.environ.get("TINYFLUX_KILLS", "3"))
 PATIENCE = 300  # seconds
+SHAPES = ("--shapes", "auto")
 
 
-def rank(folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), **limits) -> Forked:
+def rank(
+    folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), source: str = "drawn", **limits
+) -> Forked:
     """A rank of the build of `folder`/sources.toml into `folder`/`out`."""
-    args = ["-m", "sharding.build", "--source", "drawn", "--sources", "sources.toml", "--out", out, "--zoo", "tiny"]
+    args = ["-m", "sharding.build", "--source", source, "--sources", "sources.toml", "--out", out, "--zoo", "tiny"]
     args += ["--threads", "1", "--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
     env = environment() | {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return Forked([*args, *options], env, cwd=folder, log=folder / f"{out}-{index}.log", **limits)
@@ -44,16 +51,39 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     return folder, content(folder / "whole")
 
 
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A folder with tars of portraits, landscapes and squares, and what an undisturbed build of them holds."""
+    folder = tmp_path_factory.mktemp("tars")
+    (folder / "raw").mkdir()
+    draw = random.Random(0)
+    for k in range(TARS):
+        with webdataset.TarWriter(str(folder / "raw" / f"{k}.tar")) as writer:
+            for i in range(COUNT // TARS):
+                picture = shapes.render(100 * k + i)[0].resize(draw.choice([(96, 64), (64, 96), (64, 64)]))
+                writer.write({"__key__": f"{k}-{i}", "png": encoded(picture, "PNG"), "txt": f"picture {i} of {k}"})
+    (folder / "sources.toml").write_text('[tars]\nkind = "webdataset"\ndataset_id = 9\nlocation = "raw"\n')
+    whole = rank(folder, "whole", source="tars", options=SHAPES)
+    assert whole.wait(PATIENCE) == 0, (folder / "whole-0.log").read_text()
+    assert len(Manifest.load(folder / "whole").shapes) == 3
+    return folder, content(folder / "whole")
+
+
 @pytest.mark.parametrize("world, kills", [(1, 1), (2, 0), (3, KILLS)])
-def test_killed_ranks_come_back(whole, world, kills):
-    """Ranks killed with SIGKILL at random moments while shards are being written, and started again."""
-    folder, expected = whole
+def test_killed_ranks_come_back(tars, world, kills):
+    """Ranks killed with SIGKILL at random moments while parts of several shapes are being built, and started again."""
+    folder, expected = tars
     draw, out = random.Random(), f"storm-{world}"
-    ranks = {index: rank(folder, out, index, world) for index in range(world)}
+    shards = sum(name.endswith(".tar") for name in expected)
+
+    def begin(index: int) -> Forked:
+        return rank(folder, out, index, world, SHAPES, "tars")
+
+    ranks = {index: begin(index) for index in range(world)}
     struck = 0
     for kill in range(kills):
         # shards finished when it strikes; the last third takes less time than it may take to notice them
-        target = (kill + draw.random()) / kills * (COUNT // SHARD) * 2 / 3
+        target = (kill + draw.random()) / kills * shards * 2 / 3
         deadline = time.monotonic() + PATIENCE
         while notes(folder / out) < int(target) and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -63,7 +93,7 @@ def test_killed_ranks_come_back(whole, world, kills):
         struck += victim in running
         ranks[victim].kill()
         ranks[victim].wait(PATIENCE)
-        ranks[victim] = rank(folder, out, victim, world)
+        ranks[victim] = begin(victim)
     for index, process in ranks.items():
         assert process.wait(PATIENCE) == 0, (folder / f"{out}-{index}.log").read_text()
     print(f"{struck} of {kills} kills struck a running build")

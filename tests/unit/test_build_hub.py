@@ -2,8 +2,10 @@
 
 import hashlib
 import shutil
+import time
 
 import pytest
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from sharding import build
@@ -80,3 +82,41 @@ def test_a_finished_build_is_not_called_complete_for_other_models(hub, tmp_path,
     assert Manifest.load(tmp_path / "pinned").groups["lune"].producer["lune"]["config"]["revision"] == commit("new")
     assert build.main([*command, "--zoo", "tiny", "--out", "local", "--revision", "t5", "v2"]) == 2
     assert "zoo 'tiny' has local files" in capsys.readouterr().err
+
+
+FAULTS = {
+    "gated": (403, b"", {"X-Error-Code": "GatedRepo"}),
+    "rate-limited": (429, b"", {"Retry-After": "1"}),
+    "failing": (500, b"", {}),
+    "damaged": (200, b"<html>not what you think</html>", {"X-Repo-Commit": commit("main"), "ETag": '"damaged"'}),
+}
+SAID = {  # what the error says of each kind of file
+    ("gated", "vae/config.json"): "is gated: accept its terms",
+    ("gated", "tokenizer.json"): "is gated: accept its terms",
+    ("gated", "model.safetensors"): "is gated: accept its terms",
+    ("gated", "sd15-flow-sol-unet.safetensors"): "is gated: accept its terms",
+    ("damaged", "sd15-flow-sol-unet.safetensors"): "damaged or cut short",
+    ("damaged", "tokenizer.json"): "google/flan-t5-base at ",
+    ("damaged", "model.safetensors"): "google/flan-t5-base at ",
+    ("damaged", "vae/config.json"): "black-forest-labs/FLUX.1-schnell:vae at ",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_answers_that_are_not_what_they_should_be(hub, tmp_path, monkeypatch, capsys, fault):
+    """One line that names the repo or the file, nothing built, and with good answers the same command builds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
+    (tmp_path / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 2\nsize = 64\n')
+    command = ["--source", "drawn", "--batch-size", "2", "--threads", "1", "--device", "cpu"]
+    for file in ("vae/config.json", "tokenizer.json", "model.safetensors", "sd15-flow-sol-unet.safetensors"):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache-{file.replace('/', '-')}"))
+        hub.faults = {file: FAULTS[fault]}
+        status, error = build.main(command), capsys.readouterr().err
+        line = [line for line in error.splitlines() if line.startswith("error: ")][-1]
+        print(fault, file, status, line)
+        assert status in (1, 2) and "Traceback" not in error
+        assert SAID.get((fault, file), "no answer from the Hub") in line
+        assert not list((tmp_path / "data").rglob("*.tar"))
+    hub.faults = {}
+    assert build.main(command) == 0

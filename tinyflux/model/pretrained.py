@@ -134,7 +134,24 @@ def _explained(place: Pretrained, name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{where} is neither a folder here nor a possible name of a Hub repo") from error
 
 
+@contextmanager
+def _readable(place: Pretrained) -> Iterator[None]:
+    """Says which model a library could not load, and why; RuntimeError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files: each library and version raises something else, even plain Exception
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(
+            f"{place}: its files cannot be loaded ({why}). If they were fetched while the Hub was in trouble, remove "
+            f"{'them' if place.local else 'the repo from the cache (hf cache)'} and run again"
+        ) from error
+
+
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 SMALLEST_VOCABULARY = 0.9  # of the model's: models round theirs up, by 28 of 32,128 in T5
 
 
@@ -144,12 +161,16 @@ def load_pretrained(kind: type, place: Pretrained, **options):
     from diffusers.utils import is_accelerate_available
     from transformers.utils import logging
 
+    weights = DIFFUSERS_WEIGHTS if issubclass(kind, ModelMixin) else WEIGHTS
+    if not any(place.has(name) for name in weights):  # transformers says so of a Hub that does not answer, too
+        raise FileNotFoundError(f"{place} has no weights: one of {', '.join(weights)} is needed")
     if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate at each model, unless this is set
         options = {**options, "low_cpu_mem_usage": is_accelerate_available()}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers prints a table of the weights that are not of this part of the model
     try:
-        model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
+        with _readable(place):
+            model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
     finally:
         logging.set_verbosity(level)
     if missing := sorted(info["missing_keys"]):
@@ -167,7 +188,8 @@ def load_tokenizer(place: Pretrained, vocab_size: int):
 
     if not any(place.has(name) for name in TOKENIZERS):
         raise FileNotFoundError(f"{place} has no tokenizer: one of {', '.join(TOKENIZERS)} is needed")
-    tokenizer = AutoTokenizer.from_pretrained(**place.arguments(), trust_remote_code=False)
+    with _readable(place):
+        tokenizer = AutoTokenizer.from_pretrained(**place.arguments(), trust_remote_code=False)
     if not SMALLEST_VOCABULARY * vocab_size <= len(tokenizer) <= vocab_size:
         known = f"its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}"
         raise ValueError(f"{place}: {known}: files are missing, or another model's")
