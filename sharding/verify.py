@@ -70,7 +70,7 @@ def manifest_is_there(folder: Path, repair: bool) -> bool:
     try:
         Manifest.load(folder)
     except (ManifestError, FileNotFoundError) as error:
-        print(error if isinstance(error, ManifestError) else f"{error.filename or error}: missing")
+        print(f"{error.filename}: missing" if getattr(error, "filename", None) else error)
         if not repair:
             return False
         manifest = rebuild(folder)

@@ -92,6 +92,37 @@ def test_saved_it_is_a_source(cache, tmp_path, capsys):
         cache.save(tmp_path / "other")
 
 
+def test_shapes_captions_and_overlays(tmp_path):
+    """Each sample has its own shape; a base with its overlays is saved as one source."""
+    shapes, counts = ((4, 4), (2, 8), (8, 2)), [3, 2, 1]
+    base = make_source(tmp_path / "a", counts, shapes=shapes, captions=[1, 3], groups=("latents", "text", "sol"))
+    lune = make_source(tmp_path / "a-lune", counts, shapes=shapes, captions=[1, 3], groups=("lune",), base=base)
+    text = make_source(
+        tmp_path / "a-text", counts, shapes=shapes, captions=2, groups=("text",), seed=4, base=lune, producer={"t5": {}}
+    )
+    cache = DatasetCache.load(text)
+    assert cache.shapes.tolist() == [[4, 4]] * 3 + [[2, 8]] * 2 + [[8, 2]]
+    saved = DatasetCache.load(cache.save(tmp_path / "saved"))
+    assert verify.main([str(tmp_path / "saved"), "--deep"]) == 0 and Manifest.load(tmp_path / "saved").base is None
+    assert saved.rows.source.groups == cache.rows.source.groups
+    assert saved.rows.source.captions.tolist() == [2] * 6
+    file = saved.rows.source.open(1)
+    assert file.meta(0)["prompts"] == ["prompt 3.0", "prompt 3.1"] and file.preview(0)
+    for i in range(6):
+        shape = tuple(cache.shapes[i])
+        texts = make_tensors(i, shape=shape, captions=2, seed=4)
+        wanted = (make_tensors(i, shape=shape)["latents"], texts["t5_embeds"][0], texts["clip_pooled"][0])
+        for one in (cache, saved):
+            assert all(torch.equal(a, b) for a, b in zip(one.get_encodings(i), wanted, strict=True))
+            lune = make_tensors(i, shape=shape, captions=[1, 3][i % 2])["lune"]
+            assert torch.equal(one.get_lune([i], 0.05)[0], lune[0].float())
+    assert cache.get_lune([0, 3, 5], 0.5).shape == (3, 6), "the teachers' features have one shape"
+    with pytest.raises(ValueError, match="these samples have latents of the shapes 2x8, 4x4, a batch has one"):
+        cache.get_encodings_batch([0, 3])
+    with pytest.raises(FileExistsError, match="holds another source"):
+        cache.save(base)
+
+
 def test_images_of_any_kind_are_the_same(zoo, cache, tmp_path):
     IMAGES[0].save(tmp_path / "0.png")
     array = np.array(IMAGES[2])

@@ -1,5 +1,6 @@
 """Inspecting sources: the table, and the page in a real browser."""
 
+import base64
 import html.parser
 import io
 import json
@@ -15,6 +16,7 @@ from PIL import Image
 
 from sharding import build, inspect
 from tests.make_source import make_source, make_tensors
+from tinyflux.model.tiny.shapes import render
 from tinyflux.precache.survey import look, spread
 from tinyflux.shards.format import encode_member, encode_sample, layout_of, origin_hash, sample_key
 from tinyflux.shards.manifest import Manifest
@@ -28,14 +30,27 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NASTY = "</p><script>document.title='gotcha'</script><img src=x onerror=\"document.title='gotcha'\"> & 'quoted'"
 
 
+LONG = "and then it is said once more in other words " * 60
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A source of the tiny zoo."""
+    """Nine pictures of three shapes by the tiny zoo, some of two captions, one of a long one; Lune in an overlay."""
     folder = tmp_path_factory.mktemp("inspect")
-    (folder / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 12\n')
-    args = ["--source", "drawn", "--sources", str(folder / "sources.toml"), "--out", str(folder / "drawn")]
-    assert build.main([*args, "--zoo", "tiny", "--shard-size", "4", "--batch-size", "4", "--device", "cpu"]) == 0
-    return folder / "drawn"
+    (folder / "images").mkdir()
+    for i in range(9):
+        image, prompt = render(i, seed=3)
+        image.resize([(96, 64), (64, 96), (80, 80)][i % 3]).save(folder / "images" / f"{i}.png")
+        text = f"{prompt} {LONG}" if i == 1 else f"{prompt}\nthe other caption of {i}" if i % 2 else prompt
+        (folder / "images" / f"{i}.txt").write_text(text)
+    (folder / "sources.toml").write_text(
+        '[photos]\nkind = "imagefolder"\ndataset_id = 8\nlocation = "images"\ncaptions = "all"\n'
+    )
+    args = ["--source", "photos", "--sources", str(folder / "sources.toml"), "--batch-size", "4", "--device", "cpu"]
+    base, overlay = str(folder / "photos"), str(folder / "photos-lune")
+    assert build.main([*args, "--zoo", "tiny", "--shapes", "auto", "--no-lune", "--out", base]) == 0
+    assert build.main([*args, "--zoo", "tiny", "--only", "lune", "--from", base, "--out", overlay]) == 0
+    return folder / "photos-lune"
 
 
 def nasty_source(folder: Path) -> Path:
@@ -73,12 +88,12 @@ def test_the_table_says_what_is_there(tmp_path, capsys):
     every = torch.stack([make_tensors(i)["lune"] for i in range(12)]).double()
     row = table_row(text, "lune")
     assert row[:4] == ["lune", "float16", "10x6", "120"] and row[-1] == "0"
-    assert [float(cell) for cell in row[4:6]] == pytest.approx(
+    assert [float(cell) for cell in row[5:7]] == pytest.approx(
         [every.mean().item(), every.std(unbiased=False).item()], rel=1e-3
     )
-    member = table_row(text, "text.0.safetensors.zst")
-    raw, stored, ratio = (float(cell) for cell in member[-3:])
-    assert raw == 2 * (6 * 8 + 8) and ratio == pytest.approx(raw / stored, abs=0.01)
+    member = table_row(text, "text.safetensors.zst")
+    a_sample, raw, stored, ratio = (float(cell) for cell in member[-4:])
+    assert a_sample == 1 and raw == 2 * (6 * 8 + 8) and ratio == pytest.approx(stored / raw, abs=0.01)
     assert table_row(text, "characters")[1:] == ["10", "10", "11", "11"]
     assert "  vae.revision: 'abc'" in text and "  2  too small" in text
 
@@ -167,15 +182,51 @@ def test_the_page_needs_nothing_and_escapes_everything(page, tmp_path):
     for path in (page, evil):
         found = Links(path.read_text())
         assert "script" not in found.tags and "img" not in found.tags
-        assert found.links and all(link.startswith(("data:image/jpeg;base64,", "#p")) for link in found.links)
+        local = ("data:image/jpeg;base64,", "data:image/png;base64,", "#p")
+        assert found.links and all(link.startswith(local) for link in found.links)
     assert "gotcha" in evil.read_text() and "url(" not in evil.read_text()
+
+
+def maps_of(page: str) -> list[np.ndarray]:
+    """The opacities [h, w] of the maps over the pictures."""
+    found = re.findall(r'href="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 3] for data in found]
+
+
+def test_the_table_has_shapes_captions_layers_timesteps_and_producers(built, capsys):
+    assert inspect.main([str(built)]) == 0
+    text = capsys.readouterr().out
+    assert [table_row(text, shape)[1:] for shape in ("8x8", "7x10", "10x7")] == [["3", "33.3%", "1"]] * 3
+    assert text.count("\nlatents  ") == 3 and "16x7x10" in text and "16x10x7" in text
+    assert "captions a sample  samples\n1                        6\n2                        3\n" in text
+    base = str(built.parent / "photos")
+    assert table_row(text, base)[1:5] == ["base", "latents,", "text,", "sol"]
+    assert table_row(text, str(built))[1:3] == ["overlay", "lune"]
+    assert "timesteps of lune, sol: 0.05, 0.15," in text and "  lune.sha256: '" in text and "  t5.sha256: '" in text
+    assert inspect.main([base]) == 0
+    assert table_row(capsys.readouterr().out, str(built))[1:] == ["overlay,", "not", "read", "lune"]
+    assert inspect.main([str(built.parent)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shared = ["9", "3", "3"]
+    assert rows[1:] == [["photos", *shared, "latents,", "text,", "sol"], ["photos-lune", "photos", *shared, "lune"]]
+
+
+def test_producers_that_differ_say_of_what(tmp_path, capsys):
+    base = make_source(tmp_path / "a", groups=("latents", "text"))
+    overlay = make_source(tmp_path / "b", groups=("lune",), base=base, producer={"vae": {"revision": "xyz"}})
+    assert inspect.main([str(overlay)]) == 0
+    text = capsys.readouterr().out
+    assert "  vae.revision: 'abc' (latents, text)" in text and "  vae.revision: 'xyz' (lune)" in text
 
 
 def test_the_page_shows_pictures_maps_and_reconstructions(page):
     text = page.read_text()
-    assert text.count('class="card"') == 12 + 6  # samples, histograms
-    assert len(re.findall(r'<image id="p\d+"', text)) == len(re.findall(r'<image id="d\d+"', text)) == 12
-    assert text.count("Sol, t = 0.95") == 12 and "Lune: cosine between buckets" in text
+    assert text.count('class="card"') == 9 + 6  # samples, histograms
+    assert len(re.findall(r'<image id="p\d+"', text)) == len(re.findall(r'<image id="d\d+"', text)) == 9
+    assert text.count("Sol, t = 0.95") == 9 and "Lune: cosine between buckets" in text
+    maps = maps_of(text)
+    assert len(maps) == 27 and all(opacity.min() == 0 and opacity.max() == 204 for opacity in maps)
+    assert np.mean([opacity.mean() for opacity in maps]) < 140, "they are not all red"
 
 
 def screenshot(page: Path, out: Path, profile: Path, *more: str) -> subprocess.CompletedProcess:
@@ -190,10 +241,22 @@ def test_a_browser_draws_the_page(page, tmp_path):
     assert screenshot(page, tmp_path / "page.png", tmp_path / "profile").returncode == 0
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     assert pixels.shape == (2400, 1280, 3)
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    drawn = (abs(red - 31) < 12) & (abs(green - 111) < 12) & (abs(blue - 178) < 12)
-    assert drawn.sum() > 2000, "the histograms and the similarity are blue"
     assert len(np.unique(pixels.reshape(-1, 3)[::7], axis=0)) > 1000, "there are pictures"
+    done = screenshot(page, tmp_path / "page.png", tmp_path / "profile", "--dump-dom")
+    assert done.returncode == 0 and not done.stdout.count("<details open")
+    dom = done.stdout
+    heads = re.findall(r"<h[123]>([^<]+)</h[123]>", dom)
+    titles = ["Layers", "Shapes", "Members", "Fields", "Captions", "Prompts", "Samples"]
+    assert [head for head in heads if head in titles] == titles
+    assert [head for head in heads if head.startswith("latents ")] == [
+        f"latents {shape}: 3 shown" for shape in ("7 x 10", "8 x 8", "10 x 7")
+    ]
+    # a picture is as wide and high as its shape says, and comes with the page
+    sizes = re.findall(r'<image id="p\d+" href="data:image/jpeg;base64,[^"]+" width="(\d+)" height="(\d+)">', dom)
+    assert sorted(sizes) == sorted([("96", "67"), ("80", "80"), ("67", "96")] * 3)
+    assert dom.count("the other caption of") == 3 and "3 captions" not in dom and dom.count(">2 captions<") == 3
+    long = f"{render(1, seed=3)[1]} {LONG}".strip()
+    assert f"... ({len(long)} characters)" in dom and long not in dom, "it is cut"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

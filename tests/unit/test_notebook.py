@@ -13,7 +13,7 @@ from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.cache_loader import CacheLoader
 from tinyflux.trainer.config import TrainerConfig
-from tinyflux.trainer.data import CachedDataset, MultiCachedDataset, collate_fn
+from tinyflux.trainer.data import CachedDataset, MultiCachedDataset, ShapeBatches, collate_fn
 from tinyflux.trainer.parallel import usable_device
 from tinyflux.trainer.schedules import keyed_timesteps
 from tinyflux.trainer.trainer import Trainer
@@ -94,6 +94,28 @@ def test_several_caches(caches, tmp_path):
         "s0": (28, 0.609),
         "s1": (18, 0.391),
     }
+
+
+def test_several_shapes(tmp_path):
+    """Batches of one shape; each sample once an epoch, in an order of the epoch's own; a resumed run has the same."""
+    folder = make_source(tmp_path / "s", 0, samples=11, shard_size=3, shapes=((4, 4), (2, 8), (8, 2)))
+    cache = DatasetCache.load(folder)
+    dataset = CachedDataset(cache)
+    loader = DataLoader(dataset, batch_sampler=ShapeBatches(dataset, 2), collate_fn=collate_fn)
+    assert len(loader) == 3 + 2 + 2
+    batches = CacheLoader(loader, cache, TrainerConfig())
+    stream = iter(batches)
+    epochs = [[next(stream)["local_indices"].tolist() for _ in range(7)] for _ in range(2)]
+    assert [sorted(i for batch in epoch for i in batch) for epoch in epochs] == [list(range(11))] * 2
+    assert epochs[0] != epochs[1]
+    run(tmp_path / "whole", cache, loader, total_steps=10)
+    run(tmp_path / "cut", cache, loader, total_steps=5)
+    run(tmp_path / "cut", cache, loader, total_steps=10)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole") and len(curve(tmp_path / "whole")) == 10
+    with pytest.raises(ValueError, match="a batch has one: give the DataLoader batch_sampler=ShapeBatches"):
+        next(iter(CacheLoader(loader_of(cache, 11), cache, TrainerConfig())))
+    ordered = [batch for batch in ShapeBatches(dataset, 3, shuffle=False)]
+    assert ordered == [[3, 4, 5], [0, 1, 2], [9, 10], [6, 7, 8]]
 
 
 def test_draws_are_those_of_the_stream(caches):

@@ -1,5 +1,6 @@
 """Verifying sources that are whole, and sources with one thing wrong."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from sharding import build, verify
+from tests.make_source import make_source
 from tests.store_server import store_server
+from tinyflux.shards.index import Index
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.shards.tar import scan_tar
@@ -123,6 +126,104 @@ def test_bad_shards_are_set_aside_and_made_anew(source, whole, capsys):
     assert built(source.parent) == 0
     for name in ("drawn-000001.tar", "manifest.json"):
         assert (source / name).read_bytes() == (whole / "drawn" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory) -> Path:
+    """Source a of three shapes with one to three captions, and overlays: Lune, other captions, a mask on Lune."""
+    root = tmp_path_factory.mktemp("layers")
+    options = {"counts": [4, 2, 3, 1], "shapes": ((4, 4), (2, 8), (8, 2))}
+    base = make_source(root / "a", captions=[1, 3, 2], groups=("latents", "text", "sol"), **options)
+    lune = make_source(root / "a-lune", groups=("lune",), base=base, producer={"lune": {"sha256": "ab"}}, **options)
+    make_source(root / "a-text", captions=[2, 1], groups=("text",), seed=4, base=base, **options)
+    make_source(root / "a-mask", groups=("mask",), base=lune, **options)
+    return root
+
+
+@pytest.fixture
+def copied(layers, tmp_path) -> Path:
+    return Path(shutil.copytree(layers, tmp_path / "layers"))
+
+
+OVERLAYS = ("a-lune", "a-text", "a-mask")
+
+
+@pytest.mark.parametrize("name", ["a", *OVERLAYS])
+def test_a_lost_index_is_rebuilt(copied, layers, capsys, name):
+    """Fingerprint, captions, shapes and base are those that there were: the manifest has the same bytes."""
+    (copied / name / "index.safetensors").unlink()
+    status, lines = faults(capsys, copied / name, "--repair", "--deep")
+    assert status == 0 and lines[1:] == [
+        "rebuilt: 10 samples in 4 shards",
+        f"{copied / name}: 10 samples in 4 shards, no faults",
+    ]
+    for file in ("manifest.json", "index.safetensors"):
+        assert (copied / name / file).read_bytes() == (layers / name / file).read_bytes()
+    assert all(faults(capsys, copied / other, "--deep")[0] == 0 for other in OVERLAYS)
+
+
+def swapped(root: Path) -> None:
+    """Two shards of an overlay under each other's names."""
+    a, b = (root / "a-lune" / f"a-00000{k}.tar" for k in (1, 2))
+    other = b.read_bytes()
+    shutil.copy(a, b)
+    a.write_bytes(other)
+
+
+def rebased(root: Path, **change) -> None:
+    manifest = Manifest.load(root / "a-lune")
+    manifest = Manifest(
+        *(manifest.source, manifest.dataset_id, manifest.groups, manifest.shapes, manifest.index),
+        base=replace(manifest.base, **change),
+    )
+    manifest.save(root / "a-lune")
+
+
+def of_other_images(root: Path) -> None:
+    """A base of equal counts and keys, whose hash was written into the overlay by hand."""
+    base = Manifest.load(root / "a")
+    arrays = base.index.arrays | {"origins": base.index.origins + 1}
+    other = Manifest("a", 1, base.groups, base.shapes, Index(arrays), null_sha256=base.null_sha256)
+    other.save(root / "a")
+    rebased(root, sha256=other.sha256)
+
+
+def bad_row(root: Path) -> None:
+    path = root / "a-lune" / "a-000002.tar"
+    offset, size = scan_tar(path)[2].members["lune.safetensors.zst"]
+    flip(path, offset + size // 2)
+
+
+# what is done -> the overlay that is checked, its exit status, its fault, whether --repair sets a shard of it aside
+LAYERED = {
+    "its shard is cut": (lambda r: os.truncate(r / "a-lune/a-000002.tar", 3000), "a-lune", 1, "a-000002.tar: ", True),
+    "its shard is gone": (lambda r: (r / "a-lune/a-000002.tar").unlink(), "a-lune", 1, "a-000002.tar: No such", True),
+    "its row is damaged": (bad_row, "a-lune", 1, "a-000002.tar, sample 0001_000000008: lune: ", True),
+    "swapped": (swapped, "a-lune", 1, "a-000001.tar: (has none of the samples|is not the shard)", True),
+    "its base's is cut": (lambda r: os.truncate(r / "a/a-000002.tar", 9000), "a-mask", 1, "a/a-000002.*base:", False),
+    "its base's is gone": (lambda r: (r / "a/a-000002.tar").unlink(), "a-mask", 1, "a/a-000002.*base: No su", False),
+    "the middle's is gone": (lambda r: (r / "a-lune/a-000002.tar").unlink(), "a-mask", 1, "e/a-0.*: No such", False),
+    "base moved": (lambda r: (r / "a").rename(r / "b"), "a-lune", 2, "base.location .* '../a'.*: there is no", False),
+    "base changed": (lambda r: rebased(r, sha256="0" * 64), "a-lune", 2, "is not as it was when the overlay", False),
+    "base itself": (lambda r: rebased(r, location="."), "a-lune", 2, "its overlays have no base", False),
+    "base of other images": (of_other_images, "a-lune", 1, "other origin hashes for it than the base's", True),
+    "manifest lost": (lambda r: (r / "a-lune/manifest.json").unlink(), "a-lune", 2, "are an overlay's, and nei", False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_overlays_and_their_bases(copied, capsys, name):
+    """The fault is named where it is, and a shard of an overlay is not set aside for what its base has."""
+    spoil, overlay, wanted, pattern, aside = LAYERED[name]
+    spoil(copied)
+    capsys.readouterr()
+    assert verify.main([str(copied / overlay), "--deep", "--repair"]) == wanted
+    captured = capsys.readouterr()
+    said = captured.out.splitlines() if wanted == 1 else captured.err.splitlines()
+    assert re.search(pattern, said[0]), said
+    assert ("set aside" in captured.out) == aside
+    assert (copied / "a" / "manifest.json").exists() != (name == "base moved") and not (copied / "a" / "bad").exists()
+    assert len(list((copied / overlay).rglob("*.tar"))) >= 3
 
 
 @pytest.mark.parametrize("notes", [True, False])

@@ -45,7 +45,7 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
     ledger.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
     producers = recipe.load(begun)
     with ledger.lock():
-        ledger.begin(asked | {"producers": producers})
+        ledger.begin(asked | {"producers": producers}, recipe.base)
         recipe.take_inputs()
         if not (ledger.out / "null.safetensors").exists() and (null := recipe.null()) is not None:
             write_null(ledger.out, null)

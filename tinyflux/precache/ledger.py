@@ -97,15 +97,19 @@ class Ledger:
             shutil.rmtree(self.notes / name, ignore_errors=True)
         (self.notes / "config.json").unlink(missing_ok=True)
 
-    def begin(self, config: dict) -> None:
-        """Note the config of a new build, or check that of one to resume. Must be called under the lock."""
+    def begin(self, config: dict, base: Base | None = None) -> None:
+        """Note the config of a new build, or check that of one to resume. Must be called under the lock.
+
+        base: of an overlay; noted, so that a lost manifest can be rebuilt, and never compared.
+        """
         begun = self.config()
         if begun is not None and diff_fingerprints({key: begun.get(key) for key in config}, config):
             self.check(config)
             self.start_over()
             begun = None
         if begun is None:
-            atomic_write(self.notes / "config.json", json.dumps(config, indent=1))
+            noted = config | ({"base": asdict(base)} if base else {})
+            atomic_write(self.notes / "config.json", json.dumps(noted, indent=1))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

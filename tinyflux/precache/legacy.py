@@ -107,6 +107,11 @@ class LegacyCache:
         """The fields of its samples."""
         return fields_of(self.row(0))
 
+    @property
+    def shapes(self) -> np.ndarray:
+        """The latent (h, w) of each sample, int64 [N, 2]."""
+        return np.tile(np.array(self.tensors["latents"].shape[-2:]), (self.count, 1))
+
     def read(self, group: str, indices: np.ndarray) -> dict[str, Tensor]:
         """The fields of a group at rows `indices` int64 [B]: [B, ...] each, in the stored dtype."""
         rows = torch.from_numpy(indices)

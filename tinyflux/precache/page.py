@@ -1,9 +1,11 @@
 """The page of `sharding.inspect`: one HTML file with everything in it. All text is escaped, nothing is loaded."""
 
 import base64
+import io
 from html import escape
 
 import numpy as np
+from PIL import Image
 
 from tinyflux.precache.survey import FieldStats, Report, Shown
 
@@ -17,8 +19,13 @@ td:first-child, th:first-child { text-align: left } th { color: #5b6673; font-we
 .card { border: 1px solid #d8dde4; border-radius: 6px; padding: .6rem; overflow-wrap: anywhere }
 .row { display: flex; gap: 4px; flex-wrap: wrap } figure { margin: 0 } figcaption { color: #5b6673; font-size: 11px }
 .key { color: #5b6673; font-size: 12px } svg { display: block } pre { white-space: pre-wrap; overflow-wrap: anywhere }
-.fault { color: #a11 }
+.fault { color: #a11 } h3 { font-size: .95rem; color: #5b6673; margin: 1.2rem 0 .5rem }
+summary, .caption { margin: .5rem 0 } summary { cursor: pointer; list-style: none } use { filter: grayscale(1) }
+details:not([open]) summary span {
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }
+summary small { color: #1f6fb2 } details ol { margin: .3rem 0; padding-left: 1.3rem }
 """
+AREA, LONGEST, SHORT = 6400, 2000, 120  # pixels of a picture; characters of a caption at most, and without a fold
 # nothing but what is in the page itself
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -32,12 +39,23 @@ def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], f
     parts += [f"<h2>{escape(title)}</h2>{table(rows)}" for title, rows in tables.items()]
     parts.append("<h2>Samples</h2>")
     if report.shown and "sol_spatial" in report.shown[0].tensors:
-        parts.append("<p>Beside each picture: where Sol's attention goes at a few timesteps, from none to red.</p>")
-    parts.append(f'<div class="grid">{"".join(card(i, sample, report) for i, sample in enumerate(report.shown))}</div>')
+        parts.append(
+            "<p>Beside each picture: where Sol's attention goes at a few timesteps. Each map goes from its own minimum "
+            "(clear) to its own maximum (red), which stand below it.</p>"
+        )
+    counts = {shape: sum(sample.shape == shape for sample in report.shown) for shape in report.source.shapes}
+    for shape, count in sorted(counts.items(), key=lambda item: -item[1]):
+        if not count:
+            continue
+        if len(report.source.shapes) > 1:
+            parts.append(f"<h3>latents {shape[0]} x {shape[1]}: {count} shown</h3>")
+        cards = [card(i, sample, report) for i, sample in enumerate(report.shown) if sample.shape == shape]
+        parts.append(f'<div class="grid">{"".join(cards)}</div>')
     if report.similarity is not None:
         parts.append("<h2>Lune: cosine between buckets, mean over samples</h2>")
         parts.append(heatmap(report.similarity, report.source.timesteps))
-    drawn = [histogram(field, stats) for field, stats in report.stats.items() if stats.count]
+    names = dict.fromkeys(name for name, _ in report.stats)
+    drawn = [histogram(name, of) for name in names if (of := [s for (n, _), s in report.stats.items() if n == name])]
     parts.append(f'<h2>Histograms</h2><div class="grid">{"".join(drawn)}</div>')
     if report.rejected:
         parts.append(f"<h2>Rejected</h2>{table([('reason', 'inputs'), *report.rejected.most_common()])}")
@@ -60,44 +78,81 @@ def table(rows: list[tuple]) -> str:
 
 
 def card(i: int, sample: Shown, report: Report) -> str:
-    """One sample: its preview, Sol's maps over it, the reconstruction, the prompt."""
-    figures = [figure(picture(jpeg(sample.preview, f"p{i}")), "preview")]
+    """One sample: its preview, Sol's maps and the mask over it, the reconstruction, the captions."""
+    box = box_of(sample.shape)
+    figures = [figure(picture(box, jpeg(sample.preview, f"p{i}", box)), "preview")]
     if sample.decoded:
-        figures.append(figure(picture(jpeg(sample.decoded, f"d{i}")), "decoded"))
+        figures.append(figure(picture(box, jpeg(sample.decoded, f"d{i}", box)), "decoded"))
+    again = f'<use href="#p{i}"/>' if sample.preview else ""
+    if "mask" in sample.tensors:
+        covered = overlaid(sample.tensors["mask"].double().numpy(), box, (0, 1))
+        figures.append(figure(picture(box, again, covered), "mask"))
     if "sol_spatial" in sample.tensors:
-        maps, buckets = sample.tensors["sol_spatial"].double().numpy(), report.source.timesteps
-        for k in (0, len(buckets) // 2, len(buckets) - 1):
-            figures.append(figure(picture(f'<use href="#p{i}"/>', maps[k]), f"Sol, t = {buckets[k]:g}"))
+        maps, grid = sample.tensors["sol_spatial"].double().numpy(), report.source.timesteps
+        for k in (0, len(grid) // 2, len(grid) - 1):
+            values = maps[k][np.isfinite(maps[k])]
+            low, high = (values.min(), values.max()) if len(values) else (0, 0)
+            says = f"Sol, t = {grid[k]:g}\n{low:.3g} to {high:.3g}"
+            figures.append(figure(picture(box, again, overlaid(maps[k], box, (low, high))), says))
     return (
-        f'<div class="card"><div class="row">{"".join(figures)}</div><p>{escape(sample.prompt)}</p>'
-        f'<div class="key">{escape(sample.key)}<br>{escape(sample.origin)}</div></div>'
+        f'<div class="card"><div class="row">{"".join(figures)}</div>{captions(sample.prompts)}'
+        f'<div class="key">{escape(sample.key)}<br>{escape(shortened(sample.origin))}</div></div>'
     )
+
+
+def captions(prompts: list[str]) -> str:
+    """A sample's captions: a long one, and all but the first, are folded away."""
+    shown = [shortened(prompt) for prompt in prompts] or [""]
+    if len(shown) == 1 and len(shown[0]) <= SHORT:
+        return f'<p class="caption">{escape(shown[0])}</p>'
+    more = f"<small>{len(shown)} captions</small>" if len(shown) > 1 else "<small>all of it</small>"
+    others = "".join(f"<li>{escape(text)}</li>" for text in shown[1:])
+    items = f'<ol start="2">{others}</ol>' if others else ""
+    return f"<details><summary><span>{escape(shown[0])}</span>{more}</summary>{items}</details>"
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+    lines = "<br>".join(map(escape, caption.splitlines()))
+    return f"<figure>{content}<figcaption>{lines}</figcaption></figure>"
 
 
-def jpeg(data: bytes | None, name: str) -> str:
-    """An image element, which others may show again by its name."""
-    if data is None:
-        return ""
-    return (
-        f'<image id="{name}" href="data:image/jpeg;base64,{base64.b64encode(data).decode()}" width="80" height="80"/>'
-    )
+def box_of(shape: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of pictures of a latent shape on the page, of one area."""
+    h, w = shape
+    return round((AREA * w / h) ** 0.5), round((AREA * h / w) ** 0.5)
 
 
-def picture(image: str, spatial: np.ndarray | None = None) -> str:
-    """An image element, and over it a map [h, w], as an SVG."""
-    parts = ['<svg width="80" height="80" viewBox="0 0 80 80"><rect width="80" height="80" fill="#e8ebef"/>', image]
-    if spatial is not None:
-        finite = np.nan_to_num(spatial, nan=0.0, posinf=0.0, neginf=0.0)
-        high, (h, w) = max(finite.max(), 1e-12), finite.shape
-        for y in range(h):
-            for x in range(w):
-                place = f'x="{80 * x / w:g}" y="{80 * y / h:g}" width="{80 / w:g}" height="{80 / h:g}"'
-                parts.append(f'<rect {place} fill="#e3120b" fill-opacity="{0.8 * max(finite[y, x], 0) / high:.2f}"/>')
-    return "".join([*parts, "</svg>"])
+def jpeg(data: bytes | None, name: str, box: tuple[int, int]) -> str:
+    """An image element, which others may show again by its name; a picture of another shape keeps its own."""
+    return "" if data is None else image(data, "jpeg", box, f'id="{name}"')
+
+
+def image(data: bytes, kind: str, box: tuple[int, int], more: str) -> str:
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<image {more} href="{source}" width="{box[0]}" height="{box[1]}"/>'
+
+
+def overlaid(values: np.ndarray, box: tuple[int, int], limits: tuple[float, float]) -> str:
+    """A map [h, w] as an image element: clear where it is at the lower limit, red at the upper one."""
+    low, high = limits
+    scaled = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    shares = np.clip((scaled - low) / (high - low), 0, 1) if high > low else np.zeros_like(scaled)
+    pixels = np.empty((*values.shape, 4), np.uint8)
+    pixels[..., :3], pixels[..., 3] = (0xE3, 0x12, 0x0B), (204 * shares).round()
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return image(data.getvalue(), "png", box, 'preserveAspectRatio="none" style="image-rendering: pixelated"')
+
+
+def picture(box: tuple[int, int], *images: str) -> str:
+    """Images one over the other, as an SVG."""
+    w, h = box
+    size = f'width="{w}" height="{h}"'
+    return f'<svg {size} viewBox="0 0 {w} {h}"><rect {size} fill="#e8ebef"/>{"".join(images)}</svg>'
 
 
 def heatmap(matrix: np.ndarray, buckets: tuple[float, ...]) -> str:
@@ -119,9 +174,12 @@ def heatmap(matrix: np.ndarray, buckets: tuple[float, ...]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def histogram(name: str, stats: FieldStats) -> str:
-    """The distribution of a field's values but for the outermost 0.1% at either end."""
-    values = np.concatenate(stats.some)
+def histogram(name: str, stats: list[FieldStats]) -> str:
+    """The distribution of a field's values, of all its shapes, but for the outermost 0.1% at either end."""
+    parts = [part for one in stats for part in one.some]
+    if not parts:
+        return ""
+    values = np.concatenate(parts)
     low, high = np.percentile(values, (0.1, 99.9))
     counts, edges = np.histogram(values, BINS, (low, high) if high > low else None)
     width, height = 280, 90

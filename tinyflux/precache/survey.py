@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from tinyflux.shards.clients import DownloadError
-from tinyflux.shards.format import ShardError
+from tinyflux.shards.format import SUFFIX, ShardError
 from tinyflux.shards.source import Source
 
 VALUES = 4096  # of each field of a sample that go into the histogram
@@ -52,12 +52,21 @@ class Shown:
     """A sample on the page."""
 
     key: str
-    prompt: str
+    shape: tuple[int, int]
+    prompts: list[str]
     origin: str
     preview: bytes | None
     tensors: dict[str, Tensor]
     decoded: bytes | None = None
     """JPEG of the VAE's reconstruction."""
+
+
+@dataclass
+class Sizes:
+    """How many members there are, and their bytes."""
+
+    members: int = 0
+    bytes: int = 0
 
 
 @dataclass
@@ -67,15 +76,33 @@ class Report:
     source: Source
     scanned: int = 0
     read: int = 0
-    stored: Counter[str] = field(default_factory=Counter)
-    """Bytes by member extension."""
-    stats: dict[str, FieldStats] = field(default_factory=dict)
+    stored: dict[tuple[str, tuple[int, int]], Sizes] = field(default_factory=dict)
+    """By the member's extension, captions without their number, and the latents' shape."""
+    stats: dict[tuple[str, tuple[int, ...]], FieldStats] = field(default_factory=dict)
+    """By the field's name and its shape."""
     prompts: list[str] = field(default_factory=list)
     similarity: np.ndarray | None = None
     """Mean cosine of Lune's features between buckets [K, K]."""
     rejected: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
+
+    def ratio(self, group: str, shape: tuple[int, int] | None = None) -> float:
+        """Stored bytes to bytes of tensors of a group's members, of one latent shape or of all."""
+        raw = stored = 0
+        for (member, of), sizes in self.stored.items():
+            if member == f"{group}{SUFFIX}" and shape in (None, of):
+                stored += sizes.bytes
+                raw += sizes.members * sum(f.at(of).nbytes for f in self.source.groups[group].fields.values())
+        return stored / raw if raw else float("nan")
+
+    def add_sizes(self, shape: tuple[int, int], members: dict[str, int]) -> None:
+        """Take in a sample's members and their bytes."""
+        for member, size in members.items():
+            group, dot, rest = member.partition(".")
+            name = f"{group}{SUFFIX}" if dot and rest.endswith(SUFFIX[1:]) else member
+            sizes = self.stored.setdefault((name, shape), Sizes())
+            sizes.members, sizes.bytes = sizes.members + 1, sizes.bytes + size
 
 
 def spread(count: int, n: int) -> list[int]:
@@ -99,8 +126,10 @@ def look(source: Source, samples: int, shards: int, shown: int) -> Report:
         if file.fault:
             report.faults.append(str(file.fault))
         rows = [row for row in range(file.count) if file.samples[row] is not None]
+        shape, first = manifest.shards[k].shape, int(manifest.starts[k])
         for row in rows:
-            report.stored.update({member: size for member, (_, size) in file.members(row).items()})
+            found = file.members(row, int(source.captions[first + row]))
+            report.add_sizes(shape, {member: holder.size(row, member) for member, holder in found.items()})
         report.scanned += len(rows)
         for i in spread(len(rows), each):
             row = rows[i]
@@ -109,15 +138,15 @@ def look(source: Source, samples: int, shards: int, shown: int) -> Report:
             except ShardError as error:
                 report.faults.append(str(error))
                 continue
-            prompt, origin = (meta["prompts"] or [""])[0], meta["origin"]
             for name, tensor in tensors.items():
-                report.stats.setdefault(name, FieldStats()).add(tensor)
-            report.prompts.append(prompt)
+                report.stats.setdefault((name, tuple(tensor.shape)), FieldStats()).add(tensor)
+            report.prompts += meta["prompts"]
             if "lune" in tensors:
                 cosines.append(np.nan_to_num(cosine(tensors["lune"])))
             if report.read in show:
                 preview = file.preview(row)
-                report.shown.append(Shown(file.key(row), prompt, origin, preview, tensors))
+                shown = (file.key(row), shape, meta["prompts"], meta["origin"])
+                report.shown.append(Shown(*shown, preview, tensors))
             report.read += 1
     if cosines:
         report.similarity = np.mean(cosines, axis=0)

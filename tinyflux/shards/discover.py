@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tinyflux.shards.format import SUFFIX, ShardError, describe_member, parse_key
-from tinyflux.shards.manifest import Manifest, ManifestError, check_name
+from tinyflux.shards.manifest import Base, Manifest, ManifestError, check_name, parse, read_small
 from tinyflux.shards.schema import SCHEMA, SPATIAL, Field, Group
 from tinyflux.shards.tar import Sample, read_member, scan
 from tinyflux.shards.writer import Shard
@@ -32,6 +32,18 @@ class Found:
 def tars(folder: Path) -> list[Path]:
     """The shards of a source's folder, those in subfolders too, in the order of their names."""
     return sorted([*folder.glob("*.tar"), *folder.glob("[0-9][0-9][0-9]*/*.tar")], key=lambda path: path.name)
+
+
+def sources_in(folder: Path) -> dict[str, dict]:
+    """The sources that lie in a folder, by their folders' names: what `manifest.parse` gives of each. Those whose
+    manifest cannot be read are left out."""
+    found = {}
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        try:
+            found[path.parent.name] = parse(read_small(path), str(path))
+        except (ManifestError, OSError):
+            continue
+    return found
 
 
 def examine(path: Path) -> Found:
@@ -87,12 +99,17 @@ def _groups(fd: int, path: Path, sample: Sample) -> tuple[dict[str, Group], tupl
 
 
 def assemble(
-    folder: Path, found: list[Found], dataset_id: int | None = None, producers: dict[str, dict] | None = None
+    folder: Path,
+    found: list[Found],
+    dataset_id: int | None = None,
+    *,
+    known: dict[str, Group] | None = None,
+    base: Base | None = None,
 ) -> Manifest:
     """The manifest of tars that were examined; nothing is written.
 
-    dataset_id: for keys that don't carry one. producers: the fingerprint of each group, where it is known.
-    Raises FileNotFoundError without null.safetensors, ValueError saying what is in the way.
+    dataset_id: for keys that don't carry one. known: timesteps and fingerprint of groups, where they are known. base:
+    of an overlay. Raises FileNotFoundError without null.safetensors, ValueError saying what is in the way.
     """
     first = found[0]
     for other in found[1:]:
@@ -107,11 +124,11 @@ def assemble(
             dataset_id, _ = parse_key(first.key)
         except ValueError as error:
             raise ValueError(f"source {folder}: {error}; give the source an id with data.dataset_ids") from error
-    unknown = {"producer": "unknown: the manifest was made from the shards alone"}
-    groups = {
-        name: Group(group.fields, group.timesteps, group.repeated, (producers or {}).get(name, unknown))
-        for name, group in first.groups.items()
-    }
+    unknown = Group({}, producer={"producer": "unknown: the manifest was made from the shards alone"})
+    groups = {}
+    for name, group in first.groups.items():
+        entry = (known or {}).get(name, unknown)
+        groups[name] = replace(group, timesteps=entry.timesteps or group.timesteps, producer=entry.producer)
     null = folder / NULL
     if "text" in groups and not null.is_file():
         raise FileNotFoundError(f"{null} does not exist: a source needs the embeddings of the empty prompt")
@@ -123,6 +140,7 @@ def assemble(
         groups,
         [entry.shard for entry in found],
         null_sha256=files.sha256(null) if "text" in groups else None,
+        base=base,
         subfolders=any(entry.shard.folder for entry in found),
     )
 
@@ -135,7 +153,9 @@ def adopt(folder: Path, dataset_id: int | None = None) -> Manifest:
     """
     paths = tars(folder)
     if not paths:
-        raise FileNotFoundError(f"{folder} has neither {MANIFEST} nor *.tar: build it with python -m sharding.build")
+        inside = ", ".join(sources_in(folder))
+        hint = f"sources are in it, name them: {inside}" if inside else "build it with python -m sharding.build"
+        raise FileNotFoundError(f"{folder} has neither {MANIFEST} nor *.tar: {hint}")
     stats = [(path, path.stat()) for path in [*paths, folder / NULL] if path.exists()]
     listing = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in stats]
     name = hashlib.sha256(json.dumps([dataset_id, listing]).encode()).hexdigest()[:32]

@@ -198,16 +198,15 @@ class Manifest:
             raise ManifestError(f"{index}: {error}") from error
         if arrays.digest != data["index"]:
             raise ManifestError(f"{index}: is not the index of {where}: its size or sha256 differs")
-        groups = {name: _group(name, entry) for name, entry in data["groups"].items()}
         try:
             manifest = cls(
                 data["source"],
                 data["dataset_id"],
-                groups,
+                groups_of(data),
                 [tuple(shape) for shape in data["shapes"]],
                 arrays,
                 null_sha256=data["null"] and data["null"]["sha256"],
-                base=data["base"] and Base(**data["base"]),
+                base=base_of(data),
                 subfolders=data["subfolders"],
                 text=text,
             )
@@ -294,11 +293,20 @@ def parse(text: str | bytes, where: str) -> dict:
         for i, shape in enumerate(data["shapes"]):
             if type(shape) is not list:
                 raise ManifestError(f"shapes[{i}] is {shape!r:.80}, must be [h, w]")
-        for name, entry in data["groups"].items():
-            _group(name, entry)
+        groups_of(data)
     except ManifestError as error:
         raise ManifestError(f"{where}: {error}") from None
     return data
+
+
+def groups_of(data: dict) -> dict[str, Group]:
+    """The groups of the content of a manifest.json. Raises ManifestError."""
+    return {name: _group(name, entry) for name, entry in data["groups"].items()}
+
+
+def base_of(data: dict) -> Base | None:
+    """The base of the content of a manifest.json, None where it is no overlay's."""
+    return data["base"] and Base(**data["base"])
 
 
 def _kind(kinds) -> str:

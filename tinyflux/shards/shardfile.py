@@ -157,9 +157,16 @@ class ShardFile:
             raise ShardError(self.path, key, f"member {member} has {place[1]} bytes, must have at most {limit}")
         return read_member(self.fd, *place)
 
-    def members(self, row: int) -> dict[str, tuple[int, int]]:
-        """(offset, size) of each member of a row, of the base too. Raises ShardError where the row is lost."""
-        return ({} if self.base is None else self.base.members(row)) | self.sample(row).members
+    def members(self, row: int, captions: int) -> dict[str, "ShardFile"]:
+        """The members that are read of a row, each with the file that it is read from: `captions` of repeated groups,
+        one of each other group, the json and the preview. Raises ShardError where the row is lost."""
+        found: dict[str, ShardFile] = {} if self.base is None else self.base.members(row, captions)
+        wanted = {member for caption in range(captions) for member, _ in self.wanted(caption)} | {"json", "jpg"}
+        return found | dict.fromkeys(wanted & self.sample(row).members.keys(), self)
+
+    def size(self, row: int, member: str) -> int:
+        """Bytes of a member of this file. Raises KeyError, ShardError where the row is lost."""
+        return self.sample(row).members[member][1]
 
     def preview(self, row: int) -> bytes | None:
         """The row's JPEG, if it has one. Raises ShardError where the row is lost."""

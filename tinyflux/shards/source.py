@@ -92,7 +92,7 @@ class Source:
         """Open a shard by its index. Raises FileNotFoundError, ShardError."""
         file = None
         for layer, entry in self.files(shard):
-            file = _open_file(layer, entry, file)
+            file = open_file(layer, entry, file)
         return file
 
 
@@ -101,7 +101,8 @@ def _place_in_schema(group: str) -> tuple[int, str]:
     return known.index(group) if group in known else len(known), group
 
 
-def _open_file(layer: Layer, entry: Shard, base: ShardFile | None) -> ShardFile:
+def open_file(layer: Layer, entry: Shard, base: ShardFile | None) -> ShardFile:
+    """Open a layer's file of a shard on top of that of the layer below. Raises FileNotFoundError, ShardError."""
     for tries_left in (2, 1, 0):
         try:
             path = layer.store.fetch(entry.path, entry.bytes, entry.sha256)
@@ -161,7 +162,8 @@ def open_layers(
     try:
         layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"base of the overlay {shown}: {error}") from error
+        where = f" (base.location in its manifest.json is {redacted(manifest.base.location)!r})"
+        raise type(error)(f"base of the overlay {shown}{where}: {error}") from error
     found = layers[-1].manifest.sha256
     if found != manifest.base.sha256:
         raise ValueError(

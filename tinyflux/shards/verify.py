@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from tinyflux.shards.discover import Found, assemble, examine, tars
 from tinyflux.shards.format import ShardError, member_name, origin_hash, parse_key
-from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.manifest import Base, Manifest, ManifestError, base_of, groups_of, parse, read_small
+from tinyflux.shards.schema import Group
 from tinyflux.shards.shardfile import ShardFile
-from tinyflux.shards.source import Source, check_null, open_layers
+from tinyflux.shards.source import Source, base_url, check_null, open_file, open_layers
 from tinyflux.util import files
 
 
@@ -54,7 +56,9 @@ class Check:
         """Check the shards one after the other."""
         with ThreadPoolExecutor(self.workers) as pool:
             checked = pool.map(partial(check_shard, self.source, deep=self.deep), range(len(self.manifest.shards)))
-            for k, (found, keys) in enumerate(checked):
+            for k, (found, keys, of_base) in enumerate(checked):
+                if of_base:
+                    self.faults.append(of_base)
                 if found:
                     self._blame(k, found)
                 self._keys.append(keys)
@@ -78,25 +82,33 @@ class Check:
                 self._blame(second, [f", sample {key}: is also in {self.manifest.shards[first].path}"])
 
 
-def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarray]:
-    """(the faults of one shard, each with what it is about; the indices in its keys, int64)."""
-    layer, shard = source.files(k)[-1]
-    try:
-        file = source.open(k)
-    except FileNotFoundError:
-        return [": No such file or directory"], np.empty(0, np.int64)
-    except (OSError, ShardError) as error:
-        return [f": {error.why if isinstance(error, ShardError) else error.strerror or error}"], np.empty(0, np.int64)
+def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarray, str]:
+    """(the faults of one shard, each with what it is about; the indices in its keys, int64; a fault of its base)."""
+    nothing, file, of_base = np.empty(0, np.int64), None, ""
+    for layer, shard in source.files(k):
+        of_base = of_base or (f"{file.path}, of the base: {file.fault.why}" if file is not None and file.fault else "")
+        try:
+            file = open_file(layer, shard, file)
+        except (OSError, ShardError) as error:
+            why = error.why if isinstance(error, ShardError) else error.strerror or str(error)
+            if isinstance(error, FileNotFoundError):
+                why = "No such file"
+            if layer is source.layers[-1]:
+                return [f": {why}"], nothing, of_base
+            return [], nothing, f"{layer.url}/{shard.path}, of the base: {why}"
+    if file.base is not None and file.count and not (file.fault or of_base or any(file.samples)):
+        return [": has none of the samples that its base has in it"], nothing, ""
     faults, indices = [f": {file.fault.why}"] if file.fault else [], []
     for row in range(file.count):
         try:
             indices.append(check_sample(file, row, layer.manifest, deep))
         except ShardError as error:
-            if not (file.fault and file.samples[row] is None):  # said already
+            said = file.samples[row] is None and (file.fault or of_base)
+            if not said:
                 faults.append(f", sample {error.key or row}: {error.why}")
     if deep and files.sha256(file.path) != shard.sha256:
         faults.append(": its sha256 is not the manifest's")
-    return faults, np.array(indices, np.int64)
+    return faults, np.array(indices, np.int64), of_base
 
 
 def check_sample(file: ShardFile, row: int, manifest: Manifest, deep: bool) -> int:
@@ -151,10 +163,13 @@ def set_aside(folder: Path, bad: set[str]) -> None:
 
 
 def rebuild(folder: Path) -> Manifest:
-    """Write the manifest again from the shards that can be read, with the producers that the notes of the build name.
+    """Write the manifest again from the shards that can be read.
 
-    Raises ValueError where there is no whole shard, FileNotFoundError without null.safetensors.
+    Fingerprints, timesteps and an overlay's base are those of manifest.json, where only the index is lost, else those
+    that the notes of the build name. Raises ValueError where there is no whole shard, or an overlay's base cannot be
+    opened; FileNotFoundError without null.safetensors.
     """
+    known, base = _known(folder)
     found: list[Found] = []
     unreadable = []
     for path in tars(folder):
@@ -164,8 +179,31 @@ def rebuild(folder: Path) -> Manifest:
             unreadable.append(f"{path.name} ({error})")
     if not found:
         raise ValueError(f"{folder}: no manifest can be rebuilt: no whole shard; {', '.join(unreadable) or 'no tar'}")
-    notes = folder / ".build" / "config.json"
-    producers = json.loads(notes.read_bytes()).get("producers", {}) if notes.is_file() else {}
-    manifest = assemble(folder, found, producers=producers)
+    if base is not None:
+        below = open_layers(base_url(os.fspath(folder), base.location))[0].manifest
+        shapes = {shard.name: shard.shape for shard in below.shards}  # few groups follow the latents
+        for entry in found:
+            entry.shard = replace(entry.shard, shape=shapes.get(entry.shard.name, entry.shard.shape))
+    try:
+        manifest = assemble(folder, found, known=known, base=base)
+    except ManifestError as error:
+        if base is None and "text" not in found[0].groups:
+            raise ValueError(
+                f"{folder}: no manifest can be rebuilt: its shards are an overlay's, and neither manifest.json nor the "
+                "notes of the build name its base: run the build's command again, or copy its manifest.json back"
+            ) from error
+        raise
     manifest.save(folder)
     return manifest
+
+
+def _known(folder: Path) -> tuple[dict[str, Group], Base | None]:
+    """Groups and base of a source whose manifest cannot be used."""
+    try:
+        data = parse(read_small(folder / "manifest.json"), str(folder / "manifest.json"))
+        return groups_of(data), base_of(data)
+    except (ManifestError, FileNotFoundError):
+        notes = folder / ".build" / "config.json"
+        data = json.loads(notes.read_bytes()) if notes.is_file() else {}
+        groups = {name: Group({}, producer=producer) for name, producer in data.get("producers", {}).items()}
+        return groups, base_of({"base": data.get("base")})

@@ -7,6 +7,9 @@
 
 Random access opens and scans a shard for samples of shards that are not open; the stream of launch/train.py goes
 through shards in order and is what large sources are for.
+
+Of a sample with several captions the first is read. In a source of several shapes a batch has samples of one, as
+`tinyflux.trainer.data.ShapeBatches` gives them.
 """
 
 import os
@@ -24,8 +27,9 @@ from torch import Tensor
 from tinyflux.precache.legacy import LegacyCache, is_legacy
 from tinyflux.shards.format import bits
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.merge import merge
 from tinyflux.shards.opened import OpenShards
-from tinyflux.shards.schema import DTYPES, Field, fields_at
+from tinyflux.shards.schema import DTYPES, SPATIAL, fields_at, sizes
 from tinyflux.shards.source import Source, open_source
 from tinyflux.util.buckets import interpolate
 from tinyflux.util.files import atomic_write
@@ -41,7 +45,13 @@ class ShardRows:
         self.source, self.shards = source, OpenShards([source])
         self.name, self.count = source.name, source.manifest.count
         self.timesteps = source.timesteps
-        self.fields = fields_at(source.fields, source.shapes[0])
+        self.fields = source.fields
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """The latent (h, w) of each sample, int64 [N, 2]."""
+        index = self.source.manifest.index
+        return np.array(self.source.shapes)[np.repeat(index.shape, index.samples)]
 
     def __reduce__(self):
         return _reopen, (self.source.url, self.source.revision)
@@ -49,13 +59,21 @@ class ShardRows:
     def read(self, group: str, indices: np.ndarray) -> dict[str, Tensor]:
         """The fields of a group at rows `indices` int64 [B]: [B, ...] each, in the stored dtype.
 
-        Raises ShardError with shard and key where one is damaged.
+        Raises ShardError with shard and key where one is damaged, ValueError where the latents' shapes differ.
         """
-        fields = {name: self.fields[name] for name in self.source.groups[group].fields}
+        fields, manifest = self.source.groups[group].fields, self.source.manifest
+        shards, places = manifest.locate(indices)
+        shapes = [manifest.shapes[k] for k in np.unique(manifest.index.shape[shards])]
+        if len(shapes) > 1 and any(isinstance(n, str) for field in fields.values() for n in field.shape):
+            found = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            raise ValueError(
+                f"cache {self.name!r}: these samples have latents of the shapes {found}, a batch has one: take "
+                "batch_sampler=tinyflux.trainer.data.ShapeBatches(dataset, batch_size), or group them by cache.shapes"
+            )
+        fields = fields_at(fields, shapes[0])
         tensors = {name: torch.empty(len(indices), *f.shape, dtype=DTYPES[f.dtype]) for name, f in fields.items()}
         rows = {name: bits(tensor) for name, tensor in tensors.items()}
-        for i, index in enumerate(indices.tolist()):
-            shard, row = self.source.manifest.locate(index)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             out = {name: values[i] for name, values in rows.items()}
             self.shards.get(0, shard).decode(row, out, groups=(group,))
         return tensors
@@ -144,7 +162,10 @@ class SolFeatureCache(_View):
 
 
 class DatasetCache:
-    """A source's samples: `encodings`, and `lune` and `sol`, which are None where the source has none."""
+    """A source's samples: `encodings`, and `lune` and `sol`, which are None where the source has none.
+
+    fields: dtype and shape of a sample's tensors; "h" and "w" stand for the latents' sizes, see `shapes`.
+    """
 
     def __init__(self, rows: Rows):
         self.rows, self.name, self.fields = rows, rows.name, rows.fields
@@ -154,6 +175,11 @@ class DatasetCache:
 
     def __len__(self) -> int:
         return self.rows.count
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """The latent (h, w) of each sample, int64 [N, 2]."""
+        return self.rows.shapes
 
     def __repr__(self) -> str:
         has = {"lune": self.lune is not None, "sol": self.sol is not None}
@@ -225,8 +251,9 @@ class DatasetCache:
     def save(self, folder: str | Path, *, dataset_id: int = 0) -> Path:
         """Write the cache as a source. Returns the folder.
 
-        Shards are linked where the file system can, else copied. dataset_id: of a legacy cache's samples, which have
-        none of their own. Raises FileExistsError where the folder holds another source.
+        Shards are linked where the file system can, else copied; a base and its overlays become one source, whose
+        shards are written. dataset_id: of a legacy cache's samples, which have none of their own. Raises
+        FileExistsError where the folder holds another source; one with overlays is not compared.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,6 +264,10 @@ class DatasetCache:
             convert(self.rows.folder, folder, self.name, dataset_id)
             return folder
         source = self.rows.source
+        if len(source.layers) > 1:
+            _refuse_other(folder, None)
+            merge(source, folder)
+            return folder
         _refuse_other(folder, source.manifest)
         for shard in source.manifest.shards:
             (folder / shard.path).parent.mkdir(exist_ok=True)
@@ -314,9 +345,10 @@ class MultiSourceCache:
         for other in self.caches.values():
             if None not in (grids := {cache.rows.timesteps, other.rows.timesteps}) and len(grids) > 1:
                 raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in their timesteps")
-            for name in cache.fields.keys() & other.fields.keys():
-                if (a := _shape(other.fields[name])) != (b := _shape(cache.fields[name])):
-                    raise ValueError(f"{name} of caches {other.name!r} and {cache.name!r} differ: {a} against {b}")
+            a, b = sizes(other.fields), sizes(cache.fields)
+            for axis in sorted(a.keys() & b.keys() - set(SPATIAL)):
+                if a[axis] != b[axis]:
+                    raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in {axis}: {a[axis]}, {b[axis]}")
         self.caches[dataset_id] = cache
 
     def get_encodings(self, local_indices: Tensor, dataset_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,7 +390,3 @@ def _of_each(t: Tensor | float, indices: Tensor | Sequence[int]) -> Tensor:
     if t.ndim and t.shape != (len(indices),):
         raise ValueError(f"t has shape {list(t.shape)} for {len(indices)} indices: one t each, or one for all")
     return t.expand(len(indices))
-
-
-def _shape(field: Field) -> list[int]:
-    return list(field.shape)

@@ -154,7 +154,8 @@ class CacheLoader:
 
     def _epoch_batches(self, epoch: int) -> Iterator[dict]:
         """The loader's batches of an epoch, in the order keyed by (seed, epoch)."""
-        sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+        own = self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
+        sampler = getattr(own, "sampler", own)
         if hasattr(sampler, "generator"):
             sampler.generator = torch.Generator().manual_seed(rng.key(self.seed, "epoch", epoch) >> 1)
         if hasattr(sampler, "set_epoch"):

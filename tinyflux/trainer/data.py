@@ -1,11 +1,14 @@
 """Caches in a DataLoader: their samples, and batches of them."""
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
+from tinyflux.util import rng
 
 
 class MultiCachedDataset(Dataset):
@@ -30,6 +33,11 @@ class MultiCachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sources)
 
+    @property
+    def shapes(self) -> np.ndarray:
+        """The latent (h, w) of each sample, int64 [N, 2]."""
+        return np.concatenate([cache.shapes for cache in self.sources.caches.values()])
+
     def __getitem__(self, i: int) -> dict:
         """Sample i: `latent` [C, H, W], `t5_embed` [L, D], `clip_pooled` [D], `local_idx`, `dataset_id`. IndexError."""
         if not 0 <= i < len(self):
@@ -49,9 +57,47 @@ class CachedDataset(MultiCachedDataset):
         self.add(cache, dataset_id)
 
 
+class ShapeBatches(Sampler[list[int]]):
+    """Batches of samples of one latent shape each, for `DataLoader(dataset, batch_sampler=...)`.
+
+    Every sample is in one batch of an epoch; the last batch of a shape may be smaller. The order is keyed by
+    (seed, epoch), see `set_epoch`; with shuffle=False it is that of the samples.
+    """
+
+    def __init__(self, dataset: MultiCachedDataset, batch_size: int, *, shuffle: bool = True, seed: int = 0):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
+        shapes, number = np.unique(dataset.shapes, axis=0, return_inverse=True)
+        self.rows = [torch.from_numpy(np.flatnonzero(number.ravel() == k)) for k in range(len(shapes))]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self.batch_size) for rows in self.rows)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(rng.key(self.seed, "shapes", self.epoch) >> 1)
+
+        def order(n: int) -> torch.Tensor:
+            return torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+
+        batches = [batch for rows in self.rows for batch in rows[order(len(rows))].split(self.batch_size)]
+        for k in order(len(batches)).tolist():
+            yield batches[k].tolist()
+
+
 def collate_fn(samples: list[dict]) -> dict:
     """Samples of a `CachedDataset` as a batch: `latents` [B, C, H, W], `t5_embeds` [B, L, D], `clip_pooled` [B, D],
-    `local_indices` and `dataset_ids` int64 [B], `masks` None."""
+    `local_indices` and `dataset_ids` int64 [B], `masks` None. Raises ValueError where the latents' shapes differ."""
+    if len(shapes := {tuple(sample["latent"].shape[1:]) for sample in samples}) > 1:
+        found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
+        raise ValueError(
+            f"the samples have latents of the shapes {found}, a batch has one: give the DataLoader "
+            "batch_sampler=ShapeBatches(dataset, batch_size) of tinyflux.trainer.data, without batch_size and shuffle"
+        )
     return {
         "latents": torch.stack([sample["latent"] for sample in samples]),
         "t5_embeds": torch.stack([sample["t5_embed"] for sample in samples]),
