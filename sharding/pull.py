@@ -3,6 +3,7 @@
     python -m sharding.pull hf://datasets/USER/NAME/portraits data/portraits
     python -m sharding.pull hf://datasets/USER/NAME@REVISION/portraits data/portraits
     python -m sharding.pull s3://BUCKET/portraits data/portraits
+    python -m sharding.pull hf://datasets/USER/NAME/portraits-lune data/portraits-lune --base    an overlay and its base
 
 Shards that are there with the right content are kept, so the same command resumes after a stop. Every file is checked
 against the manifest, which is written last. The Hub's token is that of HF_TOKEN or of `hf auth login`.
@@ -25,14 +26,19 @@ class PullConfig:
     """hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"""
     out: tyro.conf.Positional[Path]
     """Folder of the copy."""
+    base: bool = False
+    """Of an overlay, pull its base too, to the folder beside the overlay's that it names."""
 
 
 def run(config: PullConfig) -> None:
     """Pull, and print what was fetched."""
     from tinyflux.shards.pull import pull
 
-    manifest, fetched = pull(config.url, config.out)
+    manifest, fetched, missing = pull(config.url, config.out, with_base=config.base)
     print(f"{config.out}: {manifest.count} samples in {len(manifest.shards)} shards, {fetched} of them fetched")
+    if missing:
+        url, folder = missing
+        print(f"it is an overlay, and its base is not at {folder}: python -m sharding.pull {url} {folder}")
 
 
 def main(args: list[str] | None = None) -> int:

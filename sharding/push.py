@@ -31,6 +31,8 @@ class PushConfig:
     """The repo must be private; one that is made will be."""
     rejected: bool = False
     """Send rejected.jsonl too; it names files of this machine."""
+    license: str | None = None
+    """The dataset's license for the card, as the Hub calls it: cc-by-4.0, mit, other, ..."""
 
     def __post_init__(self):
         check(self, "--")
@@ -40,7 +42,7 @@ def run(config: PushConfig) -> None:
     """Push, and print what was sent."""
     from tinyflux.precache.push import push
 
-    done = push(config.source, config.repo, config.private, config.rejected)
+    done = push(config.source, config.repo, config.private, rejected=config.rejected, license_id=config.license)
     print(f"{config.source}: {done.sent} of {done.shards} shards sent, {done.removed} removed from {config.repo}")
     print(done.url)
 

@@ -10,7 +10,10 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from urllib.parse import unquote
+
+from huggingface_hub import RepoCard
 
 TOKEN = "hf_loopback"
 
@@ -54,6 +57,20 @@ def entry(path: str, data: bytes) -> dict:
     if is_lfs(path):
         info["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return info
+
+
+def yaml_faults(card: str) -> list[str]:
+    """What is wrong with a card's metadata, by some of the Hub's rules."""
+    data = RepoCard(card, ignore_metadata_errors=True).data.to_dict()
+    sizes = {f"{a}<n<{b}" for a, b in pairwise(("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))}
+    rules = {
+        "license": lambda value: isinstance(value, str) and re.fullmatch(r"[a-z0-9.-]+", value),
+        "size_categories": lambda values: set(values) <= sizes | {"n<1K", "n>1T"},
+        "task_categories": lambda values: all(re.fullmatch("[a-z0-9-]+", value) for value in values),
+        "tags": lambda values: all(isinstance(value, str) for value in values),
+        "configs": lambda values: all(set(value) == {"config_name", "data_files"} for value in values),
+    }
+    return [f"{key}: {data[key]!r} is not valid" for key, rule in rules.items() if key in data and not rule(data[key])]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -149,7 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         data, path = self.body(), unquote(self.path.partition("?")[0])
         if path == "/api/validate-yaml":
-            return self.json({"errors": [], "warnings": []})
+            errors = yaml_faults(json.loads(data)["content"])
+            return self.send(400, "; ".join(errors).encode()) if errors else self.json({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             if found := self.find(match[1], match[2]):
                 self.paths_info(data, found[1])

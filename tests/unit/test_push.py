@@ -6,19 +6,27 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
+import torch
+import zstandard
 from huggingface_hub import DatasetCard, HfFileSystem, constants
 
-from sharding import pull, push
+from sharding import pull, push, verify
 from tests.dataset_hub import TOKEN, commit_id, dataset_hub
-from tests.make_source import make_source
+from tests.make_source import make_source, make_tensors
+from tests.store_server import store_server
 from tinyflux.precache import card
 from tinyflux.precache import push as pushing
-from tinyflux.shards.manifest import Manifest
+from tinyflux.shards import remote
+from tinyflux.shards.manifest import Base, Manifest
+from tinyflux.shards.source import open_source
 
 ROOT = Path(__file__).parents[2]
 REPO = "user/pictures"
@@ -60,8 +68,8 @@ class Client:
     def push(self, source: Path, *args: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
         return self._run(push, (source, "--repo", REPO, *args), token)
 
-    def pull(self, url: str, out: Path, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-        return self._run(pull, (url, out), token)
+    def pull(self, url: str, out: Path, *args: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+        return self._run(pull, (url, out, *args), token)
 
     def process(self, *args: object) -> subprocess.CompletedProcess:
         """Python in a process of its own, as a user starts it."""
@@ -234,23 +242,152 @@ def test_text_in_a_fingerprint_cannot_leave_its_block(source):
     assert found and all(line.startswith("    ") for line in found)
 
 
-def test_an_overlay_goes_beside_its_base(hub, client, source, tmp_path):
-    overlay = make_source(tmp_path / "portraits-sol2", base=source, groups=("mask",))
-    done = client.push(overlay)
-    assert done.returncode == 2 and "push the base first" in done.stderr
-    assert client.push(source).returncode == 0
-    done = client.push(overlay)
-    assert done.returncode == 0 and f"hf://datasets/{REPO}/portraits-sol2" in done.stdout, done.stderr
+@pytest.fixture
+def layered(tmp_path):
+    """A source of two shapes with several captions, other captions on it, and a mask on those."""
+    options = {"counts": [3, 2], "shapes": ((4, 4), (2, 8))}
+    base = make_source(tmp_path / "portraits", captions=[1, 3], **options)
+    text = make_source(tmp_path / "portraits-text", base=base, groups=("text",), captions=2, seed=3, **options)
+    mask = make_source(tmp_path / "portraits-mask", base=text, groups=("mask",), **options)
+    (mask / "rejected.jsonl").write_text('{"index": 7, "origin": "/home/me/secret.png", "reason": "too small"}\n')
+    return base, text, mask
+
+
+def test_overlays_go_beside_their_bases_and_come_back(hub, client, layered, tmp_path):
+    base, text, mask = layered
+    done = client.push(mask)
+    assert done.returncode == 2 and "has no portraits-text/manifest.json" in done.stderr
+    assert "push the base first" in done.stderr and hub.files(REPO).keys() == {".gitattributes"}
+    for source in layered:
+        done = client.push(source)
+        assert done.returncode == 0 and f"hf://datasets/{REPO}/{source.name}" in done.stdout, done.stderr
     files = hub.files(REPO)
-    assert {"portraits/manifest.json", "portraits-sol2/portraits-000000.tar"} <= files.keys()
-    assert "portraits-sol2/null.safetensors" not in files
+    assert {f"{source.name}/portraits-000000.tar" for source in layered} <= files.keys()
+    assert "portraits-mask/null.safetensors" not in files and "portraits-text/null.safetensors" in files
+    assert not any(name.endswith("rejected.jsonl") for name in files)
+    card_text = files["README.md"].decode()
+    assert "An overlay: it has `mask` of the samples of its base, `../portraits-text`" in card_text
+    assert "Latent shapes h x w: 2 x 8: 2, 4 x 4: 3 samples" in card_text and "Up to 3 captions a sample" in card_text
     code = f"""
 from tinyflux.shards.source import open_source
-source = open_source("hf://datasets/{REPO}/portraits-sol2")
-print(sorted(source.open(2).decode(3)))
+source = open_source("hf://datasets/{REPO}/portraits-mask")
+print(source.captions.tolist(), sorted(source.open(1).decode(1)))
 """
     done = client.process("-c", code)
-    assert done.returncode == 0 and "'lune', 'mask'" in done.stdout, done.stderr
+    assert done.returncode == 0 and "[2, 2, 2, 2, 2]" in done.stdout and "'lune', 'mask'" in done.stdout, done.stderr
+
+    url, out = f"hf://datasets/{REPO}/portraits-mask", tmp_path / "copy" / "mask"
+    done = client.pull(url, out)  # alone: it says what else is needed
+    wanted = f"python -m sharding.pull hf://datasets/{REPO}/portraits-text {tmp_path / 'copy/portraits-text'}"
+    assert done.returncode == 0 and f"its base is not at {tmp_path / 'copy/portraits-text'}: {wanted}" in done.stdout
+    done = client.pull(url, out, "--base")
+    assert done.returncode == 0 and "0 of them fetched" in done.stdout, done.stderr
+    for source in layered[:2]:
+        assert contents(tmp_path / "copy" / source.name) == contents(source)
+    assert verify.main([str(out), "--deep"]) == 0
+    assert sorted(open_source(out).open(0).decode(0)) == sorted(open_source(mask).open(0).decode(0))
+    done = client.pull(f"hf://datasets/{REPO}/portraits", out)
+    assert done.returncode == 2 and "holds overlay on 'portraits' with dataset id 1 (mask)" in done.stderr
+
+    make_source(base, [3, 2], shapes=((4, 4), (2, 8)), captions=[1, 3], producer={"vae": {"revision": "new"}})
+    done = client.push(base)
+    assert done.returncode == 0
+    done = client.push(text)
+    assert done.returncode == 2 and "is not as it was when the overlay was made" in done.stderr
+
+
+def test_what_overlays_a_push_breaks_is_said(hub, client, layered, caplog):
+    for source in layered[:2]:
+        assert client.push(source).returncode == 0
+    make_source(layered[0], [3, 2], shapes=((4, 4), (2, 8)), captions=[1, 3], producer={"vae": {"revision": "new"}})
+    hub.repos[REPO].append(hub.files(REPO) | {"theirs/manifest.json": b"<html>", "theirs/index.safetensors": b"?"})
+    assert client.push(layered[0]).returncode == 0
+    assert f"{REPO}/portraits-text was made for the old portraits, so it cannot be read" in caplog.text
+    assert "theirs is left out of the card" in caplog.text
+
+
+def test_rejected_is_sent_when_asked_for(hub, client, layered):
+    for source in layered:
+        assert client.push(source, "--rejected").returncode == 0
+    assert b"secret" in hub.files(REPO)["portraits-mask/rejected.jsonl"]
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_card_is_valid_and_its_line_joins_planes(hub, client, tmp_path, dtype):
+    source = make_source(tmp_path / "portraits", (2,), dtype=DTYPES[dtype])
+    assert client.push(source, "--license", "cc-by-4.0").returncode == 0
+    found = DatasetCard(hub.files(REPO)["README.md"].decode())
+    found.validate()
+    data = found.data.to_dict()
+    assert data["license"] == "cc-by-4.0" and data["task_categories"] == ["text-to-image"]
+    assert data["size_categories"] == ["n<1K"]
+    with tarfile.open(source / "portraits-000000.tar") as tar:
+        compressed = tar.extractfile("0001_000000001.latents.safetensors.zst").read()
+    lines = [line.strip() for line in found.text.splitlines() if line.startswith("    ")]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("x = "))
+    names = {"np": np, "safetensors": safetensors, "zstandard": zstandard, "data": compressed}
+    exec(lines[begin], names)
+    joined = eval(lines[begin + 1], names)  # noqa: S307
+    expected = make_tensors(1, DTYPES[dtype])["latents"]
+    assert joined.shape == (4, 4, 4) and torch.equal(torch.from_numpy(joined.copy()).to(DTYPES[dtype]), expected)
+
+
+def test_sizes_of_cards():
+    sizes = [card.size_category(n) for n in (0, 999, 1000, 10**6 - 1, 10**9, 10**12)]
+    assert sizes == ["n<1K", "n<1K", "1K<n<10K", "100K<n<1M", "1B<n<10B", "n>1T"]
+
+
+FILES = ["manifest.json", "index.safetensors", "null.safetensors", "portraits-000001.tar"]
+
+
+@pytest.mark.parametrize("fault", ["page", "short", "no length", "cut"])
+def test_damaged_answers_are_not_published(source, tmp_path, monkeypatch, capsys, fault):
+    """They are asked for once more; where the store keeps to its page the folder has no manifest, and resumes."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    (source / "rejected.jsonl").write_text('{"index": 7, "origin": "a", "reason": "too small"}\n')
+    with store_server(tmp_path) as server:
+        url, out = f"{server.url}/portraits", tmp_path / "copy"
+        for name in ("manifest.json", "null.safetensors") if fault == "page" else ():
+            server.faults[name].extend(["page"] * 9)
+            assert pull.main([url, str(out)]) == 1
+            assert name in capsys.readouterr().err and not (out / "manifest.json").exists()
+            server.faults[name].clear()
+        for name in [*FILES, "rejected.jsonl"]:
+            server.faults[name].append(fault)
+        assert pull.main([url, str(out)]) == 0
+        assert contents(out) == contents(source) and verify.main([str(out), "--deep"]) == 0
+        (out / "rejected.jsonl").unlink()
+        server.faults["rejected.jsonl"].extend(["page"] * 9)  # of a server that says 200 to everything
+        assert pull.main([url, str(out)]) == 0 and not (out / "rejected.jsonl").exists()
+
+
+def test_a_pull_that_stopped_before_the_manifest(hub, client, source, tmp_path):
+    """The index is of the new content, the manifest still of the old one."""
+    out = tmp_path / "copy"
+    assert client.push(source).returncode == 0
+    assert client.pull(f"hf://datasets/{REPO}/portraits", out).returncode == 0
+    make_source(source, (5, 3))
+    (source / "portraits-000002.tar").unlink()
+    assert client.push(source).returncode == 0
+    (out / "index.safetensors").write_bytes((source / "index.safetensors").read_bytes())
+    assert client.pull(f"hf://datasets/{REPO}/portraits", out).returncode == 0
+    assert contents(out) == contents(source)
+
+
+@pytest.mark.parametrize("location", ["../../elsewhere", "../a/b", "/etc/base", "base"])
+def test_a_base_is_pulled_to_beside_its_overlay_alone(layered, tmp_path, capsys, location):
+    text = layered[1]
+    manifest = Manifest.load(text)
+    options = {"null_sha256": manifest.null_sha256, "base": Base(location, manifest.base.sha256)}
+    Manifest(manifest.source, 1, manifest.groups, manifest.shapes, manifest.index, **options).save(text)
+    with store_server(tmp_path) as server:
+        assert pull.main([f"{server.url}/portraits-text", str(tmp_path / "copy" / "text"), "--base"]) == 2
+    message = capsys.readouterr().err
+    assert "not a folder beside the overlay" in message or "is not a path inside the same" in message
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "copy" / "text" / "manifest.json").exists()
 
 
 def test_a_repo_without_a_user_is_refused_before_anything_is_made(hub, client, source):

@@ -3,9 +3,11 @@
 import io
 import json
 
+import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 
+from tinyflux.shards.format import SUFFIX
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.shards.source import Source
@@ -15,10 +17,13 @@ PREVIEW = "preview.jpg"
 COLUMNS, ROWS, SIDE = 8, 3, 128  # of the sheet of previews, pixels a side
 
 
-def render(old: str, repo: str, manifests: dict[str, Manifest], with_preview: set[str]) -> str:
+def render(
+    old: str, repo: str, manifests: dict[str, Manifest], with_preview: set[str], license_id: str | None = None
+) -> str:
     """The text of README.md: `old` with its configs and its marked part brought up to date, the rest as it is.
 
     manifests: by the folder of the repo that they are in. with_preview: those folders that have a `PREVIEW`.
+    license_id: as the Hub knows it; without one, that of `old` stays.
     """
     card = DatasetCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
     data = card.data.to_dict()
@@ -28,12 +33,34 @@ def render(old: str, repo: str, manifests: dict[str, Manifest], with_preview: se
         for folder, tars in ((name, "*/*.tar" if m.subfolders else "*.tar") for name, m in sorted(manifests.items()))
     ]
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "webdataset", "tinyflux"]))
+    data["task_categories"] = data.get("task_categories") or ["text-to-image"]
+    data["size_categories"] = [size_category(sum(m.count for m in manifests.values() if m.base is None))]
+    if license_id:
+        data["license"] = license_id
     parts = [section(repo, folder, manifests[folder], folder in with_preview) for folder in sorted(manifests)]
     marked = "\n\n".join([BEGIN, *parts, END])
     before, begin, rest = card.text.partition(BEGIN)
     after = rest.partition(END)[2] if begin else ""
     text = f"{before.strip()}\n\n{marked}\n\n{after.strip()}".strip()
     return f"---\n{DatasetCardData(**data).to_yaml()}\n---\n\n{text}\n"
+
+
+def size_category(count: int) -> str:
+    """The Hub's name for how many samples there are."""
+    edges = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    at = sum(count >= 10**power for power in range(3, 13))
+    if at == 0:
+        return f"n<{edges[0]}"
+    return f"{edges[at - 1]}<n<{edges[at]}" if at < len(edges) else f"n>{edges[-1]}"
+
+
+def joined(name: str, dtype: str) -> str:
+    """A line of numpy that joins the planes of a field of the member `x`; bfloat16 becomes float32."""
+    if dtype == "float16":
+        return f'(x["{name}.1"].astype("<u2") << 8 | x["{name}.0"]).view("<f2")'
+    if dtype == "bfloat16":
+        return f'(x["{name}.1"].astype("<u4") << 24 | x["{name}.0"].astype("<u4") << 16).view("<f4")'
+    return f'np.stack([x[f"{name}.{{i}}"] for i in range(4)], -1).view("<f4")[..., 0]'
 
 
 def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
@@ -43,23 +70,29 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
     producers = {name: group.producer for name, group in manifest.groups.items()}
     produced = json.dumps(producers, indent=2, ensure_ascii=False)
     grid = next((group.timesteps for group in manifest.groups.values() if group.timesteps), ())
+    first, field = next(iter(fields.items()))
+    member = next(name for name, group in manifest.groups.items() if first in group.fields)
     return "\n".join(
         [
             f"## {folder}",
             "",
             f"{manifest.count} samples in {len(manifest.shards)} shards, {manifest.bytes / 1e6:.1f} MB; "
-            f"dataset id {manifest.dataset_id}; teacher features at t = {', '.join(f'{t:g}' for t in grid)}.",
+            f"dataset id {manifest.dataset_id}"
+            + (f"; teacher features at t = {', '.join(f'{t:g}' for t in grid)}." if grid else "."),
+            *_of_base(manifest),
             "",
             *([f"![previews of {folder}]({folder}/{PREVIEW})", ""] if preview else []),
             "| field | dtype | shape |",
             "|---|---|---|",
             *rows,
             "",
+            *_counts(manifest),
             "A sample is a few members of a WebDataset tar: its tensors as zstd-compressed safetensors, a `.json` with "
-            "the prompts and the image's origin, maybe a `.jpg` preview. A float16 tensor is two planes of bytes, the "
-            "low and the high ones; one line of numpy joins them:",
+            "the prompts and the image's origin, maybe a `.jpg` preview. The elements of a tensor are stored as planes "
+            "of bytes, the lowest first; one line of numpy joins them:",
             "",
-            '    (x["latents.1"].astype("<u2") << 8 | x["latents.0"]).view("<f2")     # x: safetensors.numpy.load(...)',
+            f"    x = safetensors.numpy.load(zstandard.decompress(data))     # data: a member {member}*{SUFFIX}",
+            f"    {joined(first, field.dtype)}",
             "",
             f'    datasets.load_dataset("{repo}", "{folder}", streaming=True)     # each member as bytes',
             f"    torchrun launch/train.py --data.sources hf://datasets/{repo}/{folder}",
@@ -69,6 +102,27 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
             *("    " + line for line in produced.splitlines()),  # indented: no text in it can end the block
         ]
     )
+
+
+def _of_base(manifest: Manifest) -> list[str]:
+    if manifest.base is None:
+        return []
+    groups = ", ".join(f"`{name}`" for name in manifest.groups)
+    base = manifest.base.location.replace("`", "")
+    return ["", f"An overlay: it has {groups} of the samples of its base, `{base}`. Naming it names both."]
+
+
+def _counts(manifest: Manifest) -> list[str]:
+    """How many samples have which latent shape, and how many captions, where they are not all alike."""
+    index, lines = manifest.index, []
+    if len(manifest.shapes) > 1:
+        samples = [int(index.samples[index.shape == k].sum()) for k in range(len(manifest.shapes))]
+        shapes = ", ".join(f"{h} x {w}: {n}" for (h, w), n in zip(manifest.shapes, samples, strict=True))
+        lines += [f"Latent shapes h x w: {shapes} samples; a shard has one.", ""]
+    most = int(index.captions.max(initial=0))
+    if most > 1:
+        lines += [f"Up to {most} captions a sample, {int(index.captions.sum(dtype=np.int64))} in all.", ""]
+    return lines
 
 
 def contact_sheet(source: Source) -> bytes | None:

@@ -1,6 +1,7 @@
 """A source on its way to a dataset repo of the Hugging Face Hub, in a folder of its name, with a dataset card."""
 
 import hashlib
+import logging
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
@@ -17,6 +24,8 @@ from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.manifest import Manifest, check_name
 from tinyflux.shards.source import open_source
 from tinyflux.util import files
+
+log = logging.getLogger(__name__)
 
 COMMIT = 100  # new shards a commit
 
@@ -62,12 +71,16 @@ def check_base(repo: "Repo", place: str, manifest: Manifest) -> None:
     """Raises ValueError where the repo lacks the base that an overlay there would look for."""
     if manifest.base is None or "://" in manifest.base.location:
         return
-    path = posixpath.normpath(f"{place}/{manifest.base.location}/manifest.json")
+    path = f"{_path_of_base(place, manifest)}/manifest.json"
     if path not in repo.files or files.sha256(repo.file(path)) != manifest.base.sha256:
         raise ValueError(
             f"{repo.name} has no {path}, or another one than {place} was made for: push the base first, from a folder "
             "of its own name beside the overlay's"
         )
+
+
+def _path_of_base(place: str, manifest: Manifest) -> str:
+    return posixpath.normpath(f"{place}/{manifest.base.location}")
 
 
 def check_hash(path: Path, sha256: str) -> None:
@@ -99,25 +112,27 @@ class Repo:
         folders = [
             path.partition("/")[0] for path in self.files if path.endswith("/manifest.json") and path.count("/") == 1
         ]
-        return {
-            folder: Manifest.from_parts(
-                self.text(f"{folder}/manifest.json").encode(), self.file(f"{folder}/{INDEX}"), f"{self.name}/{folder}"
-            )
-            for folder in folders
-        }
+        found = {}
+        for folder in folders:
+            try:
+                text, where = self.text(f"{folder}/manifest.json").encode(), f"{self.name}/{folder}/manifest.json"
+                found[folder] = Manifest.from_parts(text, self.file(f"{folder}/{INDEX}"), where)
+            except (ValueError, EntryNotFoundError) as error:
+                log.warning("%s is left out of the card: %s", folder, error)
+        return found
 
     def commit(self, message: str, operations: list) -> None:
         if operations:
             self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset")
 
 
-def push(folder: Path, name: str, private: bool, rejected: bool = False) -> Pushed:
+def push(folder: Path, name: str, private: bool, *, rejected: bool = False, license_id: str | None = None) -> Pushed:
     """Push a source or an overlay. Raises ValueError, OSError, which the Hub's errors become, with what to do."""
     with _hub_errors(name):
-        return _push(folder, name, private, rejected)
+        return _push(folder, name, private, rejected, license_id)
 
 
-def _push(folder: Path, name: str, private: bool, rejected: bool) -> Pushed:
+def _push(folder: Path, name: str, private: bool, rejected: bool, license_id: str | None) -> Pushed:
     manifest = Manifest.load(folder)
     source = open_source(folder)
     check_files(folder, manifest)
@@ -147,8 +162,9 @@ def _push(folder: Path, name: str, private: bool, rejected: bool) -> Pushed:
     sheet = contact_sheet(source)
     manifests = repo.manifests() | {place: manifest}
     pictured = {other for other in manifests if f"{other}/{PREVIEW}" in repo.files} - {place}
+    pictured |= {place} if sheet else set()
     small = {
-        "README.md": render(repo.text("README.md"), name, manifests, pictured | ({place} if sheet else set())).encode(),
+        "README.md": render(repo.text("README.md"), name, manifests, pictured, license_id).encode(),
         f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
         f"{place}/{INDEX}": (folder / INDEX).read_bytes(),
     }
@@ -166,6 +182,9 @@ def _push(folder: Path, name: str, private: bool, rejected: bool) -> Pushed:
     repo.commit(f"Add {place}: {manifest.count} samples in {len(manifest.shards)} shards", operations)
     bar.update(sent)
     bar.close()
+    for other, overlay in sorted(manifests.items()):
+        if overlay.base and _path_of_base(other, overlay) == place and overlay.base.sha256 != manifest.sha256:
+            log.warning("%s/%s was made for the old %s, so it cannot be read: push it again", name, other, place)
     return Pushed(len(manifest.shards), len(changed), len(gone), f"hf://datasets/{name}/{place}")
 
 

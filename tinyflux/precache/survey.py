@@ -167,7 +167,7 @@ def rejects(source: Source) -> Counter[str]:
     except FileNotFoundError:
         return Counter()
     except DownloadError as error:
-        if not error.missing:
+        if not error.lacks:
             raise
         return Counter()
     return Counter(json.loads(line)["reason"].partition(":")[0] for line in text.splitlines())

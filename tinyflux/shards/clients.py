@@ -40,6 +40,11 @@ class DownloadError(OSError):
         """Whether the store says that there is no such file."""
         return self.status in (404, 410)
 
+    @property
+    def lacks(self) -> bool:
+        """Whether there is no such file, or a page in its place: the store answered, with something else."""
+        return self.missing or self.__cause__ is None
+
     @classmethod
     def of(cls, error: BaseException, status: int = 0, after: str | None = None) -> "DownloadError":
         """What a library's error means, by its type and its HTTP status. after: the Retry-After header."""

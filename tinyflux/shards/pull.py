@@ -1,19 +1,24 @@
 """A copy of a remote source in a folder: every file checked, the manifest written last."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.discover import tars
 from tinyflux.shards.index import FILE as INDEX
-from tinyflux.shards.manifest import Manifest, parse
+from tinyflux.shards.index import number_of
+from tinyflux.shards.manifest import Manifest, ManifestError, check_name, parse, read_small
 from tinyflux.shards.remote import RemoteStore
-from tinyflux.shards.source import open_source
+from tinyflux.shards.source import base_url, open_source
 from tinyflux.shards.writer import Shard
 from tinyflux.util import files
+from tinyflux.util.urls import redacted
 
 
 def is_whole(path: Path, shard: Shard) -> bool:
@@ -23,27 +28,34 @@ def is_whole(path: Path, shard: Shard) -> bool:
     return files.sha256(path) == shard.sha256
 
 
-def pull(url: str, out: Path) -> tuple[Manifest, int]:
-    """Copy a source. Returns its manifest and how many shards were fetched.
+class Pulled(NamedTuple):
+    """What a pull did. missing: of an overlay whose base is not there, the base's URL and where it is looked for."""
 
-    Raises ValueError where `out` has another source, DownloadError, OSError.
+    manifest: Manifest
+    fetched: int
+    missing: tuple[str, Path] | None
+
+
+def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None = None) -> Pulled:
+    """Copy a source, or an overlay, and with_base what it lies on, to where it names it. revision: as of a `Source`.
+
+    Raises ValueError where `out` has another source or the base cannot be brought, DownloadError, OSError.
     """
     out.mkdir(parents=True, exist_ok=True)
     incoming = out / ".pull"
-    store = RemoteStore(url, NodeCache(incoming, limit=1 << 62))
-    where = f"{url}/manifest.json"
+    store = RemoteStore(url, NodeCache(incoming, limit=1 << 62), revision)
+    where = f"{store.url}/manifest.json"
     entry = parse(store.manifest, where)["index"]
     index = store.fetch(INDEX, entry["bytes"], entry["sha256"])
     manifest = Manifest.from_parts(store.manifest, index, where)
-    old: set[str] = set()
-    if (out / "manifest.json").is_file():
-        there = Manifest.load(out)
-        old = {shard.path for shard in there.shards}
-        if (there.source, there.dataset_id) != (manifest.source, manifest.dataset_id):
-            raise ValueError(
-                f"{out} holds {there.source!r} with dataset id {there.dataset_id}, {url} is {manifest.source!r} with "
-                f"{manifest.dataset_id}: choose another folder"
-            )
+    old, missing = _shards_there(out, store.url, manifest), None
+    if manifest.base is not None and "://" not in manifest.base.location:
+        below, there = base_url(url, manifest.base.location), Path(base_url(str(out), manifest.base.location))
+        if with_base:
+            _check_beside(manifest.base.location, below)
+            pin = store.revision if url.startswith("hf://") else manifest.base.sha256
+            pull(below, there, with_base=True, revision=pin)
+        missing = None if (there / "manifest.json").is_file() else (redacted(below), there)
     fetched = 0
     for shard in tqdm(manifest.shards, manifest.source, unit="shard"):
         if not is_whole(out / shard.path, shard):
@@ -56,11 +68,42 @@ def pull(url: str, out: Path) -> tuple[Manifest, int]:
     try:
         os.replace(store.fetch("rejected.jsonl"), out / "rejected.jsonl")
     except DownloadError as error:
-        if not error.missing:
+        if not error.lacks:
             raise  # a source may lack that file; a store that does not answer is a failure
     files.atomic_write(out / "manifest.json", store.manifest)
     for name in old - {shard.path for shard in manifest.shards}:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(incoming)
-    open_source(out)
-    return manifest, fetched
+    if missing is None:
+        open_source(out)
+    return Pulled(manifest, fetched, missing)
+
+
+def _shards_there(out: Path, url: str, manifest: Manifest) -> set[str]:
+    """The shards of an earlier pull. Raises ValueError where the folder has another source."""
+    if not (out / "manifest.json").is_file():
+        return set()
+    found = parse(read_small(out / "manifest.json"), str(out / "manifest.json"))
+    names = [(at["source"], at["dataset_id"], bool(at["base"])) for at in (found, json.loads(manifest.to_json()))]
+    if names[0] != names[1] or list(found["groups"]) != list(manifest.groups):
+        what = [f"{'overlay on ' if base else ''}{name!r} with dataset id {number}" for name, number, base in names]
+        groups = [", ".join(group for group in groups) for groups in (found["groups"], manifest.groups)]
+        raise ValueError(
+            f"{out} holds {what[0]} ({groups[0]}), {url} is {what[1]} ({groups[1]}): choose another folder"
+        )
+    try:
+        return {shard.path for shard in Manifest.load(out).shards}
+    except (ManifestError, FileNotFoundError):  # a pull was stopped between index and manifest
+        paths = [path for path in tars(out) if number_of(manifest.source, path.name) is not None]
+        return {path.relative_to(out).as_posix() for path in paths}
+
+
+def _check_beside(location: str, url: str) -> None:
+    """Raises ValueError where a base is not named as a folder beside the overlay: nothing else is written to."""
+    head, _, name = location.partition("/")
+    if head != ".." or "/" in name:
+        raise ValueError(
+            f"the base is named as {location!r}, which is not a folder beside the overlay: pull it by itself, "
+            f"python -m sharding.pull {redacted(url)} FOLDER, to where the overlay looks for it"
+        )
+    check_name(name)
