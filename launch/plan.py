@@ -20,7 +20,8 @@ from tinyflux.util.settings import AtLeast
 if TYPE_CHECKING:  # torch takes seconds to import
     from tinyflux.shards.reader import Reader
 
-HEAD = ("rank", "slot", "source", "shape", "shard", "row", "key")
+HEAD = ("rank", "slot", "source", "shape", "shard", "row", "caption", "key", "prompt")
+LONGEST = 60  # characters of a prompt
 
 
 @dataclass
@@ -37,19 +38,33 @@ class Options:
 
 
 def samples(reader: "Reader", step: int, ranks: int) -> Iterator[tuple]:
-    """Rows of HEAD: the samples of a step in slot order. A bad sample, which training would replace, says so."""
-    from tinyflux.shards.format import ShardError
+    """Rows of HEAD: the samples of a step in slot order. A bad sample, which training would replace, says so.
 
-    draws = reader.plan.batch(step)
-    for slot, row in enumerate(reader.locate(draws).tolist()):
-        s, shard, key = int(draws.source[slot]), int(draws.shard[slot]), "-"
-        source, shape = reader.sources[s], "x".join(map(str, reader.plan.shapes[draws.shape[slot]]))
+    caption: which of the sample's, such as 2/3.
+    """
+    import numpy as np
+
+    from tinyflux.shards.format import ShardError
+    from tinyflux.shards.reader import caption_of
+    from tinyflux.util import rng
+
+    draws, sources = reader.plan.batch(step), reader.sources
+    rows = reader.locate(draws).tolist()
+    places = zip(draws.source.tolist(), draws.shard.tolist(), rows, strict=True)
+    counts = np.array([sources[s].captions[int(sources[s].manifest.starts[k]) + row] for s, k, row in places])
+    chosen = caption_of(rng.sample_seeds(reader.config.seed, step, np.arange(len(draws))), counts).tolist()
+    for slot, (row, caption) in enumerate(zip(rows, chosen, strict=True)):
+        s, shard, key, prompt = int(draws.source[slot]), int(draws.shard[slot]), "-", "-"
+        source, shape = sources[s], "x".join(map(str, reader.plan.shapes[draws.shape[slot]]))
         if all(layer.store.cache is None for layer in source.layers):  # no remote shard is fetched for it
             try:
-                key = reader.shards.get(s, shard).key(row)
-            except ShardError as error:
+                file = reader.shards.get(s, shard)
+                key, prompt = file.key(row), file.meta(row)["prompts"][caption]
+            except (ShardError, IndexError) as error:
                 key = f"bad: {error}"
-        yield slot * ranks // len(draws), slot, source.name, shape, source.manifest.shards.name(shard), row, key
+        prompt = prompt if len(prompt) <= LONGEST else f"{prompt[:LONGEST]}..."
+        where = (source.name, shape, source.manifest.shards.name(shard), row)
+        yield slot * ranks // len(draws), slot, *where, f"{caption + 1}/{counts[slot]}", key, prompt
 
 
 def shares(reader: "Reader", step: int) -> Iterator[tuple]:
@@ -57,11 +72,24 @@ def shares(reader: "Reader", step: int) -> Iterator[tuple]:
     plan = reader.plan
     taken = plan.start(step + 1)
     for source, weight, count in zip(plan.sources, plan.weights(step), taken, strict=True):
-        yield source.name, count, f"{count / sum(taken):.4%}", f"{weight:.4%}", f"{count / source.total:.2f}"
+        share, passes = f"{count / sum(taken):.4%}", f"{count / source.total:.2f}"
+        yield source.name, count, share, f"{weight:.4%}", passes
+
+
+def layers(config: DataConfig) -> Iterator[tuple]:
+    """Rows of the third table: where all groups of each source lie, its overlays too."""
+    from tinyflux.shards.cache import NodeCache
+    from tinyflux.shards.source import open_source
+
+    cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
+    for url in config.sources:
+        source = open_source(url, cache=cache)
+        for i, layer in enumerate(source.layers):
+            yield source.name, "overlay" if i else "base", ", ".join(layer.groups), layer.url
 
 
 def show(options: Options) -> None:
-    """Print both tables. Raises as `open_sources`."""
+    """Print the tables. Raises as `open_sources`."""
     from tinyflux.shards.reader import Reader
     from tinyflux.shards.sources import open_sources
 
@@ -73,7 +101,8 @@ def show(options: Options) -> None:
     batch = f"{config.global_batch_size} samples, on each of {ranks} ranks {micro_batches} micro-batches"
     print(f"step {step}, seed {config.seed}: {batch}")
     print(cli.table([HEAD, *samples(reader, step, ranks)]), end="\n\n")
-    print(cli.table([("source", "samples", "share", "requested", "passes"), *shares(reader, step)]))
+    print(cli.table([("source", "samples", "share", "requested", "passes"), *shares(reader, step)]), end="\n\n")
+    print(cli.table([("source", "layer", "groups", "from"), *layers(config)]))
 
 
 def main(argv: list[str]) -> int:

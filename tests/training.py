@@ -135,9 +135,11 @@ def start(run_dir: Path, sources: list[Path], *options: object) -> Forked:
     return Forked([ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)], environment())
 
 
-def start_torchrun(run_dir: Path, sources: list[Path], *options: object, more: Sequence[object] = ()) -> Forked:
-    """Start a training on two ranks under the real torchrun. more: its options. The output is in RUN_DIR.log."""
-    argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
+def start_torchrun(
+    run_dir: Path, sources: list[Path], *options: object, ranks: int = 2, more: Sequence[object] = ()
+) -> Forked:
+    """Start a training on several ranks under the real torchrun. more: its options. The output is in RUN_DIR.log."""
+    argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *more]
     argv += [ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)]
     return Forked(argv, environment(), log=Path(f"{run_dir}.log"))
 

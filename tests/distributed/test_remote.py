@@ -1,21 +1,46 @@
-"""Trainings of several ranks on sources of a Hub: as from the disk, also after a rank died, on fewer ranks later."""
+"""A training of several ranks on sources of a Hub, with everything that a source may have: as from the disk and
+unbroken, also after a rank died, on fewer ranks later."""
 
 import os
 import signal
+from collections import Counter
 
 import pytest
+import torch
+from huggingface_hub import HfFileSystem, constants
 
 from tests.dataset_hub import dataset_hub
 from tests.training import curve, make_source, records, run_ranks, start_torchrun, train, wait_for, workers
+from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.config import DataConfig
+from tinyflux.shards.source import open_source
+from tinyflux.shards.stream import Stream
+from tinyflux.trainer.collate import StreamCollate
+from tinyflux.trainer.config import TrainerConfig
+from tinyflux.util import rng
 
 STEPS = 12
-OPTIONS = ("--data.weights", 0.5, 0.5, "--trainer.lr-scheduler", "constant")
+OPTIONS = ("--data.weights", 0.5, 0.5, "--data.unit", 2, "--data.micro-batch-size", 2, "--trainer.text-dropout", 0.2)
+SHAPES = {"samples": 48, "shapes": ((4, 4), (2, 8), (8, 2))}
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    return [make_source(folder / "a", 1, samples=48), make_source(folder / "b", 2, samples=96)]
+def folders(tmp_path_factory):
+    """Source a of three shapes and up to three captions, on it other captions and on those a teacher, each an overlay;
+    source b of two shapes with masks, on it the teacher."""
+    root = tmp_path_factory.mktemp("sources")
+    groups = ("latents", "text", "sol")
+    a = make_source(root / "a", 1, captions=[1, 3], groups=groups, **SHAPES)
+    text = make_source(root / "a-text", 1, captions=[2, 1, 3], groups=("text",), base=a, **SHAPES)
+    lune = make_source(root / "a-lune", 1, groups=("lune",), base=text, **SHAPES)
+    shapes = {"samples": 96, "shapes": ((4, 4), (8, 2))}
+    b = make_source(root / "b", 2, captions=2, groups=(*groups, "mask"), **shapes)
+    return [a, text, lune, b, make_source(root / "b-lune", 2, groups=("lune",), base=b, **shapes)]
+
+
+@pytest.fixture(scope="module")
+def sources(folders):
+    return [folders[2], folders[4]]
 
 
 @pytest.fixture(scope="module")
@@ -27,54 +52,89 @@ def unbroken(tmp_path_factory, sources):
 
 
 @pytest.fixture
-def urls(sources, tmp_path, monkeypatch):
+def urls(folders, sources, tmp_path, monkeypatch):
+    """The sources on a Hub, for this process and for those that it starts."""
     with dataset_hub() as hub:
         for name, value in {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
-        files = {f"{s.name}/{path.name}": path.read_bytes() for s in sources for path in s.iterdir()}
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        HfFileSystem.clear_instance_cache()
+        files = {f"{s.name}/{path.name}": path.read_bytes() for s in folders for path in s.iterdir()}
         hub.repos["user/repo"] = [files]
         yield [f"hf://datasets/user/repo/{s.name}" for s in sources]
+        HfFileSystem.clear_instance_cache()
 
 
-def test_a_killed_rank_of_a_run_on_the_hub(unbroken, urls, tmp_path):
+def test_four_ranks_then_two_then_one(unbroken, urls, tmp_path):
+    """A rank is killed, the run resumes on two and ends on one: the losses are those of an unbroken run on the disk."""
     run_dir = tmp_path / "run"
-    options = (*OPTIONS, "--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
-    options += ("--data.cache-dir", tmp_path / "cache")
-    process = start_torchrun(run_dir, urls, *options)
-    wait_for(process, run_dir, run_dir / "checkpoints" / "step_4" / "metadata.json")
+    options = (*OPTIONS, "--data.cache-dir", tmp_path / "cache")
+    saving = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
+    process = start_torchrun(run_dir, urls, *options, *saving, ranks=4)
+    wait_for(process, run_dir, run_dir / "checkpoints" / "step_2" / "metadata.json")
     os.kill(workers(process)[1], signal.SIGKILL)
     process.wait(300)
     output = (tmp_path / "run.log").read_text()
     assert process.returncode == 1 and "SIGKILL" in output.upper(), output
 
-    done = train(run_dir, urls, *options, ranks=2)
+    done = train(run_dir, urls, *options, "--trainer.total-steps", 8, ranks=2)
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout
-    resumed = curve(run_dir)
-    assert [record["step"] for record in resumed] == list(range(1, STEPS + 1))
-    for a, b in zip(unbroken, resumed, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), a["step"]
-
-    data = records(run_dir)[-1]["data"]
     first = int(done.stdout.partition("resuming at step ")[2].split()[0])
-    assert {name: source["samples"] for name, source in data["sources"].items()} == {
-        "a": 4 * (STEPS - first),
-        "b": 4 * (STEPS - first),
-    }
-    assert [source["passes"] for source in data["sources"].values()] == [1.0, 0.5]
+    data = records(run_dir)[-1]["data"]
+    assert sum(source["samples"] for source in data["sources"].values()) == 8 * (8 - first)
     assert data["cache_hits"] + data["late_shards"] > 0 and data["bad_samples"] == 0
-    assert "source a:" in done.stdout and "of 0.5000 requested, 1.00 passes in all" in done.stdout
+    assert "source a:" in done.stdout and "of 0.5000 requested" in done.stdout
     assert "0 bad samples" in done.stdout and "shards found in the cache" in done.stdout
 
-
-def test_four_ranks_then_two_then_one(unbroken, sources, tmp_path):
-    for ranks, steps in ((4, 4), (2, 8), (1, STEPS)):
-        options = (*OPTIONS, "--data.micro-batch-size", 2, "--trainer.total-steps", steps)
-        done = train(tmp_path / "run", sources, *options, ranks=ranks)
-        assert done.returncode == 0 and ("resuming" in done.stdout) == (ranks < 4), done.stdout
-    broken = curve(tmp_path / "run")
+    done = train(run_dir, urls, *options, "--trainer.total-steps", STEPS)
+    assert done.returncode == 0 and "resuming at step 8" in done.stdout, done.stdout
+    broken = curve(run_dir)
     assert [record["step"] for record in broken] == list(range(1, STEPS + 1))
     for a, b in zip(unbroken, broken, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4), a["step"]
+        for name in ("loss", "main", "lune", "sol"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (a["step"], name)
+
+
+def drawn(urls, world: int, steps: range, cache: NodeCache | None = None) -> dict:
+    """{(step, slot): (key, its tensors as trained on, with the noise)} of all ranks."""
+    trainer = TrainerConfig(text_dropout=0.2)
+    config = DataConfig([str(u) for u in urls], [0.5, 0.5], global_batch_size=8, micro_batch_size=2, unit=2, seed=7)
+    opened, found = [open_source(url, cache=cache) for url in urls], {}
+    collate = StreamCollate(trainer, [source.null for source in opened], global_batch_size=8, seed=7)
+    for rank in range(world):
+        with Stream(opened, config, rank, world, start_step=steps.start) as stream:
+            for _ in range(len(steps) * stream.accumulation):
+                raw = next(stream)
+                batch = collate(raw)
+                batch["noise"] = rng.normal(batch["sample_seeds"], "noise", batch["latents"].shape[1:])
+                tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+                for i, slot in enumerate(raw["slots"].tolist()):
+                    found[raw["step"], slot] = batch["keys"][i], {name: v[i].clone() for name, v in tensors.items()}
+    return found
+
+
+def test_samples_captions_timesteps_and_noise_are_those_of_the_disk(sources, urls, tmp_path):
+    whole = drawn(sources, 1, range(STEPS))
+    cache = NodeCache(tmp_path / "cache", limit=1 << 30)
+    parts = {}
+    for world, steps in ((4, range(4)), (2, range(4, 8)), (1, range(8, STEPS))):
+        parts |= drawn(urls, world, steps, cache)
+    assert parts.keys() == whole.keys() and len(whole) == 8 * STEPS
+    shapes, captions, masked = Counter(), Counter(), 0
+    for place, (key, tensors) in whole.items():
+        other, values = parts[place]
+        assert key == other and tensors.keys() == values.keys(), place
+        for name, value in tensors.items():
+            assert torch.equal(value.nan_to_num(9), values[name].nan_to_num(9)), (place, name)
+        shapes[tuple(tensors["latents"].shape[1:])] += 1
+        captions[key, tuple(tensors["clip_pooled"].flatten()[:2].tolist())] += 1
+        masked += bool(tensors["masks"].isfinite().all())
+    assert set(shapes) == set(SHAPES["shapes"]) and 30 < masked < 66
+    assert len(captions) > len({key for key, _ in captions}), "samples were seen with several of their captions"
 
 
 FAILING = """

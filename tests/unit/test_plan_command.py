@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from launch.plan import main
 from tests.make_source import make_source
@@ -15,8 +16,11 @@ STEP = 5
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planned")
-    b = make_source(folder / "b", (6, 6), "b", dataset_id=2, shapes=((4, 4), (2, 8)))
-    urls = [str(make_source(folder / "a", (5, 3, 4), "a")), str(b)]
+    shapes = ((4, 4), (2, 8))
+    b = make_source(folder / "b", (6, 6), "b", dataset_id=2, shapes=shapes, captions=2)
+    options = {"captions": [3, 1], "groups": ("text",), "base": b}
+    more = make_source(folder / "b-text", (6, 6), dataset_id=2, shapes=shapes, **options)
+    urls = [str(make_source(folder / "a", (5, 3, 4), "a")), str(more)]
     options = {"global_batch_size": 8, "micro_batch_size": 2, "unit": 2, "seed": 3, "val_fraction": 0.2}
     text = f"[data]\nsources = {urls}\nweights = [0.75, 0.25]\n"
     text += "\n".join(f"{key} = {value}" for key, value in options.items())
@@ -28,7 +32,7 @@ def config(tmp_path_factory):
 def test_it_names_what_a_stream_yields(config, capsys, ranks):
     file, data = config
     assert main(["--config", str(file), "--step", str(STEP), "--ranks", str(ranks)]) == 0
-    samples, shares = capsys.readouterr().out.split("\n\n")
+    samples, shares, layers = capsys.readouterr().out.split("\n\n")
     said = [line.split() for line in samples.splitlines()[2:]]
     expected, sources = [], open_sources(data)
     for rank in range(ranks):
@@ -41,9 +45,19 @@ def test_it_names_what_a_stream_yields(config, capsys, ranks):
                     row = position - source.manifest.starts[shard]
                     shape = "x".join(map(str, batch["latents"].shape[2:]))
                     where = (source.name, shape, source.manifest.shards[shard].name, row)
-                    expected.append([str(x) for x in (rank, int(batch["slots"][i]), *where, key)])
+                    file, count = source.open(shard), int(source.captions[position])
+                    texts = [file.decode(row, caption=n)["t5_embeds"] for n in range(count)]
+                    caption = next(n for n in range(count) if torch.equal(texts[n], batch["t5_embeds"][i]))
+                    prompt = file.meta(row)["prompts"][caption].split()
+                    which = f"{caption + 1}/{count}"
+                    expected.append([*map(str, (rank, int(batch["slots"][i]), *where, which, key)), *prompt])
     assert said == expected
     rows = [line.split() for line in shares.splitlines()[1:]]
+    assert [line.split()[:3] for line in layers.splitlines()[1:]] == [
+        ["a", "base", "latents,"],
+        ["b", "base", "latents,"],
+        ["b", "overlay", "text"],
+    ]
     assert [row[:4] for row in rows] == [["a", "35", "72.9167%", "75.0000%"], ["b", "13", "27.0833%", "25.0000%"]]
 
 
