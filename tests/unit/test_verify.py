@@ -203,7 +203,7 @@ LAYERED = {
     "its base's is cut": (lambda r: os.truncate(r / "a/a-000002.tar", 9000), "a-mask", 1, "a/a-000002.*base:", False),
     "its base's is gone": (lambda r: (r / "a/a-000002.tar").unlink(), "a-mask", 1, "a/a-000002.*base: No su", False),
     "the middle's is gone": (lambda r: (r / "a-lune/a-000002.tar").unlink(), "a-mask", 1, "e/a-0.*: No such", False),
-    "base moved": (lambda r: (r / "a").rename(r / "b"), "a-lune", 2, "base.location .* '../a'.*: there is no", False),
+    "base moved": (lambda r: (r / "a").rename(r / "b"), "a-lune", 2, "there is no folder .*base.location", False),
     "base changed": (lambda r: rebased(r, sha256="0" * 64), "a-lune", 2, "is not as it was when the overlay", False),
     "base itself": (lambda r: rebased(r, location="."), "a-lune", 2, "its overlays have no base", False),
     "base of other images": (of_other_images, "a-lune", 1, "other origin hashes for it than the base's", True),

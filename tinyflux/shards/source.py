@@ -150,8 +150,15 @@ def open_layers(
     Arguments and errors are those of `open_source`; above: the overlays that have led to `url`.
     """
     if url in above or len(above) >= MOST_LAYERS:
-        raise ValueError(redacted(f"source {above[0]}: its overlays have no base: {' -> '.join([*above, url])}"))
-    store, manifest = _open(url, dataset_id, cache, revision)
+        what = "have no base" if url in above else f"are more than {MOST_LAYERS} on each other"
+        raise ValueError(redacted(f"source {above[0]}: its overlays {what}: {' -> '.join([*above, url])}"))
+    try:
+        store, manifest = _open(url, dataset_id, cache, revision)
+    except (ValueError, FileNotFoundError) as error:
+        if not above:
+            raise
+        where = "base.location in its manifest.json says where it is looked for"
+        raise type(error)(f"base of the overlay {redacted(above[-1])}: {error} ({where})") from error
     shown = redacted(url)
     top = Layer(shown, store, manifest, manifest.groups)
     if manifest.base is None:
@@ -159,11 +166,7 @@ def open_layers(
     below = base_url(url, manifest.base.location)
     same_repo = url.startswith("hf://") and repo_of(below) == repo_of(url)
     pin = (store.revision if same_repo else None) if below.startswith("hf://") else manifest.base.sha256
-    try:
-        layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
-    except (ValueError, FileNotFoundError) as error:
-        where = f" (base.location in its manifest.json is {redacted(manifest.base.location)!r})"
-        raise type(error)(f"base of the overlay {shown}{where}: {error}") from error
+    layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
     found = layers[-1].manifest.sha256
     if found != manifest.base.sha256:
         raise ValueError(
