@@ -1,22 +1,20 @@
 """Remote files of a source: tars, kept while they are worked on, and single images."""
 
-import hashlib
-import http.client
-import shutil
 import time
-import urllib.error
-import urllib.request
+from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 
 from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import SourceError
-from tinyflux.util.files import cache_folder, locked, replaced
+from tinyflux.shards import remote
+from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.clients import DownloadError, HttpClient
+from tinyflux.util.files import cache_folder
 
-TRIES = 4
-TIMEOUT = 60  # seconds without a byte
-DEADLINE = 300  # seconds for an image in all: a server may send a byte a minute
+OUTAGE = 20.0  # seconds without a byte, and those of all tries of an image
+DEADLINE = 300.0  # seconds for an image in all: a server may send a byte a minute
 IMAGE_LIMIT = 1 << 28  # bytes of an image at a URL
-_FAULTS = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
 
 
 def is_url(name: str) -> bool:
@@ -29,78 +27,45 @@ def read_url(url: str, most: int | None = None) -> bytes:
 
     most: bytes of its beginning that are enough. Raises Rejected.
     """
-    for attempt in range(TRIES):
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as stream:
-                length = stream.headers.get("Content-Length")
-                data = _read(stream, most or IMAGE_LIMIT + 1)
-        except _FAULTS as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
-                raise Rejected(f"cannot be fetched: {error}") from error
-            if attempt == TRIES - 1:
-                raise Rejected(f"cannot be fetched: {error}, {TRIES} times") from error
-        else:
-            if most is None and len(data) > IMAGE_LIMIT:
-                raise Rejected(f"unreadable file: more than {IMAGE_LIMIT} bytes")
-            if length is None or len(data) == min(int(length), most or IMAGE_LIMIT):
-                return data
-        time.sleep(0.2 * 2**attempt)
-    raise Rejected(f"cannot be fetched: ends before its {length} bytes, {TRIES} times")
+    patience, end = remote.Patience(url, OUTAGE), time.monotonic() + DEADLINE
 
+    def read() -> bytes:
+        folder, name = remote.split(url)
+        data = bytearray()
+        with closing(HttpClient(folder).read(name, 0, None, OUTAGE)) as chunks:
+            for chunk in chunks:
+                data += chunk.data
+                if time.monotonic() > end:
+                    raise DownloadError(f"only {len(data)} bytes came in {DEADLINE:g} s")
+                if most is not None and len(data) >= most:
+                    break
+                if len(data) > IMAGE_LIMIT:
+                    raise Rejected(f"unreadable file: more than {IMAGE_LIMIT} bytes")
+        return bytes(data[:most])
 
-def _read(stream, most: int) -> bytes:
-    """At most that many bytes. Raises Rejected where they take too long."""
-    end, data = time.monotonic() + DEADLINE, bytearray()
-    while len(data) < most and (some := stream.read1(min(1 << 16, most - len(data)))):
-        data += some
-        if time.monotonic() > end:
-            raise Rejected(f"cannot be fetched: {len(data)} bytes in {DEADLINE} s")
-    return bytes(data)
-
-
-def _open(url: str):
-    """(binary stream, its length if the server says it)."""
-    if is_url(url):
-        stream = urllib.request.urlopen(url, timeout=TIMEOUT)
-        return stream, stream.headers.get("Content-Length")
-    import fsspec
-
-    return fsspec.open(url, "rb").open(), None
-
-
-def _place(url: str) -> Path:
-    name = url.rpartition("/")[2].partition("?")[0]
-    return cache_folder() / "sources" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    try:
+        return patience.of(read)
+    except (DownloadError, ValueError) as error:
+        raise Rejected(f"cannot be fetched: {error}") from error
 
 
 def download(url: str) -> Path:
-    """A local copy of a file at http(s)://, hf://, s3:// or whatever fsspec opens. Raises SourceError.
+    """A local copy of a file at http(s)://, hf://, s3:// or gs://. Raises SourceError.
 
     Processes that want the same file wait for one of them.
     """
-    path = _place(url)
-    if path.is_file():
-        return path
-    with locked(path.with_name(path.name + ".lock"), what=f"the download of {url}"):
-        if path.is_file():
-            return path
-        try:
-            with replaced(path, path.with_name(path.name + ".part")) as part:
-                stream, length = _open(url)
-                with stream, open(part, "wb") as file:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-                if length is not None and part.stat().st_size != int(length):
-                    size = part.stat().st_size
-                    raise SourceError(f"{url}: the download ended at {size} of {length} bytes; run again")
-        except SourceError:
-            raise
-        except ImportError as error:
-            raise SourceError(f"{url}: {error}") from error
-        except _FAULTS as error:
-            raise SourceError(f"{url}: cannot be downloaded: {error}") from error
-    return path
+    try:
+        return remote.download(url, _cache(cache_folder()))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{url}: cannot be downloaded: {error}") from error
 
 
 def forget(url: str) -> None:
     """Remove the local copy of a file."""
-    _place(url).unlink(missing_ok=True)
+    cache = _cache(cache_folder())
+    cache.drop(remote.copy_of(url, cache))
+
+
+@lru_cache
+def _cache(root: Path) -> NodeCache:
+    return NodeCache(root / "sources", limit=1 << 62)
