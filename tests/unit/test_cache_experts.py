@@ -92,6 +92,17 @@ def test_saved_it_is_a_source(cache, tmp_path, capsys):
         cache.save(tmp_path / "other")
 
 
+def test_what_it_builds_is_repaired_with_its_fingerprint(zoo, tmp_path):
+    made = build_cache(zoo, IMAGES[:3], PROMPTS[:3], checkpoint_dir=tmp_path / "made")
+    saved = made.save(tmp_path / "saved")
+    before = (saved / "manifest.json").read_bytes()
+    for name in ("made/manifest.json", "made/index.safetensors", "saved/index.safetensors"):
+        (tmp_path / name).unlink()
+    for folder in (tmp_path / "made", saved):
+        assert verify.main([str(folder), "--repair", "--deep"]) == 0
+        assert (folder / "manifest.json").read_bytes() == before
+
+
 def test_shapes_captions_and_overlays(tmp_path):
     """Each sample has its own shape; a base with its overlays is saved as one source."""
     shapes, counts = ((4, 4), (2, 8), (8, 2)), [3, 2, 1]

@@ -228,6 +228,24 @@ def test_it_resumes_where_it_was_stopped(mine, capsys):
     assert content(mine / "new") == whole
 
 
+def test_it_is_repaired(mine, capsys):
+    """A lost manifest is rebuilt by the build's notes, a damaged shard is set aside and made again: the same bytes."""
+    assert redo(mine, "new", "bare", "--only", "lune") == 0
+    whole, shard = content(mine / "new"), Manifest.load(mine / "new").shards[0].name
+    for name in ("manifest.json", "index.safetensors"):
+        (mine / "new" / name).unlink()
+    assert verify.main([str(mine / "new"), "--repair", "--deep"]) == 0
+    assert content(mine / "new") == whole
+    data = bytearray((mine / "new" / shard).read_bytes())
+    data[700] ^= 1
+    (mine / "new" / shard).write_bytes(data)
+    assert verify.main([str(mine / "new"), "--repair", "--deep"]) == 1
+    assert "1 shards are set aside" in capsys.readouterr().out and not (mine / "new" / shard).exists()
+    assert redo(mine, "new", "bare", "--only", "lune") == 0
+    shutil.rmtree(mine / "new" / "bad")
+    assert content(mine / "new") == whole
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
