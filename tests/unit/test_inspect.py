@@ -141,7 +141,7 @@ def test_what_is_refused(tmp_path, capsys, built):
     assert "there is no folder" in capsys.readouterr().err
     for args, message in (
         (["--decode"], "--decode needs --html"),
-        (["--shown", "0"], "--shown must be at least 1"),
+        (["--shown", "0"], "--shown is 0: it must be at least 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             inspect.main([str(built), *args])

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tinyflux.model.teachers import lune_features, sol_statistics
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.shards.schema import Group
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.pixels import to_pixels
@@ -245,8 +244,3 @@ def producers(
         if extractor.is_teacher:
             found[name] |= {"teacher_input": teacher_input, "seed": seed}
     return found
-
-
-def whole(groups: dict[str, Group]) -> dict:
-    """The fingerprint of a source: what its groups follow from, together."""
-    return {name: value for group in groups.values() for name, value in group.producer.items()}

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tinyflux.shards.clients import DownloadError
 from tinyflux.shards.format import SUFFIX, ShardError
+from tinyflux.shards.manifest import diff_fingerprints
 from tinyflux.shards.source import Source
+from tinyflux.util.pixels import to_uint8
 
 VALUES = 4096  # of each field of a sample that go into the histogram
 
@@ -171,3 +173,21 @@ def rejects(source: Source) -> Counter[str]:
             raise
         return Counter()
     return Counter(json.loads(line)["reason"].partition(":")[0] for line in text.splitlines())
+
+
+def decode(report: Report, zoo_name: str) -> None:
+    """Give the shown samples their reconstructions. Raises ValueError where the VAE is not the source's."""
+    from tinyflux.model.zoo import ModelZoo
+    from tinyflux.precache.images import preview
+
+    zoo = ModelZoo(zoo=zoo_name)
+    zoo.load_vae()
+    known = [
+        {k: v for k, v in vae.items() if k != "dtype"}
+        for vae in (report.source.groups["latents"].producer.get("vae", {}), zoo.fingerprint()["vae"])
+    ]
+    if differences := diff_fingerprints(*known):
+        raise ValueError(f"--zoo {zoo_name} is not what the source was built with: vae.{'; vae.'.join(differences)}")
+    for sample in report.shown:
+        pixels = zoo.decode_latents(sample.tensors["latents"].float()[None])[0]  # [3, H, W]
+        sample.decoded = preview(to_uint8(pixels).permute(1, 2, 0).numpy())

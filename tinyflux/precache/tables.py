@@ -11,6 +11,7 @@ from tinyflux.shards.format import SUFFIX
 from tinyflux.shards.manifest import diff_fingerprints
 from tinyflux.shards.schema import Group
 from tinyflux.shards.source import Source, base_url
+from tinyflux.util import cli
 
 
 def tables(report: Report) -> dict[str, list[tuple]]:
@@ -25,6 +26,17 @@ def tables(report: Report) -> dict[str, list[tuple]]:
         "Prompts": prompts(report),
     }
     return {title: rows for title, rows in found.items() if len(rows) > 1}
+
+
+def text(report: Report) -> str:
+    """The whole report for a terminal."""
+    parts = ["\n".join(summary(report)), *(cli.table(rows, right=True) for rows in tables(report).values())]
+    parts.append("\n".join(["fingerprint", *(f"  {line}" for line in fingerprint(report.source.groups))]))
+    if report.rejected:
+        parts.append("\n".join(["rejected", *(f"  {n}  {reason}" for reason, n in report.rejected.most_common())]))
+    if report.faults:
+        parts.append("\n".join(["faults", *(f"  {fault}" for fault in report.faults)]))
+    return "\n\n".join(parts)
 
 
 def summary(report: Report) -> list[str]:
