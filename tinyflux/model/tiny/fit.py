@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from tinyflux.model.tiny import shapes
 from tinyflux.model.tiny.descent import Descent
-from tinyflux.model.tiny.pictures import HELD_OUT, PHOTOGRAPHS, photo_pictures, shape_pictures, to_pixels
+from tinyflux.model.tiny.pictures import HELD_OUT, PHOTOGRAPHS, captioned, photo_pictures, shape_pictures, to_pixels
 
 SEEN = tuple(name for name in PHOTOGRAPHS if name not in HELD_OUT)
 
@@ -46,8 +45,8 @@ def picture_loss(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_captioned(sd_vae: AutoencoderKL, clip: nn.Module, tokenizer, n: int = 3000) -> tuple[Tensor, Tensor]:
-    """Latents [N, 4, 8, 8] and CLIP states [N, 77, D] of captioned shapes and photo crops, and of some captionless."""
-    images, captions = map(list, zip(*(shapes.render(i, seed=2) for i in range(n)), strict=True))
+    """Latents [N, 4, 8, 8] and CLIP states [N, 77, D] of captioned pictures and photo crops, some without."""
+    images, captions = captioned(n, seed=2)
     for name in SEEN:
         images += photo_pictures(n // len(SEEN) // 4, 2, (name,))
         captions += [PHOTOGRAPHS[name]] * (len(images) - len(captions))

@@ -36,13 +36,10 @@ class Prompt(NamedTuple):
 
 def prompts() -> Iterator[Prompt]:
     """Every prompt that the demo's two sources have captions of."""
-    for first in COLOURS:
-        for second in COLOURS:
-            if first != second:
-                for shape in shapes.SHAPES:
-                    yield Prompt(shapes.caption(first, shape, second), shape, first, second)
-                for kind in patterns.KINDS:
-                    yield Prompt(patterns.caption(kind, first, second), kind, first, second)
+    for first, shape, second in shapes.combinations():
+        yield Prompt(shapes.caption(first, shape, second), shape, first, second)
+    for kind, first, second in patterns.combinations():
+        yield Prompt(patterns.caption(kind, first, second), kind, first, second)
 
 
 def judge(image: np.ndarray, prompt: Prompt) -> Verdict:

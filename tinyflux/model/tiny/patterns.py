@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tinyflux.model.tiny.shapes import COLOURS
+from tinyflux.util import rng
 
 SIZE = 64
 KINDS = ("vertical stripes", "horizontal stripes", "a checkerboard")
@@ -29,12 +30,22 @@ def draw(kind: str, first: str, second: str) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def combinations() -> list[tuple[str, str, str]]:
+    """Every (kind, first, second) whose colours differ."""
+    return [(kind, a, b) for a in COLOURS for b in COLOURS if a != b for kind in KINDS]
+
+
+def render(index: int) -> tuple[Image.Image, str]:
+    """Picture and caption number `index` of a series that goes through all combinations, shuffled, again and again."""
+    every = combinations()
+    scene = every[rng.permutation(len(every), "patterns")[index % len(every)]]
+    return draw(*scene), caption(*scene)
+
+
 def write_folder(folder: Path, count: int) -> None:
     """An image folder: name.png beside name.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    names, rng = list(COLOURS), np.random.default_rng(0)
     for i in range(count):
-        kind = KINDS[i % len(KINDS)]
-        first, second = (names[k] for k in rng.choice(len(names), 2, replace=False))
-        draw(kind, first, second).save(folder / f"{i:04d}.png")
-        (folder / f"{i:04d}.txt").write_text(f"{caption(kind, first, second)}\n")
+        image, text = render(i)
+        image.save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(f"{text}\n")

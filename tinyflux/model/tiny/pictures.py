@@ -1,11 +1,11 @@
-"""What the tiny zoo learns from: shapes in any colours, and crops of the photographs that scikit-image ships."""
+"""What the tiny zoo learns from: shapes in any colours, patterns, and crops of scikit-image's photographs."""
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyflux.model.tiny import shapes
+from tinyflux.model.tiny import patterns, shapes
 from tinyflux.util.pixels import to_pixels as bytes_to_pixels
 
 PHOTOGRAPHS = {
@@ -57,6 +57,13 @@ def shape_pictures(n: int, seed: int, size: int = 64) -> list[Image.Image]:
             pixels = cover * draws.uniform(0, 255, 3) + (1 - cover) * pixels
         images.append(Image.fromarray(np.uint8(pixels)))
     return images
+
+
+def captioned(n: int, seed: int) -> tuple[list[Image.Image], list[str]]:
+    """Pictures and their captions: two thirds of them shapes, the rest patterns."""
+    series = [shapes.render(i, seed) for i in range(n - n // 3)] + [patterns.render(i) for i in range(n // 3)]
+    images, captions = map(list, zip(*series, strict=True))
+    return images, captions
 
 
 def photo_pictures(n: int, seed: int, names: tuple[str, ...] = tuple(PHOTOGRAPHS), size: int = 64) -> list[Image.Image]:

@@ -1,11 +1,11 @@
 """The tiny zoo's tokenizers and text encoders.
 
-Both encoders learn to paint: from the pooled CLIP vector, and from every single T5 state, a small head must give a
-thumbnail of the captioned picture. So each token knows which colour is the shape's and which is the background's,
-which a network that gives its text tokens no positions cannot find out by itself.
+Both encoders learn what is to be painted: from the pooled CLIP vector, and from every single T5 state, small heads must
+name the form and the first and the second colour of the captioned picture. So each token knows which colour is the
+shape's and which is the background's, or which one the stripes begin with: a network that gives its text tokens no
+positions cannot find that out by itself.
 """
 
-import itertools
 import json
 import math
 import random
@@ -17,12 +17,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 
-from tinyflux.model.tiny import shapes
+from tinyflux.model.tiny import patterns, shapes
 from tinyflux.model.tiny.descent import Descent
+from tinyflux.model.tiny.judge import Prompt, prompts
 from tinyflux.model.tiny.pictures import PHOTOGRAPHS
 
-VOCABULARY = 1000
+VOCABULARY = 880
 T5_LENGTH = 32
+FORMS = (*shapes.SHAPES, *patterns.KINDS)
 TENSORS = {"truncation": True, "return_tensors": "pt"}
 WORDS = """
 a an the and of in on at with without under over behind beside between near from to by for is are into through against
@@ -31,6 +33,7 @@ photo photograph picture portrait painting drawing sketch illustration closeup v
 texture pattern style shot detail high low quality black and white colour colourful monochrome vintage modern old new
 red green blue yellow purple orange pink brown grey gray gold golden silver dark light bright pale deep soft sharp
 circle square triangle star ring line dot stripe cross heart shape round flat long short tall wide narrow
+stripes vertical horizontal checkerboard
 small big large little tiny huge great empty full open closed wet dry cold warm hot clean dirty broken young beautiful
 man woman person people girl boy child children baby face eye eyes hair hand head body smile smiling astronaut
 cat dog horse bird fish cow sheep bear elephant tiger lion rabbit mouse insect butterfly bee fur feather tail paw
@@ -46,14 +49,7 @@ standing sitting walking running flying looking holding wearing playing sleeping
 
 
 def _corpus() -> list[str]:
-    captions = [shapes.caption(*scene) for scene in _scenes()]
-    return [*captions, *PHOTOGRAPHS.values(), *WORDS * 20]
-
-
-def _scenes() -> list[tuple[str, str, str]]:
-    """Every (colour, shape, background)."""
-    pairs = itertools.permutations(shapes.COLOURS, 2)
-    return [(colour, shape, background) for (colour, background), shape in itertools.product(pairs, shapes.SHAPES)]
+    return [*(prompt.text for prompt in prompts()), *PHOTOGRAPHS.values(), *WORDS * 20]
 
 
 def train_t5_tokenizer() -> PreTrainedTokenizerFast:
@@ -107,19 +103,18 @@ def fit_text(t5: T5EncoderModel, t5_tokenizer, clip: CLIPTextModel, clip_tokeniz
     """Trains both encoders in place."""
     torch.manual_seed(seed)
     draws = random.Random(seed)
-    scenes = _scenes()
-    names = (list(shapes.COLOURS), list(shapes.SHAPES), list(shapes.COLOURS))
-    labels = torch.tensor([[known.index(word) for known, word in zip(names, scene, strict=True)] for scene in scenes])
+    scenes, colours = list(prompts()), list(shapes.COLOURS)
+    labels = torch.tensor([[colours.index(s.first), FORMS.index(s.form), colours.index(s.second)] for s in scenes])
     t5_heads, clip_heads = (_heads(model.config) for model in (t5, clip))
     descent = Descent(nn.ModuleList([t5, clip, t5_heads, clip_heads]), steps, lr=0, adam_lr=3e-3)
     for step in range(steps):
         rows = [draws.randrange(len(scenes)) for _ in range(48)]
-        prompts = [_phrase(scenes[row], draws) for row in rows]
-        prompts += [_prose(draws) for _ in range(16)]
+        texts = [_phrase(scenes[row], draws) for row in rows]
+        texts += [_prose(draws) for _ in range(16)]
         target = labels[rows]
         padding = "longest" if step % 4 else "max_length"  # mostly the former: it is three times as fast
-        t5_loss = _t5_loss(t5, t5_heads, t5_tokenizer(prompts, padding=padding, **TENSORS), target)
-        clip_loss = _clip_loss(clip, clip_heads, clip_tokenizer(prompts, padding="longest", **TENSORS), target)
+        t5_loss = _t5_loss(t5, t5_heads, t5_tokenizer(texts, padding=padding, **TENSORS), target)
+        clip_loss = _clip_loss(clip, clip_heads, clip_tokenizer(texts, padding="longest", **TENSORS), target)
         descent.step(t5_loss + clip_loss)
         if step % 100 == 0 or step == steps - 1:
             print(f"text {step}: t5 {t5_loss.item():.4f} clip {clip_loss.item():.4f}", flush=True)
@@ -127,12 +122,12 @@ def fit_text(t5: T5EncoderModel, t5_tokenizer, clip: CLIPTextModel, clip_tokeniz
 
 def _heads(config) -> nn.ModuleDict:
     width = config.hidden_size
-    scene = nn.ModuleList(nn.Linear(width, len(known)) for known in (shapes.COLOURS, shapes.SHAPES, shapes.COLOURS))
+    scene = nn.ModuleList(nn.Linear(width, len(known)) for known in (shapes.COLOURS, FORMS, shapes.COLOURS))
     return nn.ModuleDict({"scene": scene, "words": nn.Linear(width, config.vocab_size)})
 
 
 def _scene_loss(heads: nn.ModuleDict, states: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of colour, shape and background alike: painting the scene instead would all but lose its shape.
+    """Cross-entropy of first colour, form and second colour alike: painting the scene would all but lose its form.
 
     states [B, ..., D], target int64 [B, 3].
     """
@@ -160,13 +155,17 @@ def _clip_loss(clip: CLIPTextModel, heads: nn.ModuleDict, tokens, target: Tensor
     )
 
 
-def _phrase(scene: tuple[str, str, str], draws: random.Random) -> str:
-    """The scene in words: mostly as the shapes are captioned, else rephrased."""
-    colour, shape, background = scene
-    return draws.choice([
-        *[shapes.caption(*scene)] * 4, f"{colour} {shape} on {background}", f"A {colour} {shape} over {background}.",
-        f"{colour} {shape}, {background} background", f"a {background} background with a {colour} {shape}",
-    ])  # fmt: skip
+def _phrase(scene: Prompt, draws: random.Random) -> str:
+    """The scene in words: mostly as it is captioned, else rephrased."""
+    form, first, second = scene.form.removeprefix("a "), scene.first, scene.second
+    if scene.form in patterns.KINDS:
+        others = [f"{first} and {second} {form}", f"A {form} of {first} and {second}.", f"{form}, {first} and {second}"]
+    else:
+        others = [
+            f"{first} {form} on {second}", f"A {first} {form} over {second}.", f"{first} {form}, {second} background",
+            f"a {second} background with a {first} {form}",
+        ]  # fmt: skip
+    return draws.choice([*[scene.text] * 4, *others])
 
 
 def _prose(draws: random.Random) -> str:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
 
-from tinyflux.model.tiny import shapes
 from tinyflux.model.tiny.descent import Descent
 from tinyflux.model.tiny.fit import SEEN
-from tinyflux.model.tiny.pictures import PHOTOGRAPHS, photo_pictures, to_pixels
+from tinyflux.model.tiny.pictures import PHOTOGRAPHS, captioned, photo_pictures, to_pixels
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own normalisation
 DIM = 64  # of the space that pictures and captions share
@@ -25,27 +24,28 @@ def build_clip_model(text: CLIPTextModel) -> CLIPModel:
         projection_dim=DIM,
     )  # fmt: skip
     texts = text.config.to_dict()
-    config = CLIPConfig(text_config=texts, vision_config=vision.to_dict(), projection_dim=DIM, logit_scale_init_value=3)
+    parts = {"text_config": texts, "vision_config": vision.to_dict()}
+    config = CLIPConfig(**parts, projection_dim=DIM, logit_scale_init_value=3.0)  # a float: it is a parameter
     clip = CLIPModel(config)
     clip.text_model.load_state_dict(text.state_dict())
     return clip
 
 
-def captioned(n: int, seed: int = 4) -> tuple[Tensor, list[str]]:
-    """Pictures [N, 3, 64, 64] in [-1, 1] and their captions: shapes, and a tenth as many photo crops."""
-    images, captions = map(list, zip(*(shapes.render(i, seed=seed) for i in range(n)), strict=True))
+def training_set(n: int, seed: int = 4) -> tuple[Tensor, list[str]]:
+    """Pictures [N, 3, 64, 64] in [-1, 1] and their captions: shapes and patterns, and a tenth as many photo crops."""
+    images, captions = captioned(n, seed)
     for name in SEEN:
         images += photo_pictures(n // len(SEEN) // 10, seed, (name,))
         captions += [PHOTOGRAPHS[name]] * (len(images) - len(captions))
     return to_pixels(images), captions
 
 
-def fit_vision(clip: CLIPModel, tokenizer, steps: int, batch_size: int = 96, n: int = 4000, seed: int = 0) -> None:
+def fit_vision(clip: CLIPModel, tokenizer, steps: int, batch_size: int = 96, n: int = 5000, seed: int = 0) -> None:
     """Trains the vision tower and the projections in place."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     clip.text_model.requires_grad_(False)
-    pixels, captions = captioned(n)
+    pixels, captions = training_set(n)
     names = sorted(set(captions))
     labels = torch.tensor([names.index(caption) for caption in captions])
     tokens = tokenizer(names, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -75,9 +75,8 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def _disturbed(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures moved by up to four pixels, half of them flipped, with a little noise of their own strength."""
+    """Pictures moved by up to four pixels, with a little noise of their own strength."""
     y, x = (4 + torch.randint(-4, 5, (2,), generator=generator)).tolist()
     pixels = F.pad(pixels, (4, 4, 4, 4), mode="replicate")[..., y : y + 64, x : x + 64]
-    pixels = torch.where(torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5, pixels, pixels.flip(-1))
     strength = 0.15 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
     return (pixels + strength * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
