@@ -94,6 +94,8 @@ def make(out: Path, parts: tuple[str, ...] = PARTS, effort: float = 1.0) -> None
         for model, tokenizer, name in ((t5, t5_tokenizer, "t5"), (clip, clip_tokenizer, "clip")):
             save(model, out / name)
             tokenizer.save_pretrained(out / name)
+            written = out / name / "tokenizer.json"
+            written.write_text(json.dumps(json.loads(written.read_text()), ensure_ascii=False, separators=(",", ":")))
     if "vision" in parts:  # into the folder of the text tower: a whole CLIP, as the published one is
         tokenizer = AutoTokenizer.from_pretrained(out / "clip")
         whole = vision.build_clip_model(CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float32))
