@@ -74,7 +74,8 @@ def score(run_dir: Path, out: Path) -> dict[str, float]:
     folder = out / "pictures"
     folder.mkdir()
     run(sys.executable, LAUNCH / "sample.py", "--checkpoint", run_dir, "--prompt-file", out / "prompts.txt",
-        "--no-grid", "--out", folder / "of.png", "--steps", "20", "--batch-size", "64", "--seed", "1")  # fmt: skip
+        "--no-grid", "--out", folder / "of.png", "--batch-size", "64", "--seed", "1", "--solver", "ab2",
+        "--steps", "14")  # fmt: skip
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for k, prompt in enumerate(prompts):
         verdict = judge.judge(np.asarray(Image.open(folder / f"of-{k}.png")), prompt)
@@ -91,7 +92,7 @@ def score(run_dir: Path, out: Path) -> dict[str, float]:
     return {name: right / n for name, (n, _, right) in counts.items()}
 
 
-def main(out: Path = Path("demo"), shapes: int = 1600, images: int = 168) -> int:
+def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int:
     """Build two sources, train on both, interrupt and resume, sample, judge, and say where everything is.
 
     Args:
