@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.index import Index, shard_file
-from tinyflux.shards.schema import DTYPES, SCHEMA, SPATIAL, Field, Group
+from tinyflux.shards.schema import LARGEST, SCHEMA, Field, Group, check_group
 from tinyflux.shards.writer import Shard
 from tinyflux.util import files
 
@@ -36,10 +35,8 @@ _KEYS = (
     ("null", (dict, type(None))),
     ("base", (dict, type(None))),
 )
-_LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is not believed
 _LONGEST = 1 << 24  # bytes of a manifest
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
-_FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -375,7 +372,10 @@ def _check(m: Manifest) -> None:
     if type(m.dataset_id) is not int or m.dataset_id < 0:
         raise ManifestError(f"dataset_id is {m.dataset_id!r:.80}, must be an integer from 0")
     for name, group in m.groups.items():
-        _check_group(name, group)
+        try:
+            check_group(name, group)
+        except ValueError as error:
+            raise ManifestError(str(error)) from error
     required = [name for name, entry in SCHEMA.items() if not entry.optional]
     if m.base is None and (absent := [name for name in required if name not in m.groups]):
         raise ManifestError(f"groups lacks {', '.join(absent)}")
@@ -389,8 +389,8 @@ def _check(m: Manifest) -> None:
         if len(shape) != 2 or any(type(n) is not int or not 1 <= n < 1 << 16 for n in shape):
             raise ManifestError(f"shapes has {list(shape)!r:.80}, must be [h, w], positive integers")
         for name, group in m.groups.items():
-            if sum(field.at(shape).nbytes for field in group.fields.values()) > _LARGEST:
-                raise ManifestError(f"groups.{name}: a sample of it has more than {_LARGEST} bytes")
+            if sum(field.at(shape).nbytes for field in group.fields.values()) > LARGEST:
+                raise ManifestError(f"groups.{name}: a sample of it has more than {LARGEST} bytes")
     if len(set(shapes)) != len(shapes):
         raise ManifestError("shapes has one twice")
     if len(m.index.shape) and int(m.index.shape.max()) >= len(shapes):
@@ -399,44 +399,6 @@ def _check(m: Manifest) -> None:
         check_name(name)
     if m.index.names is not None and m.subfolders:
         raise ManifestError("subfolders need shards that are named by their numbers")
-
-
-def _check_group(group: str, entry: Group) -> None:
-    where, known = f"groups.{group}", SCHEMA.get(group)
-    if not _FIELD_NAME.fullmatch(group) or not entry.fields:
-        raise ManifestError(f"{where}: must have a plain name and at least one field")
-    for name, f in entry.fields.items():
-        if not _FIELD_NAME.fullmatch(name) or name == "origin":
-            raise ManifestError(f"{where}.fields.{name:.80}: is not a name for a field (letters, digits, '_')")
-        if type(f.dtype) is not str or f.dtype not in DTYPES:
-            raise ManifestError(f"{where}.fields.{name}.dtype is {f.dtype!r:.80}, must be one of {', '.join(DTYPES)}")
-        good = [n in SPATIAL if type(n) is str else type(n) is int and 1 <= n <= _LARGEST for n in f.shape]
-        if not f.shape or len(f.shape) > 8 or not all(good):
-            raise ManifestError(f"{where}.fields.{name}.shape is {list(f.shape)!r:.80}, must be positive integers")
-        if entry.timesteps is not None and f.shape[0] != len(entry.timesteps):
-            shape, K = list(f.shape), len(entry.timesteps)
-            raise ManifestError(f"{where}.fields.{name}.shape is {shape}, there are {K} timesteps")
-    if (grid := entry.timesteps) is not None:
-        numbers = all(type(t) is float and math.isfinite(t) for t in grid)
-        if len(grid) < 2 or not numbers or list(grid) != sorted(set(grid)):
-            raise ManifestError(f"{where}.timesteps is {list(grid)!r:.200}, must be two or more rising numbers")
-    if known is None:
-        return
-    if set(entry.fields) != set(known.fields):
-        raise ManifestError(f"{where}.fields has {', '.join(entry.fields)}, must have {', '.join(known.fields)}")
-    if entry.repeated != known.repeated or (entry.timesteps is not None) != known.on_grid:
-        raise ManifestError(
-            f"{where}: must {'' if known.repeated else 'not '}be repeated and must "
-            f"{'' if known.on_grid else 'not '}have timesteps"
-        )
-    for name, axes in known.fields.items():
-        shape = entry.fields[name].shape
-        fits = len(shape) == len(axes) and all(
-            n == axis if axis in SPATIAL or type(axis) is int else type(n) is int
-            for n, axis in zip(shape, axes, strict=True)
-        )
-        if not fits:
-            raise ManifestError(f"{where}.fields.{name}.shape is {list(shape)}, must have the axes {list(axes)}")
 
 
 def diff_fingerprints(a: dict, b: dict) -> list[str]:

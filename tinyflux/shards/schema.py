@@ -4,16 +4,19 @@ A group is one member of a sample in its tar, written by one producer. A new gro
 says which groups its source has, with their real sizes, and may hold groups that this table does not know.
 """
 
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is not believed
 SPATIAL = ("h", "w")  # sizes that follow the latents: they differ from shard to shard
+_FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Field:
     @cached_property
     def count(self) -> int:
         """Elements; without "h" and "w" alone."""
-        return prod(self.shape)
+        return math.prod(self.shape)
 
     @cached_property
     def nbytes(self) -> int:
@@ -165,6 +168,45 @@ def check_names(names: Iterable[str]) -> None:
     for group in {GROUP_OF[name] for name in names}:
         if missing := [name for name in SCHEMA[group].fields if name not in names]:
             raise ValueError(f"{', '.join(missing)} missing from group {group!r}")
+
+
+def check_group(group: str, entry: Group) -> None:
+    """Raises ValueError where a group of a manifest cannot be, or is not that of the schema."""
+    where, known = f"groups.{group}", SCHEMA.get(group)
+    if not _FIELD_NAME.fullmatch(group) or not entry.fields:
+        raise ValueError(f"{where}: must have a plain name and at least one field")
+    for name, f in entry.fields.items():
+        if not _FIELD_NAME.fullmatch(name) or name == "origin":
+            raise ValueError(f"{where}.fields.{name:.80}: is not a name for a field (letters, digits, '_')")
+        if type(f.dtype) is not str or f.dtype not in DTYPES:
+            raise ValueError(f"{where}.fields.{name}.dtype is {f.dtype!r:.80}, must be one of {', '.join(DTYPES)}")
+        good = [n in SPATIAL if type(n) is str else type(n) is int and 1 <= n <= LARGEST for n in f.shape]
+        if not f.shape or len(f.shape) > 8 or not all(good):
+            raise ValueError(f"{where}.fields.{name}.shape is {list(f.shape)!r:.80}, must be positive integers")
+        if entry.timesteps is not None and f.shape[0] != len(entry.timesteps):
+            shape, K = list(f.shape), len(entry.timesteps)
+            raise ValueError(f"{where}.fields.{name}.shape is {shape}, there are {K} timesteps")
+    if (grid := entry.timesteps) is not None:
+        numbers = all(type(t) is float and math.isfinite(t) for t in grid)
+        if len(grid) < 2 or not numbers or list(grid) != sorted(set(grid)):
+            raise ValueError(f"{where}.timesteps is {list(grid)!r:.200}, must be two or more rising numbers")
+    if known is None:
+        return
+    if set(entry.fields) != set(known.fields):
+        raise ValueError(f"{where}.fields has {', '.join(entry.fields)}, must have {', '.join(known.fields)}")
+    if entry.repeated != known.repeated or (entry.timesteps is not None) != known.on_grid:
+        raise ValueError(
+            f"{where}: must {'' if known.repeated else 'not '}be repeated and must "
+            f"{'' if known.on_grid else 'not '}have timesteps"
+        )
+    for name, axes in known.fields.items():
+        shape = entry.fields[name].shape
+        fits = len(shape) == len(axes) and all(
+            n == axis if axis in SPATIAL or type(axis) is int else type(n) is int
+            for n, axis in zip(shape, axes, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{where}.fields.{name}.shape is {list(shape)}, must have the axes {list(axes)}")
 
 
 def _axes(name: str) -> tuple[int | str, ...]:
