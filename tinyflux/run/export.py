@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,33 +69,35 @@ class Exporter:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
-        self.stopped = False
+        self.stopped, self.starting = False, threading.Lock()
 
     def __call__(self, folder: Path, *, save_pt: bool = False) -> None:
         """Raises RuntimeError with the process's last words where it fails."""
-        if self.stopped:
-            return
         private = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HF_TOKEN")
         env = {key: value for key, value in os.environ.items() if key not in private}
         command = [sys.executable, "-m", "tinyflux.run.export", str(folder), "--beside"]
-        self.process = subprocess.Popen(
-            [*command, *(["--save-pt"] if save_pt else [])],
-            env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # a Ctrl-C is for the training
-        )
+        with self.starting:
+            if self.stopped:
+                return
+            self.process = subprocess.Popen(
+                [*command, *(["--save-pt"] if save_pt else [])],
+                env=env | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # a Ctrl-C is for the training
+            )
         _, said = self.process.communicate()
         if self.process.returncode and not self.stopped:
             raise RuntimeError((said.strip() or f"status {self.process.returncode}").splitlines()[-1])
 
     def stop(self) -> None:
         """End the process that runs, if any: what it has not finished is not there."""
-        self.stopped = True
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        with self.starting:
+            self.stopped = True
+            if self.process is not None and self.process.poll() is None:
+                self.process.terminate()
 
 
 @dataclass
