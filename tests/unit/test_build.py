@@ -21,11 +21,10 @@ from PIL import Image
 from sharding import build
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.precache.engine import check_tensors
-from tinyflux.precache.extract import whole
 from tinyflux.precache.images import Rejected
 from tinyflux.shards.format import parse_key
 from tinyflux.shards.manifest import Manifest
-from tinyflux.shards.schema import fields_of, flat
+from tinyflux.shards.schema import Group, fields_of, flat
 from tinyflux.shards.source import open_source
 
 PHOTOS = {
@@ -67,6 +66,11 @@ def run(folder: Path, *args: object, source="photos", zoo="tiny") -> int:
     """The command in this process; returns its exit status. Output goes to folder/out unless args say otherwise."""
     words = ["--source", source, "--sources", folder / "sources.toml", "--out", folder / "out", "--zoo", zoo]
     return build.main([str(word) for word in (*words, "--threads", 1, "--batch-size", 4, "--device", "cpu", *args)])
+
+
+def whole(groups: dict[str, Group]) -> dict:
+    """What the groups of a source were made with, together."""
+    return {name: value for group in groups.values() for name, value in group.producer.items()}
 
 
 def samples(out: Path) -> dict[int, dict]:

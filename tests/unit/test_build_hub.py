@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from sharding import build
 from tests.hub import serve
+from tests.unit.test_build import whole
 from tinyflux.model import zoo as zoo_module
 from tinyflux.model.zoo import TINY_DIR
-from tinyflux.precache.extract import whole
 from tinyflux.shards.manifest import Manifest
 
 
