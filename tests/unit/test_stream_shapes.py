@@ -7,6 +7,7 @@ import torch
 
 from tests.make_source import make_source, make_tensors
 from tinyflux.shards.format import parse_key
+from tinyflux.shards.sources import usual_shape
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 
 WIDE, TALL, SQUARE = (2, 8), (8, 2), (4, 4)
@@ -85,6 +86,10 @@ def test_ranks_and_seeking_do_not_matter(folders):
             for name, value in sample.items():
                 same = whole[key][name]
                 assert value == same if isinstance(value, str) else torch.equal(value, same), (key, name)
+
+
+def test_previews_have_the_shape_that_most_samples_have(folders):
+    assert usual_shape(open_sources(DataConfig(folders))) == SQUARE
 
 
 def test_weights_change_at_their_step(folders):

@@ -1,5 +1,7 @@
 """The sources of a run: opened, and checked to go together."""
 
+from collections import Counter
+
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.manifest import OWN, diff_producers
@@ -83,3 +85,13 @@ def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
             f"sources {first.url} and {source.url} were not made the same way: {'; '.join(differing)}. "
             f"Put {source.name!r} into data.allow_different to use them together"
         )
+
+
+def usual_shape(sources: list[Source]) -> tuple[int, int]:
+    """The latent shape (h, w) that most samples have; the squarest of those that are as frequent."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for source in sources:
+        index = source.manifest.index
+        for k, shape in enumerate(source.shapes):
+            counts[shape] += int(index.samples[index.shape == k].sum())
+    return max(counts, key=lambda shape: (counts[shape], min(shape) / max(shape)))

@@ -13,6 +13,7 @@ from tinyflux.run.checkpoint import starting_weights
 from tinyflux.run.identity import agree, software
 from tinyflux.run.sources import data_identity, open_run_sources
 from tinyflux.shards.schema import EXTRAS
+from tinyflux.shards.sources import usual_shape
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.collate import HeldOut, StreamCollate
@@ -58,7 +59,8 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
     groups = (*(term.group for term in terms.enabled(c) if term.group), *EXTRAS)
     sources = open_run_sources(config.data, groups, checkpoints)
-    shapes = {name: f.at(source.shapes[0]).shape for source in sources for name, f in source.fields.items()}
+    usual = usual_shape(sources)  # what previews are drawn in
+    shapes = {name: f.at(usual).shape for source in sources for name, f in source.fields.items()}
     weights = None
     if c.lora_rank and not c.init_from:
         raise ValueError(f"trainer.lora_rank is {c.lora_rank}: give trainer.init_from, the weights that are adapted")
