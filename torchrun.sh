@@ -86,4 +86,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # seconds between SIGTERM and SIGKILL, which torchrun takes for 30: a step and a save have to fit
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 echo "torchrun.sh: torchrun ${args[*]} $*" >&2
-exec python "$(dirname "$0")/launch/torchrun.py" "${args[@]}" "$@"
+launcher=$(dirname "$0")/launch/torchrun.py # of a clone; an installed package has this script in its folder launch
+[[ -f "$launcher" ]] || launcher=$(dirname "$0")/torchrun.py
+exec python "$launcher" "${args[@]}" "$@"

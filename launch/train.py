@@ -1,8 +1,8 @@
 """Train TinyFlux on precached shards.
 
-    torchrun --nproc_per_node 8 launch/train.py --config deep-8gpu --run-dir runs/mine \\
+    ./torchrun.sh launch/train.py --config deep-8gpu --run-dir runs/mine \\
         --data.sources data/portraits data/imagenet --data.weights 0.7 0.3
-    ./torchrun.sh launch/train.py --config FILE.toml --run-dir DIR       (arguments of torchrun from the SLURM job)
+    torchrun --nproc_per_node 8 launch/train.py --config FILE.toml --run-dir DIR      (torch's own)
     python launch/train.py --config FILE.toml --run-dir DIR              (one device)
     ... --dry-run                                                        (sizes, memory, data speed; starts nothing)
 

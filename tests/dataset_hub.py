@@ -68,6 +68,11 @@ def yaml_faults(card: str) -> list[str]:
         "size_categories": lambda values: set(values) <= sizes | {"n<1K", "n>1T"},
         "task_categories": lambda values: all(re.fullmatch("[a-z0-9-]+", value) for value in values),
         "tags": lambda values: all(isinstance(value, str) for value in values),
+        "pipeline_tag": lambda value: value == "text-to-image",
+        "library_name": lambda value: re.fullmatch(r"[\w.-]+", value),
+        "base_model": lambda values: all(re.fullmatch(r"[\w.-]+/[\w.-]+", value) for value in values),
+        "datasets": lambda values: all(re.fullmatch(r"[\w.-]+/[\w.-]+", value) for value in values),
+        "widget": lambda values: all(value["text"] and not value["output"]["url"].startswith("/") for value in values),
         "configs": lambda values: all(set(value) == {"config_name", "data_files"} for value in values),
     }
     return [f"{key}: {data[key]!r} is not valid" for key, rule in rules.items() if key in data and not rule(data[key])]
@@ -166,8 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         data, path = self.body(), unquote(self.path.partition("?")[0])
         if path == "/api/validate-yaml":
-            errors = yaml_faults(json.loads(data)["content"])
-            return self.send(400, "; ".join(errors).encode()) if errors else self.json({"errors": [], "warnings": []})
+            errors = [{"message": fault} for fault in yaml_faults(json.loads(data)["content"])]
+            return self.send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
         if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             if found := self.find(match[1], match[2]):
                 self.paths_info(data, found[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataset_hub import TOKEN, dataset_hub
+from tests.dataset_hub import TOKEN, dataset_hub, yaml_faults
 from tests.forked import Forked
 from tests.training import ROOT, curve, environment, make_source, options_of_run
 from tinyflux.run.upload import render
@@ -53,6 +53,7 @@ def test_uploaded_while_training_and_loaded_from_there(sources, tmp_path):
         assert json.loads(files[f"{PLACE}/training_config.json"])["trainer"]["hf_repo_id"] == REPO
         assert not any(TOKEN.encode() in data for data in files.values())
         card = files["README.md"].decode()
+        assert "license: mit" in card and "pipeline_tag: text-to-image" in card and not yaml_faults(card)
         assert card.count("## mine") == 1 and "| steps | 8 of 8 |" in card and f'"{REPO}:{PLACE}"' in card
         assert not list((tmp_path / "run" / "checkpoints" / ".upload").iterdir())
 
@@ -89,6 +90,7 @@ def test_a_card_keeps_what_others_wrote():
     again = render(both, REPO, "one", ["step_9.safetensors"], training)
     assert "My words." in again and "license: mit" in again and "pw" not in again and "key=s" not in again
     assert again.count("## one") == again.count("## two") == 1
+    assert not yaml_faults(again)
     assert "9 of 9" in again and again.index("## one") < again.index("## two")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -395,12 +395,17 @@ def test_variants_and_devices(saved, pipe, tmp_path):
             TinyFluxPipeline.from_pretrained(saved, device_map=device_map)
 
 
-def test_a_card_that_the_hub_takes(model, tmp_path):
+def test_a_card_that_the_hub_takes(model, tmp_path, monkeypatch):
     facts = {"base_model": "user/base", "datasets": "user/portraits, user/more", "license": "apache-2.0"}
     made = TinyFluxPipeline.of(model, ModelZoo(zoo="tiny"), guidance=2.0, **facts)
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(tmp_path / "pipe", prompts=["a red ring"])
     card = ModelCard.load(tmp_path / "pipe" / "README.md", ignore_metadata_errors=False)
+    with dataset_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        card.validate()
+        with pytest.raises(ValueError, match="license: 'Mine!' is not valid"):
+            ModelCard(card.content.replace("apache-2.0", "Mine!")).validate()
     data = card.data.to_dict()
     widget = [{"text": "a red ring", "output": {"url": "images/0.png"}}]
     expected = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "widget": widget, "license": "apache-2.0"}
@@ -438,6 +443,9 @@ pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
 image = pipe("a red ring", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
 image.save(sys.argv[2])
+code = sys.argv[1] + "/pipeline.py"
+named = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=code, trust_remote_code=True)
+assert type(named).__name__ == "TinyFluxPipeline" and type(named).__module__.startswith("diffusers_modules")
 """
 
 
@@ -492,6 +500,7 @@ def test_hub(saved, tmp_path):
         )  # fmt: skip
         assert process.returncode == 0, process.stderr[-3000:]
         files = hub.files("user/pipe")
+        assert b'from_pretrained("user/pipe")' in files["README.md"]
         assert files[f"transformer/{WEIGHTS}"] == (saved / "transformer" / WEIGHTS).read_bytes()
         assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".md", ""}
         assert {path for _, path in hub.served} >= {"model_index.json", "tokenizer/tokenizer.json"}

@@ -20,6 +20,7 @@ from tinyflux.precache.config import BuildConfig
 from tinyflux.precache.sources import load_sources
 from tinyflux.run import export, report
 from tinyflux.shards.config import DataConfig
+from tinyflux.trainer.app import AppOptions
 from tinyflux.trainer.config import RunConfig, TrainerConfig, load_config
 from tinyflux.trainer.drawing import SampleOptions
 from tinyflux.trainer.evaluate import EvaluateOptions
@@ -35,6 +36,7 @@ OPTIONS = {
     "sharding.pull": pull.PullConfig,
     "launch/sample.py": SampleOptions,
     "launch/evaluate.py": EvaluateOptions,
+    "launch/app.py": AppOptions,
     "tinyflux.run.export": export.Options,
     "tinyflux.run.report": report.Options,
 }

@@ -63,8 +63,9 @@ def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys, caplog):
     text = picture.text["parameters"]
     assert str(run_dir.parent) not in text
     assert json.loads(text) == {
-        "prompts": ["a red ring", "a green star"], "checkpoint": "mine", "weights": "step_5_ema.safetensors",
-        "zoo": "tiny", "negative_prompt": "blue", "seed": 4, "height": 32, "width": 48, "steps": 2, "guidance": 3.0,
+        "prompts": ["a red ring", "a green star"], "picture": 0, "checkpoint": "mine",
+        "weights": "step_5_ema.safetensors", "zoo": "tiny",
+        "negative_prompt": "blue", "seed": 4, "height": 32, "width": 48, "steps": 2, "guidance": 3.0,
         "shift": 2.0,
         "solver": "heun", "guidance_interval": [0.2, 0.9], "guidance_rescale": 0.7,
     }  # fmt: skip
@@ -78,6 +79,10 @@ def test_one_file_each_with_the_pixels_of_the_sampler(run_dir, tmp_path):
         picture = Image.open(tmp_path / f"a-{k}.png")
         assert np.array_equal(np.asarray(picture), expected)
         assert json.loads(picture.text["parameters"])["prompts"] == [prompts[k]]
+    again = ["--prompt", prompts[1], "--first", 1, "--out", tmp_path / "again.png", "--seed", 9, "--no-ema"]
+    assert call(run_dir, *again) == 0
+    drawn_again = np.asarray(Image.open(tmp_path / "again.png")).astype(int)
+    assert abs(drawn_again - expected).max() <= 1  # of 255: sums of another batch size
 
 
 def test_doubts_and_a_prompt_that_is_cut(run_dir, tmp_path, caplog):

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
+from tinyflux.util.cards import completed, origins, written
 from tinyflux.util.files import replaced
 from tinyflux.util.log import say
 from tinyflux.util.urls import public
@@ -60,14 +61,15 @@ def section(repo: str, run: str, names: list[str], training: dict) -> str:
 def render(old: str, repo: str, run: str, names: list[str], training: dict) -> str:
     """The text of the repo's README.md: `old` with the section of this run brought up to date, the rest as it is."""
     card = ModelCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
-    data = {"pipeline_tag": "text-to-image"} | card.data.to_dict()
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "tinyflux", "rectified-flow"]))
+    facts = {"license": training.get("trainer", {}).get("hf_license", "mit"), "library_name": "tinyflux-deep"}
+    defaults = {**facts, "pipeline_tag": "text-to-image", **origins(training)}
+    data = completed(card.data.to_dict(), defaults, ["tinyflux", "rectified-flow", "text-to-image"])
     new = section(repo, run, names, training)
     begin, end = new.splitlines()[0], new.splitlines()[-1]
     before, found, rest = card.text.partition(begin)
     after = rest.partition(end)[2] if found else ""
     text = f"{before.strip()}\n\n{new}\n\n{after.strip()}".strip()
-    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}\n"
+    return written(ModelCardData(**data), text)
 
 
 class Uploader:

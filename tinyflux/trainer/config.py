@@ -146,6 +146,8 @@ class TrainerConfig:
     """Model repo of the Hugging Face Hub, USER/NAME, that weights are uploaded to while training continues."""
     hf_run_name: Annotated[str | None, Match(r"\w[\w.-]*", "a plain name, of letters, digits, _, . and -")] = None
     """Folder in its checkpoint_runs/. Default: the run folder's name."""
+    hf_license: str = "mit"
+    """License of the weights, by its name on the Hub; said in the model card."""
     upload_every_steps: Annotated[int, AtLeast(0)] = 0
     """Steps between uploads; 0 uploads none by step."""
     upload_every_epochs: Annotated[int, AtLeast(0)] = 1

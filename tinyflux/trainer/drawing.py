@@ -25,11 +25,15 @@ log = logging.getLogger(__name__)
 class Artist:
     """A checkpoint and its zoo, ready to draw.
 
-    model, the network; zoo, its encoders and decoder; recipe, what the run said; weights, the name of the file.
+    model, the network; zoo, its encoders and decoder; recipe, what the run said; checkpoint, weights and zoo_name, the
+    names of the run, of its file and of the zoo.
     """
 
-    def __init__(self, checkpoint: str, model: "TinyFluxDeep", zoo: "ModelZoo", recipe: Recipe, weights: str):
-        self.checkpoint, self.model, self.zoo, self.recipe, self.weights = checkpoint, model, zoo, recipe, weights
+    def __init__(
+        self, checkpoint: str, model: "TinyFluxDeep", zoo: "ModelZoo", recipe: Recipe, weights: str, zoo_name: str
+    ):
+        self.checkpoint, self.model, self.zoo, self.recipe = checkpoint, model, zoo, recipe
+        self.weights, self.zoo_name = weights, zoo_name
 
     @classmethod
     def load(
@@ -51,7 +55,17 @@ class Artist:
         # names, no paths: a picture is passed on, and where its weights lay is nobody's business
         local = Path(checkpoint)
         name = local.resolve().name if local.exists() else checkpoint
-        return cls(name, model, ModelZoo(device, zoo=zoo or recipe.zoo), recipe, locate(checkpoint, ema)[0].name)
+        weights, zoo = locate(checkpoint, ema)[0].name, zoo or recipe.zoo
+        return cls(name, model, ModelZoo(device, zoo=zoo), recipe, weights, Path(zoo).name)
+
+    def other(self, checkpoint: str, ema: bool) -> "Artist":
+        """Other weights, drawn with as these are, by the same zoo. Errors as of `load_model`."""
+        from tinyflux.model.loader import load_model, locate
+
+        device = next(self.model.parameters()).device
+        model = load_model(checkpoint, device=device, use_ema=ema)
+        weights = locate(checkpoint, ema)[0].name
+        return Artist(self.checkpoint, model, self.zoo, self.recipe, weights, self.zoo_name)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -85,6 +99,20 @@ class Artist:
             guidance=self.recipe.guidance if guidance is None else guidance,
             **settings,
         )
+
+    def parameters(self, sampler: "Sampler", **more) -> dict:
+        """What a picture of that sampler keeps in its file; more: its prompt, seed and the like."""
+        _, h, w = sampler.latent_shape
+        factor = self.zoo.image_size // self.zoo.latent_shape[1]
+        return {
+            "checkpoint": self.checkpoint,
+            "weights": self.weights,
+            "zoo": self.zoo_name,
+            **more,
+            "height": h * factor,
+            "width": w * factor,
+            **{name: value for name, value in asdict(sampler.settings).items() if value is not None},
+        }
 
     def doubts(self, prompts: Sequence[str], height: int, width: int) -> list[str]:
         """What the network never saw in its training, a sentence each: this size, words of these prompts."""
@@ -128,6 +156,8 @@ class SampleOptions:
     """Flux shift of the timesteps. Default: that of the run's training_config.json; 3 where there is none."""
     seed: int = 0
     """Picture k has noise keyed by (seed, k)."""
+    first: int = 0
+    """Number of the first picture: with the `picture` of a PNG's parameters, that one is drawn again."""
     height: int | None = None
     """Height of a picture, in pixels. Default: what the run was mostly trained on, else what the zoo is made for."""
     width: int | None = None
@@ -151,6 +181,8 @@ class SampleOptions:
             self.prompt = [*self.prompt, *(line.strip() for line in lines if line.strip())]
         if not self.prompt:
             raise ValueError("no prompts: give --prompt or --prompt-file")
+        if self.first < 0:
+            raise ValueError(f"--first is {self.first}: it must be at least 0")
         for name in ("batch_size", "columns"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -183,22 +215,20 @@ def sample(options: SampleOptions) -> list[Path]:
         log.warning(doubt)
     if options.compile:
         artist.model.compile()
-    parameters = {
-        "checkpoint": artist.checkpoint,
-        "weights": artist.weights,
+    parameters = artist.parameters(
+        sampler,
+        negative_prompt=options.negative_prompt,
+        seed=options.seed,
         **({"lora": options.lora.resolve().name, "lora_scale": options.lora_scale} if options.lora else {}),
-        "zoo": Path(options.zoo or artist.recipe.zoo).name,
-        "negative_prompt": options.negative_prompt,
-        "seed": options.seed,
-        "height": height,
-        "width": width,
-        **{name: value for name, value in asdict(sampler.settings).items() if value is not None},
-    }
-    images = sampler(artist.model, options.prompt, negative=options.negative_prompt, seed=options.seed)
+    )
+    images = sampler(
+        artist.model, options.prompt, negative=options.negative_prompt, seed=options.seed, first=options.first
+    )
     if options.grid:
-        return [save_samples(images, options.out, options.columns, {"prompts": options.prompt, **parameters})]
+        every = {"prompts": options.prompt, "picture": options.first, **parameters}
+        return [save_samples(images, options.out, options.columns, every)]
     paths = []
-    for k, (prompt, image) in enumerate(zip(options.prompt, images, strict=True)):
+    for k, (prompt, image) in enumerate(zip(options.prompt, images, strict=True), options.first):
         path = options.out.with_name(f"{options.out.stem}-{k}.png")
         paths.append(save_samples(image[None], path, parameters={"prompts": [prompt], "picture": k, **parameters}))
     return paths

@@ -10,23 +10,20 @@ one that was saved with `code=True` also has this code beside it, for `Diffusion
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from huggingface_hub import HfApi, snapshot_download
-from PIL import Image
+from diffusers.image_processor import PipelineImageInput
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from tinyflux.model.loader import check_place, load_model, save_published
-from tinyflux.model.locate import REPO
-from tinyflux.model.lora import Lora, linear_layers, read_lora
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.trainer.adapters import Adapters
 from tinyflux.trainer.pipeline_card import write_card
 from tinyflux.trainer.pipeline_files import (
     COMPONENTS,
@@ -37,10 +34,17 @@ from tinyflux.trainer.pipeline_files import (
     read_index,
     weights_name,
 )
-from tinyflux.trainer.sampling import Prompts, Sampler, Settings, initial_noise
-from tinyflux.util.pixels import to_uint8
-
-OUTPUTS = ("pil", "np", "pt", "latent")
+from tinyflux.trainer.pipeline_inputs import (
+    OUTPUTS,
+    as_asked,
+    device_of,
+    encode_pictures,
+    encode_texts,
+    given_times,
+    last_part,
+    starting_noise,
+)
+from tinyflux.trainer.sampling import Sampler, Settings
 
 
 class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
@@ -121,8 +125,7 @@ class TinyFluxPipeline(DiffusionPipeline):
             datasets=datasets,
         )
         self._interrupt = False
-        self._loras: dict[str, tuple[Lora, float]] = {}  # by name, with their scales
-        self._plain: dict[str, Tensor] = {}  # weights as they were before the adapters
+        self._adapters = Adapters()
 
     @classmethod
     def of(cls, model: TinyFluxDeep, zoo: ModelZoo, shift: float = 3.0, **config) -> "TinyFluxPipeline":
@@ -233,7 +236,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         if code:
             self._write_code(folder)
         pictures = {prompt: self(prompt, generator=torch.Generator().manual_seed(0)).images[0] for prompt in prompts}
-        write_card(folder, dict(self.config), pictures, code)
+        write_card(folder, dict(self.config), pictures, code, repo_id or "user/repo")
         if push_to_hub:
             repo_id = repo_id or folder.name
             api = HfApi(token=token)
@@ -275,35 +278,15 @@ class TinyFluxPipeline(DiffusionPipeline):
 
         Errors: FileNotFoundError; ValueError where it is not a plain LoRA of this network.
         """
-        path = Path(source)
-        if not path.exists() and REPO.fullmatch(str(source)):
-            path = Path(snapshot_download(str(source), allow_patterns=["adapter_config.json", "*.safetensors"]))
-        lora = read_lora(path, self.transformer)
-        self._draw_with(self._loras | {adapter_name: (lora, scale)})
+        self._adapters.load(self.transformer, source, adapter_name, scale)
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
         """The scales of these adapters, 1 unless given; 0 for those that are not named. ValueError for unknown ones."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = adapter_weights if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
-        scales = {name: 1.0 if scale is None else scale for name, scale in zip(names, given, strict=True)}
-        if unknown := [name for name in names if name not in self._loras]:
-            raise ValueError(f"no adapter {', '.join(unknown)}; loaded are {', '.join(self._loras) or 'none'}")
-        self._draw_with({name: (lora, scales.get(name, 0.0)) for name, (lora, _) in self._loras.items()})
+        self._adapters.scale(self.transformer, adapter_names, adapter_weights)
 
     def unload_lora_weights(self) -> None:
         """Draw without adapters again, with exactly the weights from before."""
-        self._draw_with({})
-
-    @torch.no_grad()
-    def _draw_with(self, loras: dict[str, tuple[Lora, float]]) -> None:
-        layers = linear_layers(self.transformer)
-        for path, weight in self._plain.items():
-            layers[path].weight.copy_(weight)
-        self._plain = {path: layers[path].weight.cpu().clone() for lora, _ in loras.values() for path in lora.pairs
-                       if path in layers}  # fmt: skip
-        for lora, scale in loras.values():
-            lora.add_to(self.transformer, scale)
-        self._loras = loras
+        self._adapters.unload(self.transformer)
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture at a time, for less memory."""
@@ -336,14 +319,15 @@ class TinyFluxPipeline(DiffusionPipeline):
         """T5 states [B, L, D] of the prompts and of the negative prompts, CLIP vectors [B, D] of both, as a call takes
         them: prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds. Those that are
         given are used as they are. ValueError."""
-        prompts = self._encode(
+        prompts = encode_texts(
+            self.zoo,
             prompt,
             negative_prompt,
             num_images_per_prompt,
             (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds),
         )
         tensors = (prompts.t5, prompts.null_t5, prompts.clip, prompts.null_clip)
-        return tuple(x.expand(len(prompts), *x.shape[1:]).to(_device(self.transformer)) for x in tensors)
+        return tuple(x.expand(len(prompts), *x.shape[1:]).to(device_of(self.transformer)) for x in tensors)
 
     @torch.no_grad()
     def __call__(
@@ -391,7 +375,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         solver, guidance_interval, guidance_rescale: see `Settings`. ValueError for bad input.
         """
         given = (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
-        prompts = self._encode(prompt, negative_prompt, num_images_per_prompt, given)
+        prompts = encode_texts(self.zoo, prompt, negative_prompt, num_images_per_prompt, given)
         B = len(prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -406,17 +390,17 @@ class TinyFluxPipeline(DiffusionPipeline):
             solver=solver,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
-            timesteps=_times(timesteps, sigmas),
+            timesteps=given_times(timesteps, sigmas),
         )
-        device, size = _device(self.transformer), self.config.image_size
+        device, size = device_of(self.transformer), self.config.image_size
         if image is None:
             shape = self.zoo.latent_shape_of(height or size, width or size)
-            start = self._noise(B, shape, generator, latents, device)
+            start = starting_noise(B, shape, generator, latents, device)
         else:
-            data = self._encode_image(image, height, width, B, num_images_per_prompt, device)
-            settings = _last_part(settings, strength)
+            data = encode_pictures(self.vae, image, height, width, B, num_images_per_prompt).to(device)
+            settings = last_part(settings, strength)
             t = settings.timesteps[0]
-            start = (1 - t) * self._noise(B, tuple(data.shape[1:]), generator, latents, device) + t * data
+            start = (1 - t) * starting_noise(B, tuple(data.shape[1:]), generator, latents, device) + t * data
         steps = len(settings.schedule()) - 1
         sampler = Sampler(self.zoo, batch_size=batch_size, latent_shape=tuple(start.shape[1:]), **vars(settings))
         self._interrupt = False
@@ -430,99 +414,11 @@ class TinyFluxPipeline(DiffusionPipeline):
                 return None if self._interrupt else x
 
             x = sampler.latents(self.transformer, prompts, device=device, noise=start, on_step=on_step)
-        images = x if output_type == "latent" else _as(self._decode(x, batch_size), output_type)
+        images = x if output_type == "latent" else as_asked(self._decode(x, batch_size), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _encode(self, prompt, negative, times: int, given: tuple[Tensor | None, ...]) -> Prompts:
-        """Prompts of texts or of tensors (T5, CLIP, negative T5, negative CLIP), each `times` in a row."""
-        if times < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, not {times}")
-        t5, clip, null_t5, null_clip = given
-        for (a, b), name in (((t5, clip), ""), ((null_t5, null_clip), "negative_")):
-            if (a is None) != (b is None):
-                raise ValueError(f"{name}prompt_embeds and {name}pooled_prompt_embeds are given together or not at all")
-        if (prompt is None) == (t5 is None):
-            raise ValueError("give either prompt or prompt_embeds with pooled_prompt_embeds")
-        if negative is not None and null_t5 is not None:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds with negative_pooled_prompt_embeds")
-        texts = [""] * len(t5) if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r:.80}")
-        if not isinstance(negative, str | None) and len(negative) != len(texts):
-            raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one a prompt")
-        encoded = None
-        if t5 is None or null_t5 is None:
-            encoded = Prompts.encode(self.zoo, list(texts) if t5 is None else [], negative or "")
-        if t5 is None:
-            t5, clip = encoded.t5, encoded.clip
-        if null_t5 is None:
-            null_t5, null_clip = encoded.null_t5, encoded.null_clip
-        for name, x in (("pooled_prompt_embeds", clip), ("negative_prompt_embeds", null_t5)):
-            if len(x) not in (1, len(t5)) or (x is clip and len(x) != len(t5)):
-                raise ValueError(f"{name} has {len(x)} rows for {len(t5)} prompts")
-        return Prompts(list(texts), *(x.cpu() for x in (t5, clip, null_t5, null_clip))).repeat(times)
-
-    def _noise(self, count: int, shape: tuple[int, int, int], generator, latents: Tensor | None, device) -> Tensor:
-        """The noise [B, C, h, w] that a call starts from."""
-        if latents is not None:
-            if latents.shape != (count, *shape):
-                raise ValueError(
-                    f"latents must be {[count, *shape]} for these prompts and sizes, not {list(latents.shape)}"
-                )
-            return latents.to(device)
-        if isinstance(generator, list | tuple):
-            if len(generator) != count:
-                raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one a picture")
-            first = torch.zeros(1, dtype=torch.int64)
-            return torch.cat([initial_noise(g.initial_seed(), first, shape, device) for g in generator])
-        seed = int(torch.randint(1 << 62, ())) if generator is None else generator.initial_seed()
-        return initial_noise(seed, torch.arange(count), shape, device)
-
-    def _encode_image(self, image, height, width, count: int, times: int, device) -> Tensor:
-        """Latents [B, C, h, w] of the pictures to draw over, as many as there are pictures to draw."""
-        processor = VaeImageProcessor(vae_scale_factor=2 ** (len(self.vae.config.block_out_channels) - 1))
-        pixels = processor.preprocess(image, height, width).to(_device(self.vae), self.vae.dtype)
-        latents = (self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor).to(device)
-        if len(latents) == 1:
-            return latents.expand(count, -1, -1, -1)
-        if len(latents) * times != count:
-            raise ValueError(f"{len(latents)} images for {count // times} prompts: give one, or one a prompt")
-        return latents.repeat_interleave(times, 0)
-
     def _decode(self, latents: Tensor, batch_size: int) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU."""
-        latents = (latents / self.vae.config.scaling_factor).to(_device(self.vae), self.vae.dtype)
+        latents = (latents / self.vae.config.scaling_factor).to(device_of(self.vae), self.vae.dtype)
         return torch.cat([self.vae.decode(x).sample.float().cpu() for x in latents.split(batch_size)]).clamp(-1, 1)
-
-
-def _device(part: torch.nn.Module) -> torch.device:
-    """Where a part computes; one that is offloaded is elsewhere until it is called."""
-    return getattr(getattr(part, "_hf_hook", None), "execution_device", None) or part.device
-
-
-def _times(timesteps: list[float] | None, sigmas: list[float] | None) -> tuple[float, ...] | None:
-    """Ascending timesteps out of what a call gives. ValueError."""
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("give either timesteps or sigmas")
-    if sigmas is not None:
-        timesteps = [1 - float(sigma) for sigma in sigmas]
-        timesteps += [1.0] if timesteps and timesteps[-1] < 1 else []
-    return None if timesteps is None else tuple(map(float, timesteps))
-
-
-def _last_part(settings: Settings, strength: float) -> Settings:
-    """The same settings with the last part of their timesteps alone. ValueError."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be in (0, 1], not {strength}")
-    times = settings.schedule()
-    steps = max(1, round((len(times) - 1) * strength))
-    return replace(settings, timesteps=tuple(times[-steps - 1 :]))
-
-
-def _as(images: Tensor, output_type: str):
-    """Pictures [B, 3, H, W] in [-1, 1] as they are asked for."""
-    if output_type == "pil":
-        return [Image.fromarray(image) for image in to_uint8(images).permute(0, 2, 3, 1).numpy()]
-    images = (images / 2 + 0.5).clamp(0, 1)
-    return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()

@@ -5,12 +5,14 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from tinyflux.util.cards import written
 
-def write_card(folder: Path, config: dict, pictures: dict[str, Image.Image], with_code: bool) -> None:
+
+def write_card(folder: Path, config: dict, pictures: dict[str, Image.Image], with_code: bool, repo: str) -> None:
     """Write README.md and the pictures of its widget into a pipeline's folder.
 
-    config: the pipeline's; pictures: by their prompts. A card that is there keeps its text; its data is brought up to
-    date. ValueError where that data is not as the Hub has it.
+    config: the pipeline's; pictures: by their prompts; repo: where it will be. A card that is there keeps its
+    text; its data is brought up to date. ValueError where that data is not as the Hub has it.
     """
     widget = []
     for k, (prompt, picture) in enumerate(pictures.items()):
@@ -28,15 +30,15 @@ def write_card(folder: Path, config: dict, pictures: dict[str, Image.Image], wit
         datasets=_repos(config["datasets"]),
         widget=widget or (old.data.get("widget") if old else None),
     )
-    text = old.text if old else _text(config, list(pictures), with_code)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n", ignore_metadata_errors=False).save(path)
+    text = old.text if old else _text(config, list(pictures), with_code, repo)
+    ModelCard(written(data, text), ignore_metadata_errors=False).save(path)
 
 
 def _repos(text: str) -> list[str] | None:
     return [repo.strip() for repo in text.split(",")] if text else None
 
 
-def _text(config: dict, prompts: list[str], with_code: bool) -> str:
+def _text(config: dict, prompts: list[str], with_code: bool, repo: str) -> str:
     prompt = prompts[0] if prompts else "a red ring"
     lines = [
         "# A TinyFlux pipeline",
@@ -56,7 +58,7 @@ def _text(config: dict, prompts: list[str], with_code: bool) -> str:
         "```python",
         "from tinyflux.trainer.pipeline import TinyFluxPipeline",
         "",
-        'pipe = TinyFluxPipeline.from_pretrained("user/repo")',
+        f'pipe = TinyFluxPipeline.from_pretrained("{repo}")',
         f"image = pipe({prompt!r}).images[0]",
         "```",
     ]
@@ -68,7 +70,7 @@ def _text(config: dict, prompts: list[str], with_code: bool) -> str:
             "```python",
             "from diffusers import DiffusionPipeline",
             "",
-            'pipe = DiffusionPipeline.from_pretrained("user/repo", trust_remote_code=True)',
+            f'pipe = DiffusionPipeline.from_pretrained("{repo}", trust_remote_code=True)',
             "```",
         ]
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyflux.util.cards import origins
+
 if TYPE_CHECKING:
     from tinyflux.shards.source import Source
 
@@ -40,17 +42,15 @@ class Recipe:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             trainer, seen = config["trainer"], config.get("seen", {})
-            urls = config.get("data", {}).get("sources", ())
-            sources = [re.match(r"hf://datasets/([^/]+/[^/@]+)", url) for url in urls]
-            repo = re.match(r"[\w.-]+/[\w.-]+(?=:|$)", trainer.get("init_from") or "")
+            repos = origins(config)
             return cls(
                 zoo=str(trainer.get("zoo", ZOO)),
                 shift=float(trainer.get("shift", SHIFT)),
                 guidance=float(trainer.get("guidance_scale", GUIDANCE)),
                 latent_shapes=tuple((int(h), int(w)) for h, w in seen.get("latent_shapes", ())),
                 words=frozenset(map(str, seen.get("words", ()))),
-                base_model=(repo[0],) if repo and not Path(repo[0]).exists() else (),
-                datasets=tuple(dict.fromkeys(match[1] for match in sources if match)),
+                base_model=tuple(repos.get("base_model", ())),
+                datasets=tuple(repos.get("datasets", ())),
                 origin=f"of {path}",
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

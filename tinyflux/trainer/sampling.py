@@ -264,11 +264,24 @@ class Sampler:
         """End a `decode` of another thread after the picture that it is at; there will be no other."""
         self.stopped = True
 
-    def __call__(self, model: nn.Module, texts: list[str], *, negative: str = "", seed: int = 0) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one a prompt."""
+    def __call__(
+        self,
+        model: nn.Module,
+        texts: list[str],
+        *,
+        negative: str = "",
+        seed: int = 0,
+        first: int = 0,
+        on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one a prompt: those from number `first` of the seed.
+
+        on_step: see `latents`.
+        """
         device = next(model.parameters()).device
         prompts = Prompts.encode(self.zoo, texts, negative)
-        return self.decode(self.latents(model, prompts, seed=seed, device=device))
+        noise = initial_noise(seed, torch.arange(first, first + len(texts)), self.latent_shape, device)
+        return self.decode(self.latents(model, prompts, device=device, noise=noise, on_step=on_step))
 
 
 def generate_samples(

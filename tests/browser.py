@@ -1,0 +1,109 @@
+"""A headless Chromium that is told what to do over its debugging protocol."""
+
+import asyncio
+import base64
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+
+PATIENCE = 60.0
+
+
+class Tab:
+    """A tab. `requested` are the addresses that its pages have asked for."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
+        self.socket, self.requested = socket, []
+        self._calls = 0
+        self._answers: dict[int, asyncio.Future] = {}  # by the number of the call
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for message in self.socket:
+            told = message.json()
+            if told.get("method") == "Network.requestWillBeSent":
+                self.requested.append(told["params"]["request"]["url"])
+            elif "id" in told:
+                self._answers.pop(told["id"]).set_result(told)
+
+    async def call(self, method: str, **given) -> dict:
+        """A command of the protocol. RuntimeError where it fails."""
+        self._calls = number = self._calls + 1
+        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        await self.socket.send_json({"id": number, "method": method, "params": given})
+        told = await asyncio.wait_for(answer, PATIENCE)
+        if "error" in told:
+            raise RuntimeError(f"{method}: {told['error']}")
+        return told["result"]
+
+    async def run(self, script: str):
+        """The value of a JavaScript expression."""
+        told = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in told:
+            raise RuntimeError(f"{script}: {json.dumps(told['exceptionDetails'])}")
+        return told["result"].get("value")
+
+    async def until(self, script: str):
+        """Wait until an expression is true. Returns its value; TimeoutError."""
+        deadline = time.monotonic() + PATIENCE
+        while not (value := await self.run(script)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"never true: {script}")
+            await asyncio.sleep(0.1)
+        return value
+
+    async def click(self, selector: str) -> None:
+        """A click with the mouse in the middle of an element, once it is there."""
+        find = f"document.querySelector({json.dumps(selector)})"
+        await self.until(f"{find} !== null")
+        x, y = await self.run(
+            f"{find}.scrollIntoView({{block: 'center'}}), (box => [box.x + box.width / 2, box.y + box.height / 2])"
+            f"({find}.getBoundingClientRect())"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    async def type(self, selector: str, text: str) -> None:
+        """Replace the text of a field by typing."""
+        await self.click(selector)
+        await self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        await self.call("Input.insertText", text=text)
+
+    async def screenshot(self, path: Path) -> None:
+        """What the tab shows, as a PNG."""
+        path.write_bytes(base64.b64decode((await self.call("Page.captureScreenshot"))["data"]))
+
+
+def chromium() -> str | None:
+    """Its program, None where there is none."""
+    return shutil.which("chromium")
+
+
+@asynccontextmanager
+async def tab(url: str, width: int = 1400, height: int = 1100):
+    """A tab of a Chromium of its own that shows this page."""
+    with tempfile.TemporaryDirectory() as profile:
+        argv = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+        argv += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            port = next(m[1] for line in process.stderr if (m := re.search(r"listening on ws://[^:]+:(\d+)/", line)))
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json") as answer:
+                    [target] = [page for page in await answer.json() if page["type"] == "page"]
+                async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    shown = Tab(socket)
+                    for domain in ("Page", "Network", "Runtime"):
+                        await shown.call(f"{domain}.enable")
+                    await shown.call("Page.navigate", url=url)
+                    yield shown
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
