@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-PATIENCE = 60.0
+PATIENCE = 180.0  # seconds; a machine may be busy
 
 
 class Tab:
@@ -89,7 +89,7 @@ def chromium() -> str | None:
 @asynccontextmanager
 async def tab(url: str, width: int = 1400, height: int = 1100):
     """A tab of a Chromium of its own that shows this page."""
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         argv = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
         argv += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -116,7 +116,7 @@ def test_in_a_browser(run_dir, tmp_path):
             first = await shown.until(f"({SHOWN}).length == 2 && {SHOWN}")
             await shown.screenshot(tmp_path / "page.png")
             await shown.type("#prompts textarea", "something else")
-            await shown.click("#pictures .grid-container button:nth-child(2)")
+            await shown.click("#pictures .gallery-item:nth-child(2) button")
             await shown.until("document.querySelector('#pictures .preview') !== null")
             await shown.click("#back")
             await shown.until(f"({FIELDS})[0] == 'a green star'")

@@ -77,19 +77,19 @@ for (const figure of document.querySelectorAll(".plot")) {
 """
 
 
-def cells(path: Path) -> list[Image.Image]:
-    """The pictures of a sample grid; a grid that does not say how it was made is one picture."""
+def cells(path: Path) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of a sample grid, and their prompts; a grid that does not say how it was made is one picture."""
     with Image.open(path) as image:
         image.load()
         made = json.loads(getattr(image, "text", {}).get("parameters", "{}"))
         image = image.convert("RGB")
     if not made.get("prompts") or not made.get("height"):
-        return [image]
+        return [image], []
     count, height = len(made["prompts"]), made["height"]
     columns = math.ceil(math.sqrt(count))
     width = (image.width + GAP) // columns - GAP
     places = [(i % columns * (width + GAP), i // columns * (height + GAP)) for i in range(count)]
-    return [image.crop((x, y, x + width, y + height)) for x, y in places]
+    return [image.crop((x, y, x + width, y + height)) for x, y in places], made["prompts"]
 
 
 def embedded(image: Image.Image) -> str:
@@ -112,13 +112,14 @@ def pictures(folder: Path, prompts: list[str]) -> str:
     """The section of the sample pictures: a slider over steps, averaged weights beside trained ones; "" without any."""
     names = [re.fullmatch(r"step_(\d+)", path.stem) for path in folder.glob("step_*.png")]
     steps = sorted(int(match[1]) for match in names if match)
-    shown = []
+    shown, told = [], []
     for step in spread(steps, STEPS):
         entry: dict = {"step": step}
         for kind, name in (("ema", f"step_{step}.png"), ("raw", f"step_{step}_raw.png")):
             if (folder / name).exists():
                 try:
-                    entry[kind] = [embedded(cell) for cell in cells(folder / name)]
+                    parts, told = cells(folder / name)
+                    entry[kind] = [embedded(part) for part in parts]
                 except (OSError, ValueError):  # cut off by a kill
                     continue
         if "ema" in entry:
@@ -126,7 +127,8 @@ def pictures(folder: Path, prompts: list[str]) -> str:
     if not shown:
         return ""
     last, raw = shown[-1], any("raw" in entry for entry in shown)
-    texts = prompts if len(prompts) == len(last["ema"]) else ["; ".join(prompts)]
+    count = len(last["ema"])
+    texts = next((known for known in (told, prompts) if len(known) == count), ["; ".join(prompts)])
     figures = []
     for i, source in enumerate(last["ema"]):
         pair = f'<img class="ema" alt="averaged weights" title="averaged weights (EMA)" src="{source}">'

@@ -299,6 +299,7 @@ def serve(options: AppOptions, folder: Path) -> tuple["gradio.Blocks", str]:
         footer_links=[],
         ssr_mode=False,
         allowed_paths=[str(folder)],
+        css="#pictures .caption { white-space: normal; text-align: center }",
         app_kwargs={"middleware": [Middleware(Headers)]},
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )

@@ -191,7 +191,7 @@ def page(about: dict, cells: list[tuple[str, str, str, str]]) -> str:
     n = min(SHOWN, -(-len(cells) // 2))
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TinyFlux evaluation</title><style>
 body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; padding: 0 1em }}
-main {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; width: 260px }}
+main {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; width: 268px }}
 figure img {{ width: 128px; height: auto; image-rendering: pixelated; margin-right: 4px }}
 figcaption {{ font-size: 13px; overflow-wrap: anywhere }} td {{ padding: 0 1em 0 0 }}
 td div {{ background: #58a; height: 10px }}
