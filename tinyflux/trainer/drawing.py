@@ -60,7 +60,8 @@ class Artist:
 
     def other(self, checkpoint: str, ema: bool) -> "Artist":
         """Other weights, drawn with as these are, by the same zoo. Errors as of `load_model`."""
-        from tinyflux.model.loader import load_model, locate
+        from tinyflux.model.loader import load_model
+        from tinyflux.model.locate import locate
 
         device = next(self.model.parameters()).device
         model = load_model(checkpoint, device=device, use_ema=ema)
