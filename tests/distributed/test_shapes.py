@@ -18,7 +18,7 @@ NETWORK = {
 SIZES = {(64, 64): 10, (56, 80): 8, (80, 56): 6}  # height, width in pixels of the nearest shape: how many pictures
 
 
-def test_a_folder_of_portraits_and_landscapes(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_portraits_and_landscapes(tmp_path, one_thread, monkeypatch, capsys):
     """Built with --shapes auto, trained on two ranks, drawn in each of its shapes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
