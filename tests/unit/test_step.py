@@ -43,7 +43,8 @@ def test_it_waits_once_and_sums_once(source, tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(Stepper, "read", counted_read)
     monkeypatch.setattr(module, "validate", counted_validation)
     options = ("--trainer.optimizer", optimizer, "--trainer.max-loss-spike", 3, "--trainer.total-steps", STEPS)
-    options += ("--data.unit", 2, "--data.val-fraction", 0.5, "--trainer.validate-every", STEPS)
+    options += ("--data.unit", 2, "--data.micro-batch-size", 2)
+    options += ("--data.val-fraction", 0.5, "--trainer.validate-every", STEPS)
     done = train(tmp_path / "run", [source], *options)
     assert done.returncode == 0 and len(records(tmp_path / "run")) == STEPS, done.stdout
     assert not launched.reads and not launched.waits, (launched.reads, launched.waits)
@@ -70,7 +71,7 @@ def test_a_deterministic_run_has_no_kernel_that_is_not(source, tmp_path):
     before = torch.are_deterministic_algorithms_enabled()
     try:
         options = ("--trainer.deterministic", "--trainer.total-steps", 2, "--data.unit", 2)
-        options += ("--trainer.profile-at", 2)  # five steps, of which there is one
+        options += ("--data.micro-batch-size", 2, "--trainer.profile-at", 2)  # five steps, of which there is one
         done = train(tmp_path / "run", [source], *options)
         assert done.returncode == 0 and torch.are_deterministic_algorithms_enabled(), done.stdout
         assert (tmp_path / "run" / "profile_step_2.json.gz").stat().st_size > 1000

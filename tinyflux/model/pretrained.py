@@ -150,7 +150,7 @@ def _readable(place: Pretrained) -> Iterator[None]:
 
 
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 SMALLEST_VOCABULARY = 0.9  # of the model's: models round theirs up, by 28 of 32,128 in T5
 
@@ -161,7 +161,11 @@ def load_pretrained(kind: type, place: Pretrained, **options):
     from diffusers.utils import is_accelerate_available
     from transformers.utils import logging
 
-    weights = DIFFUSERS_WEIGHTS if issubclass(kind, ModelMixin) else WEIGHTS
+    weights = DIFFUSERS_WEIGHTS if issubclass(kind, ModelMixin) else TRANSFORMERS_WEIGHTS
+    if options.get("use_safetensors"):
+        weights = [name for name in weights if not name.endswith(".bin")]
+    if variant := options.get("variant"):  # a word before the suffix, such as fp16
+        weights = [f"{stem}.{variant}.{suffix}" for stem, _, suffix in (name.rpartition(".") for name in weights)]
     if not any(place.has(name) for name in weights):  # transformers says so of a Hub that does not answer, too
         raise FileNotFoundError(f"{place} has no weights: one of {', '.join(weights)} is needed")
     if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate at each model, unless this is set
