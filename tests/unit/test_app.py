@@ -1,19 +1,16 @@
 """The page to draw with: what it draws, and the page itself in a real browser."""
 
 import asyncio
-import json
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.browser import chromium, tab
-from tests.unit.test_sample_command import SMALL
-from tinyflux.model.loader import load_model, save_published
-from tinyflux.model.model import TinyFluxDeep
+from tests.weights import write_run
+from tinyflux.model.loader import load_model
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.trainer.app import AppOptions, Page, read_settings, serve, weights_of
 from tinyflux.trainer.sampling import Sampler
@@ -24,16 +21,8 @@ PROMPTS = ["a red ring", "a green star"]
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app") / "mine"
-    for k, name in enumerate(("step_5", "step_5_ema", "step_10_ema", "best_ema")):
-        torch.manual_seed(k)
-        model = TinyFluxDeep(SMALL)
-        torch.nn.init.normal_(model.final_linear.weight, std=0.3)
-        save_published(model, folder / "checkpoints" / f"{name}.safetensors")
-    seen = {"latent_shapes": [[8, 8], [6, 8]], "words": ["a", "red", "ring", "green", "star"]}
-    config = {"trainer": {"shift": 2.0, "guidance_scale": 3.0, "zoo": "tiny"}, "seen": seen}
-    (folder / "checkpoints" / "training_config.json").write_text(json.dumps(config))
-    return folder
+    seeds = {"step_5": 0, "step_5_ema": 1, "step_10_ema": 2, "best_ema": 3}
+    return write_run(tmp_path_factory.mktemp("app") / "mine", seeds)
 
 
 def form(**changed) -> dict:

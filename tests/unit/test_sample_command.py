@@ -8,37 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
 from launch.sample import main
-from tinyflux.model.loader import load_model, save_published
-from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tests.weights import write_run
+from tinyflux.model.loader import load_model
 from tinyflux.model.zoo import TINY_DIR, ModelZoo
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.util.pixels import to_uint8
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-WIDTHS = {"joint_attention_dim": 128, "pooled_projection_dim": 128, "lune_expert_dim": 128}
-SMALL = TinyFluxConfig(
-    **SIZES, **WIDTHS, num_double_layers=1, num_single_layers=1, lune_hidden_dim=16, sol_hidden_dim=8
-)
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("private") / "mine"
-    for name in ("step_5", "step_5_ema"):
-        torch.manual_seed(len(name))
-        model = TinyFluxDeep(SMALL)
-        torch.nn.init.normal_(model.final_linear.weight, std=0.3)
-        save_published(model, folder / "checkpoints" / f"{name}.safetensors")
-    seen = {"latent_shapes": [[8, 8], [6, 8]], "words": ["a", "red", "ring", "green", "star"]}
-    config = {"trainer": {"shift": 2.0, "guidance_scale": 3.0, "zoo": "tiny"}, "seen": seen}
-    (folder / "checkpoints" / "training_config.json").write_text(json.dumps(config))
-    return folder
+    return write_run(tmp_path_factory.mktemp("private") / "mine", {"step_5": 6, "step_5_ema": 10})
 
 
 def call(run_dir, *options):

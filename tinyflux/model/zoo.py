@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -301,12 +301,20 @@ class ModelZoo:
         """(C, h, w) of an image of the zoo's size."""
         return self.latent_shape_of(self.image_size, self.image_size)
 
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of a latent pixel."""
+        return 2 ** (len(self._vae_config()["block_out_channels"]) - 1)
+
+    def _vae_config(self) -> Mapping:
+        """Of the VAE, read alone where the VAE isn't loaded."""
+        if self.vae is not None:
+            return self.vae.config
+        return AutoencoderKL.load_config(**self._find("vae", None).arguments())
+
     def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of an image. Reads only the VAE's config where the VAE isn't loaded."""
-        config = self.vae.config if self.vae is not None else AutoencoderKL.load_config(
-            **self._find("vae", None).arguments()
-        )  # fmt: skip
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        config, factor = self._vae_config(), self.factor
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {height} x {width}")
         return config["latent_channels"], height // factor, width // factor

@@ -11,6 +11,7 @@ from tinyflux.shards.format import SUFFIX
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.shards.source import Source
+from tinyflux.util import cards
 
 BEGIN, END = "<!-- tinyflux: each push rewrites what stands between these marks -->", "<!-- /tinyflux -->"
 PREVIEW = "preview.jpg"
@@ -25,7 +26,7 @@ def render(
     manifests: by the folder of the repo that they are in. with_preview: those folders that have a `PREVIEW`.
     license_id: as the Hub knows it; without one, that of `old` stays.
     """
-    card = DatasetCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
+    card = DatasetCard(cards.begun(old, repo))
     data = card.data.to_dict()
     kept = [config for config in data.get("configs") or [] if config.get("config_name") not in manifests]
     data["configs"] = kept + [
@@ -38,11 +39,8 @@ def render(
     if license_id:
         data["license"] = license_id
     parts = [section(repo, folder, manifests[folder], folder in with_preview) for folder in sorted(manifests)]
-    marked = "\n\n".join([BEGIN, *parts, END])
-    before, begin, rest = card.text.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else ""
-    text = f"{before.strip()}\n\n{marked}\n\n{after.strip()}".strip()
-    return f"---\n{DatasetCardData(**data).to_yaml()}\n---\n\n{text}\n"
+    text = cards.renewed(card.text, "\n\n".join([BEGIN, *parts, END]))
+    return cards.written(DatasetCardData(**data), text)
 
 
 def size_category(count: int) -> str:
@@ -116,8 +114,7 @@ def _counts(manifest: Manifest) -> list[str]:
     """How many samples have which latent shape, and how many captions, where they are not all alike."""
     index, lines = manifest.index, []
     if len(manifest.shapes) > 1:
-        samples = [int(index.samples[index.shape == k].sum()) for k in range(len(manifest.shapes))]
-        shapes = ", ".join(f"{h} x {w}: {n}" for (h, w), n in zip(manifest.shapes, samples, strict=True))
+        shapes = ", ".join(f"{h} x {w}: {n}" for (h, w), n in manifest.samples_of_shapes().items())
         lines += [f"Latent shapes h x w: {shapes} samples; a shard has one.", ""]
     most = int(index.captions.max(initial=0))
     if most > 1:

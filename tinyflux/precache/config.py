@@ -114,7 +114,12 @@ class BuildConfig:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of tensors that are made of each image."""
-        return ("latents", "text", *["lune"] * self.lune, *["sol"] * self.sol)
+        return sample_groups(self.lune, self.sol)
+
+
+def sample_groups(lune: bool, sol: bool) -> tuple[str, ...]:
+    """The groups of a whole sample, with or without its teachers'."""
+    return ("latents", "text", *["lune"] * lune, *["sol"] * sol)
 
 
 class Place(NamedTuple):

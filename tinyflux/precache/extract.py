@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinyflux.model.teachers import lune_features, sol_statistics
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.config import sample_groups
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.pixels import to_pixels
@@ -174,8 +175,7 @@ def extract(
 
     pixels float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3]; seeds int64 [B], which key the teachers' noise.
     """
-    groups = ("latents", "text", *["lune"] * lune, *["sol"] * sol)
-    batch = Batch(pixels, prompts, seeds)
+    batch, groups = Batch(pixels, prompts, seeds), sample_groups(lune, sol)
     return extract_batches(zoo, [batch], groups, teacher_input=teacher_input, dtype=dtype)[0]
 
 

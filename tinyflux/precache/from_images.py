@@ -198,7 +198,6 @@ class FromImages(Listed):
         picture = preview(ready.picture.pixels) if self.config.preview else None
         return encode_sample(sample_key(self.source.dataset_id, ready.index), tensors, meta, picture)
 
-
     def meta(self, ready: Ready) -> dict:
         """What a sample's .json says, without where its image was cut."""
         return {

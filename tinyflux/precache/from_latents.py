@@ -104,16 +104,11 @@ class FromLatents(FromImages):
         seed = self.seed_of(index)
         prompts, given = self.source.prompts(item, seed), self.source.read_latents(item)
         latents, (h, w) = self.scaled(given), given.shape[1:]
-        factor, step = self.factor, models.step_of(self.zoo)
+        factor, step = self.zoo.factor, models.step_of(self.zoo)
         if self.teaches and (h * factor % step or w * factor % step):
             raise Rejected(f"wrong latents: {w}x{h}, the teachers need multiples of {step // factor}")
         content = content_hash(given.numpy().tobytes(), prompts)
         return Ready(index, item.origin, seed, prompts, tensors={"latents": latents}, content=content)
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a latent pixel."""
-        return self.zoo.image_size // self.zoo.latent_shape[1]
 
     def encode(self, group: list[list[Ready]]) -> list[Mapping]:
         given = [torch.stack([ready.tensors["latents"] for ready in batch]) for batch in group]
@@ -130,7 +125,7 @@ class FromLatents(FromImages):
         return made
 
     def pack(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
-        height, width = (self.factor * side for side in tensors["latents"].shape[1:])
+        height, width = (self.zoo.factor * side for side in tensors["latents"].shape[1:])
         meta = self.meta(ready) | {"size": [width, height], "crop": [0, 0, width, height]}
         seen = self._previews.pop(ready.index, None)
         picture = None if seen is None else preview(seen.permute(1, 2, 0).numpy())

@@ -168,7 +168,7 @@ class Overlay(FromImages):
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
-        factor = self.zoo.image_size // self.zoo.latent_shape[1]
+        factor = self.zoo.factor
         return [(h * factor, w * factor) for h, w in self.manifest.shapes]
 
     @property

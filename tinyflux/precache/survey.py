@@ -95,7 +95,7 @@ class Report:
         for (member, of), sizes in self.stored.items():
             if member == f"{group}{SUFFIX}" and shape in (None, of):
                 stored += sizes.bytes
-                raw += sizes.members * sum(f.at(of).nbytes for f in self.source.groups[group].fields.values())
+                raw += sizes.members * self.source.groups[group].nbytes(of)
         return stored / raw if raw else float("nan")
 
     def add_sizes(self, shape: tuple[int, int], members: dict[str, int]) -> None:

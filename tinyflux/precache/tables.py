@@ -86,10 +86,8 @@ def _is_read(source: Source, folder: Path) -> bool:
 def shapes(source: Source) -> list[tuple]:
     """How many samples each latent shape has, the most frequent first."""
     index, rows = source.manifest.index, []
-    for k, shape in enumerate(source.shapes):
-        of_shape = index.shape == k
-        samples = int(index.samples[of_shape].sum())
-        rows.append((_by(shape), samples, f"{samples / max(1, index.count):.1%}", int(of_shape.sum())))
+    for k, (shape, samples) in enumerate(source.manifest.samples_of_shapes().items()):
+        rows.append((_by(shape), samples, f"{samples / max(1, index.count):.1%}", int((index.shape == k).sum())))
     return [("latent shape", "samples", "share", "shards"), *sorted(rows, key=lambda row: -row[1])]
 
 
@@ -103,16 +101,12 @@ def members(report: Report) -> list[tuple]:
         of_shapes = [(shape, sizes) for (member, shape), sizes in report.stored.items() if member == name]
         count = sum(sizes.members for _, sizes in of_shapes)
         group = report.source.groups.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
-        raw = sum(sizes.members * _nbytes(group, shape) for shape, sizes in of_shapes)
+        raw = sum(sizes.members * group.nbytes(shape) for shape, sizes in of_shapes) if group else 0
         named = ", ".join(group.fields) if group else ""
         ratio = f"{totals[name] / raw:.3f}" if raw else ""
         each = (round(raw / count) or "", round(totals[name] / count), ratio)
         rows.append((name, named, f"{count / report.scanned:.4g}", *each))
     return rows
-
-
-def _nbytes(group: Group | None, shape: tuple[int, int]) -> int:
-    return sum(field.at(shape).nbytes for field in group.fields.values()) if group else 0
 
 
 def fields(report: Report) -> list[tuple]:

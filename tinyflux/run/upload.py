@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
-from tinyflux.util.cards import completed, origins, written
+from tinyflux.util.cards import begun, completed, origins, renewed, written
 from tinyflux.util.files import replaced
 from tinyflux.util.log import say
 from tinyflux.util.urls import public
@@ -60,16 +60,11 @@ def section(repo: str, run: str, names: list[str], training: dict) -> str:
 
 def render(old: str, repo: str, run: str, names: list[str], training: dict) -> str:
     """The text of the repo's README.md: `old` with the section of this run brought up to date, the rest as it is."""
-    card = ModelCard(old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n")
+    card = ModelCard(begun(old, repo))
     facts = {"license": training.get("trainer", {}).get("hf_license", "mit"), "library_name": "tinyflux-deep"}
     defaults = {**facts, "pipeline_tag": "text-to-image", **origins(training)}
     data = completed(card.data.to_dict(), defaults, ["tinyflux", "rectified-flow", "text-to-image"])
-    new = section(repo, run, names, training)
-    begin, end = new.splitlines()[0], new.splitlines()[-1]
-    before, found, rest = card.text.partition(begin)
-    after = rest.partition(end)[2] if found else ""
-    text = f"{before.strip()}\n\n{new}\n\n{after.strip()}".strip()
-    return written(ModelCardData(**data), text)
+    return written(ModelCardData(**data), renewed(card.text, section(repo, run, names, training)))
 
 
 class Uploader:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import zstandard
 
-from tinyflux.shards.format import ORIGIN, Layout, join
+from tinyflux.shards.format import ORIGIN, TOP, Layout, join
 from tinyflux.shards.shardfile import ShardFile
 
 CHUNK = 8
 """Samples that are decoded together."""
-_TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # a high byte from here up may be an infinity's or a NaN's
 _GAP = 1 << 16  # bytes between members of a sample that are read through rather than around
 # A frame behind the last member of a sample: where it comes out at its place, all frames before it were whole, with
 # their checksums. zstd says nothing of a frame whose content is all there while its end is missing.
@@ -26,7 +25,7 @@ _SEAL = zstandard.ZstdCompressor(write_checksum=True).compress(b"seal")
 @dataclass
 class _Region:
     """High planes that lie in a row in every sample, from begin to end, and the planes of their fields: views of all
-    rows. top: of `_TOP`."""
+    rows. top: of `TOP`."""
 
     begin: int
     end: int
@@ -56,8 +55,8 @@ class _Room:
             for name, entry in layout.fields.items():
                 places = [begin + len(head) + place for place in planes[name]]
                 last = self.regions[-1] if self.regions else None
-                if last is None or (last.end, last.top) != (places[-1], _TOP[entry.dtype]):
-                    last = _Region(places[-1], places[-1], _TOP[entry.dtype])
+                if last is None or (last.end, last.top) != (places[-1], TOP[entry.dtype]):
+                    last = _Region(places[-1], places[-1], TOP[entry.dtype])
                     self.regions.append(last)
                 last.end += entry.count
                 last.planes[name] = [self.memory[:, place : place + entry.count] for place in places]

@@ -27,7 +27,7 @@ from tinyflux.shards.schema import DTYPES, GROUP_OF, SCHEMA, Field, check_names,
 SUFFIX = ".safetensors.zst"
 ORIGIN = "origin"
 _ORIGIN_BYTES = 4
-_TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here on the exponent may be full
+TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here on the exponent may be full
 _HEADER_LIMIT = 4096  # bytes; a blob with a longer safetensors header is not ours
 _KEY = re.compile(r"(\d{4,})_(\d{9,})")
 
@@ -291,7 +291,7 @@ def decode_member(
         out = {name: bits(tensor[None])[0] for name, tensor in tensors.items()}
     for name, field in layout.fields.items():
         parts = [np.frombuffer(blob, np.uint8, field.count, base + begin) for begin in planes[name]]
-        high, top = parts[-1], _TOP[field.dtype]
+        high, top = parts[-1], TOP[field.dtype]
         # two maxima find a full exponent of either sign without a temporary array
         full = finite and (high.view(np.int8).max() >= top or high.max() >= top | 0x80)
         # float16 has its whole exponent there; the other types have one more bit in the next byte

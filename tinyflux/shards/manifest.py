@@ -125,6 +125,11 @@ class Manifest:
         """Position in the source of the first sample of each shard, int64 [shards]."""
         return np.cumsum(self.index.samples, dtype=np.int64) - self.index.samples
 
+    def samples_of_shapes(self) -> dict[tuple[int, int], int]:
+        """How many samples each latent shape (h, w) has, in the order of `shapes`."""
+        index = self.index
+        return {shape: int(index.samples[index.shape == k].sum()) for k, shape in enumerate(self.shapes)}
+
     def locate(self, position: "int | np.ndarray") -> tuple[Any, Any]:
         """(shard, row in it) of a sample by its position in the source; of an array of positions, two int64 arrays."""
         shard = np.searchsorted(self.starts, position, side="right") - 1
@@ -389,7 +394,7 @@ def _check(m: Manifest) -> None:
         if len(shape) != 2 or any(type(n) is not int or not 1 <= n < 1 << 16 for n in shape):
             raise ManifestError(f"shapes has {list(shape)!r:.80}, must be [h, w], positive integers")
         for name, group in m.groups.items():
-            if sum(field.at(shape).nbytes for field in group.fields.values()) > LARGEST:
+            if group.nbytes(shape) > LARGEST:
                 raise ManifestError(f"groups.{name}: a sample of it has more than {LARGEST} bytes")
     if len(set(shapes)) != len(shapes):
         raise ManifestError("shapes has one twice")

@@ -34,7 +34,7 @@ def _samples(source: Source, k: int) -> Iterator[dict]:
     for row in range(file.count):
         captions = int(source.captions[first + row])
         found = file.members(row, captions)
-        wanted = {member for at in range(captions) for g in source.groups for member in [_member(source, g, at)]}
+        wanted = {_member(source, group, at) for at in range(captions) for group in source.groups}
         if missing := sorted({*wanted, "json"} - found.keys()):
             raise ShardError(file.path, file.key(row), f"member {missing[0]} is missing")
         data = {member: holder.read(row, member) for member, holder in found.items()}

@@ -88,6 +88,10 @@ class Group:
     repeated: bool = False
     producer: dict = field(default_factory=dict)
 
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of one of its members, as tensors, where the latents are `shape`, (h, w)."""
+        return sum(field.at(shape).nbytes for field in self.fields.values())
+
 
 def flat(groups: dict[str, Group]) -> dict[str, Field]:
     """The fields of all groups by name; names are unique in a manifest."""

@@ -91,7 +91,5 @@ def usual_shape(sources: list[Source]) -> tuple[int, int]:
     """The latent shape (h, w) that most samples have; the squarest of those that are as frequent."""
     counts: Counter[tuple[int, int]] = Counter()
     for source in sources:
-        index = source.manifest.index
-        for k, shape in enumerate(source.shapes):
-            counts[shape] += int(index.samples[index.shape == k].sum())
+        counts.update(source.manifest.samples_of_shapes())
     return max(counts, key=lambda shape: (counts[shape], min(shape) / max(shape)))

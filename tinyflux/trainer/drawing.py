@@ -44,34 +44,28 @@ class Artist:
         zoo: instead of the run's own. device: this machine's GPU unless given. Errors as of `load_model` and
         `ModelZoo`.
         """
-        from tinyflux.model.loader import load_model
-        from tinyflux.model.locate import find_training_config, locate
+        from tinyflux.model.locate import find_training_config
         from tinyflux.model.zoo import ModelZoo
         from tinyflux.trainer.parallel import local_device
 
         device = device or local_device()
         recipe = Recipe.read(find_training_config(checkpoint, ema))
-        model = load_model(checkpoint, device=device, use_ema=ema)
+        model, weights = _load(checkpoint, ema, device)
         # names, no paths: a picture is passed on, and where its weights lay is nobody's business
         local = Path(checkpoint)
         name = local.resolve().name if local.exists() else checkpoint
-        weights, zoo = locate(checkpoint, ema)[0].name, zoo or recipe.zoo
+        zoo = zoo or recipe.zoo
         return cls(name, model, ModelZoo(device, zoo=zoo), recipe, weights, Path(zoo).name)
 
     def other(self, checkpoint: str, ema: bool) -> "Artist":
         """Other weights, drawn with as these are, by the same zoo. Errors as of `load_model`."""
-        from tinyflux.model.loader import load_model
-        from tinyflux.model.locate import locate
-
-        device = next(self.model.parameters()).device
-        model = load_model(checkpoint, device=device, use_ema=ema)
-        weights = locate(checkpoint, ema)[0].name
+        model, weights = _load(checkpoint, ema, next(self.model.parameters()).device)
         return Artist(self.checkpoint, model, self.zoo, self.recipe, weights, self.zoo_name)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths in pixels that the network was trained on, the most frequent first; [] if not known."""
-        factor = self.zoo.image_size // self.zoo.latent_shape[1]
+        factor = self.zoo.factor
         return [(h * factor, w * factor) for h, w in self.recipe.latent_shapes]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -104,14 +98,13 @@ class Artist:
     def parameters(self, sampler: "Sampler", **more) -> dict:
         """What a picture of that sampler keeps in its file; more: its prompt, seed and the like."""
         _, h, w = sampler.latent_shape
-        factor = self.zoo.image_size // self.zoo.latent_shape[1]
         return {
             "checkpoint": self.checkpoint,
             "weights": self.weights,
             "zoo": self.zoo_name,
             **more,
-            "height": h * factor,
-            "width": w * factor,
+            "height": h * self.zoo.factor,
+            "width": w * self.zoo.factor,
             **{name: value for name, value in asdict(sampler.settings).items() if value is not None},
         }
 
@@ -125,6 +118,14 @@ class Artist:
             if words := self.recipe.unseen(prompt):
                 found.append(f"no caption of the training has {', '.join(words)}, in the prompt {prompt[:60]!r}")
         return found
+
+
+def _load(checkpoint: str, ema: bool, device: "torch.device") -> tuple["TinyFluxDeep", str]:
+    """A network, and the name of the file with its weights."""
+    from tinyflux.model.loader import load_model
+    from tinyflux.model.locate import locate
+
+    return load_model(checkpoint, device=device, use_ema=ema), locate(checkpoint, ema)[0].name
 
 
 @dataclass

@@ -73,8 +73,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     sources = open_sources(config, ())
     with Stream(sources, config, 0, 1) as stream:
         samples = Samples.read(stream, options.samples, options.batch_size)
-    factor = artist.zoo.image_size // artist.zoo.latent_shape[1]
-    height, width = (length * factor for length in samples.latents.shape[2:])
+    height, width = (length * artist.zoo.factor for length in samples.latents.shape[2:])
     sampler = artist.sampler(height, width, batch_size=options.batch_size, shift=options.shift,
                              guidance=options.guidance, steps=options.steps, solver=options.solver)  # fmt: skip
     try:

@@ -14,6 +14,19 @@ def completed(old: dict, defaults: dict, tags: list[str]) -> dict:
     return data | {"tags": list(dict.fromkeys([*(old.get("tags") or []), *tags]))}
 
 
+def begun(old: str, repo: str) -> str:
+    """The card `old`, or of a repo that has none an empty one."""
+    return old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n"
+
+
+def renewed(text: str, section: str) -> str:
+    """A card's text with a section in place of the one whose first and last lines are the same, or at its end."""
+    begin, *_, end = section.splitlines()
+    before, found, rest = text.partition(begin)
+    after = rest.partition(end)[2] if found else ""
+    return f"{before.strip()}\n\n{section}\n\n{after.strip()}".strip()
+
+
 def written(data: "CardData", text: str) -> str:
     """A card of metadata and text."""
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"

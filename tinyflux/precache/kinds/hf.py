@@ -23,19 +23,25 @@ from tinyflux.util.settings import AtLeast
 
 
 @dataclass(frozen=True, kw_only=True)
-class HfDataset(ImageSource):
-    """A dataset of the `datasets` library: a Hub name, or a local folder of images, parquet or arrow files."""
+class Rows:
+    """Which rows of a dataset are taken."""
 
-    location: Text
-    image: Text = "image"
-    caption: list[str] | None = None
-    """Columns of the captions; None means "text", "caption" or "prompt"."""
     split: Text = "train"
     config: Text | None = None
     revision: Text | None = None
     streaming: bool = False
     """Download nothing first; needs `count`, the number of rows to take."""
     count: Annotated[int, AtLeast(1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfDataset(Rows, ImageSource):
+    """A dataset of the `datasets` library: a Hub name, or a local folder of images, parquet or arrow files."""
+
+    location: Text
+    image: Text = "image"
+    caption: list[str] | None = None
+    """Columns of the captions; None means "text", "caption" or "prompt"."""
 
     def __post_init__(self):
         super().__post_init__()

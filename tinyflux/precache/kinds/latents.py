@@ -4,10 +4,10 @@ import io
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import safetensors
@@ -17,11 +17,10 @@ from torch import Tensor
 
 from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import CaptionedSource, ImageSource, Input, Text
-from tinyflux.precache.kinds.hf import HfDataset
+from tinyflux.precache.kinds.hf import HfDataset, Rows
 from tinyflux.precache.kinds.imagefolder import ImageFolder
 from tinyflux.precache.kinds.webdataset import WebDataset
 from tinyflux.shards.schema import DTYPES
-from tinyflux.util.settings import AtLeast
 
 EXTENSIONS = frozenset(("npy", "npz", "safetensors", "pt", "pth"))
 NAMES = ("latents", "latent")  # of the tensor in a file that holds several
@@ -59,7 +58,7 @@ class _Table(HfDataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latents(CaptionedSource):
+class Latents(Rows, CaptionedSource):
     """Latents [C, h, w] of the FLUX VAE: .npy, .safetensors or .pt files in a folder or in tars, or a dataset.
 
     A cell of a dataset is nested lists, a flat list with its shape in another column, or the bytes of such a file.
@@ -76,11 +75,6 @@ class Latents(CaptionedSource):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of latents that are plain bytes without a header."""
     caption: list[str] | None = None
-    split: Text = "train"
-    config: Text | None = None
-    revision: Text | None = None
-    streaming: bool = False
-    count: Annotated[int, AtLeast(1)] | None = None
 
     @cached_property
     def files(self) -> ImageSource:
@@ -92,8 +86,8 @@ class Latents(CaptionedSource):
             return _Tars(**common)
         if path.is_dir() and any(each.suffix[1:].lower() in EXTENSIONS for each in path.rglob("*.*")):
             return _Folder(**common)
-        names = ("shape", "split", "config", "revision", "streaming", "count")
-        return _Table(**common, image=self.latent, **{name: getattr(self, name) for name in names})
+        rows = {field.name: getattr(self, field.name) for field in fields(Rows)}
+        return _Table(**common, image=self.latent, shape=self.shape, **rows)
 
     @property
     def keeps_order(self) -> bool:
