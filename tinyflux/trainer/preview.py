@@ -1,6 +1,5 @@
 """Pictures of a run while it trains: prompts encoded once, sampled on all ranks, decoded beside the training."""
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tinyflux.run.metrics import Metrics
+from tinyflux.trainer.background import Background
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.sampling import Prompts, Sampler, image_grid, save_samples
 from tinyflux.util.files import Stopped
@@ -29,7 +29,7 @@ class Preview:
     ):
         self.raw, self.texts = raw, list(texts)
         self.sampler, self.folder, self.device, self.seed = sampler, folder, device, seed
-        self.executor = ThreadPoolExecutor(1, "preview")
+        self.background = Background("preview")
         encoded = [None]
         if dist.get_rank() == 0:
             encoded = [Prompts.encode(sampler.zoo, texts)]
@@ -37,15 +37,12 @@ class Preview:
             sampler.zoo.unload("clip")
         dist.broadcast_object_list(encoded, src=0)
         self.prompts: Prompts = encoded[0]
-        self.pending: Future | None = None
 
-    def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics) -> None:
+    def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics, last: bool) -> None:
         """Sample the prompts with the averaged weights, and with the trained ones where `raw`, each rank its share;
-        rank 0 then decodes in a thread. While it still decodes the grid before, this one is left out. Must be called
-        on all ranks."""
-        busy = [self.pending is not None and not self.pending.done()]
-        dist.broadcast_object_list(busy, src=0)
-        if busy[0]:
+        rank 0 then decodes in a thread. While it still decodes the grid before, this one is left out, unless it is the
+        `last`. Must be called on all ranks."""
+        if self.background.is_busy() and not last:
             say(f"no samples of step {step}: those before are still being decoded (trainer.sample_every)")
             return
         with ema.average_parameters():
@@ -53,7 +50,7 @@ class Preview:
         if self.raw:
             drawn["_raw"] = self._latents(model)
         if dist.get_rank() == 0:
-            self.pending = self.executor.submit(self._decode, drawn, step, metrics)
+            self.background.submit(self._decode, drawn, step, metrics)
 
     def _latents(self, model: nn.Module) -> Tensor:
         rank, world, count = dist.get_rank(), dist.get_world_size(), len(self.prompts)
@@ -79,6 +76,5 @@ class Preview:
 
     def wait(self, patience: float | None = None) -> None:
         """Wait for the grid that is being decoded, for at most `patience` seconds: then it is given up."""
-        if self.pending is not None:
-            wait([self.pending], patience)
+        if not self.background.wait(patience):
             self.sampler.stop()

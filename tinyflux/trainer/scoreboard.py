@@ -1,6 +1,5 @@
 """Evaluations of a run while it trains: drawn on all ranks, scored by rank 0 in a thread, on the CPU."""
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from tinyflux.run.metrics import Metrics
 from tinyflux.shards.stream import Stream
+from tinyflux.trainer.background import Background
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.evaluation import Evaluator, Samples, board_values
 from tinyflux.trainer.sampling import Sampler
@@ -35,22 +35,19 @@ class Scoreboard:
             except ValueError as error:
                 say(f"WARNING: no CLIP score and no CMMD: {error}")
         self.evaluator = Evaluator(samples, sampler, scorer, seed=seed)
-        self.executor = ThreadPoolExecutor(1, "scores")
-        self.pending: Future | None = None
+        self.background = Background("scores")
 
-    def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics) -> None:
+    def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics, last: bool) -> None:
         """Losses and pictures, each rank its share; rank 0 then scores in a thread. While it still scores those
-        before, these are left out. Must be called on all ranks."""
-        busy = [self.pending is not None and not self.pending.done()]
-        dist.broadcast_object_list(busy, src=0)
-        if busy[0]:
+        before, these are left out, unless they are the `last`. Must be called on all ranks."""
+        if self.background.is_busy() and not last:
             say(f"no scores of step {step}: those before are still being computed (trainer.evaluate_every)")
             return
         with ema.average_parameters():
             mine = self.evaluator.forward(model, self.device, dist.get_rank(), dist.get_world_size())
         losses, latents = (self._gathered(x.to(self.device)) for x in mine)
         if dist.get_rank() == 0:
-            self.pending = self.executor.submit(self._write, losses, latents, step, metrics)
+            self.background.submit(self._write, losses, latents, step, metrics)
 
     def _gathered(self, part: Tensor) -> Tensor:
         everyone = [torch.empty_like(part) for _ in range(dist.get_world_size())]
@@ -73,6 +70,5 @@ class Scoreboard:
 
     def wait(self, patience: float | None = None) -> None:
         """Wait for the scores that are being computed, for at most `patience` seconds: then they are given up."""
-        if self.pending is not None:
-            wait([self.pending], patience)
+        if not self.background.wait(patience):
             self.evaluator.sampler.stop()

@@ -331,10 +331,10 @@ class Trainer:
         if self.preview and any(due(c.sample_every)):
             say(f"drawing samples at step {self.step}")
             self._read()
-            self.preview.draw(self.model, self.ema, self.step, self.metrics)
+            self.preview.draw(self.model, self.ema, self.step, self.metrics, last=self.finished)
         if self.scoreboard and any(due(c.evaluate_every)):
             self._read()
-            self.scoreboard.draw(self.model, self.ema, self.step, self.metrics)
+            self.scoreboard.draw(self.model, self.ema, self.step, self.metrics, last=self.finished)
         if self.pending is None or self.pending.seconds is not None:
             self.stepper.restart_clock()
 
