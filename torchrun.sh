@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# torchrun with its arguments filled in from a SLURM job's or the user's environment.
+# torchrun with its arguments filled in from SLURM, Kubernetes or the environment.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: ./torchrun.sh [TORCHRUN OPTION ...] SCRIPT [ARGUMENT ...]
 
-Runs torchrun with nodes, node rank, endpoint and processes per node filled in; everything given here is
-passed through after that, so an option of torchrun's own wins. One process a node calls this. Exit status 75: the
-training was told by a signal to stop and has saved itself; run the same command to resume.
+Runs torchrun with nodes, node rank, endpoint and processes per node filled in. Your arguments follow these, so your
+torchrun options win. Start it once on each node. Exit status 75: the training was stopped by a signal and has saved a
+checkpoint; run the same command to resume.
 
   a laptop           ./torchrun.sh launch/train.py --config launch/configs/demo.toml
   inside a SLURM job srun --ntasks-per-node=1 ./torchrun.sh launch/train.py --config FILE.toml
@@ -19,12 +19,12 @@ training was told by a signal to stop and has saved itself; run the same command
 variable          from SLURM                                    otherwise
 NNODES            SLURM_JOB_NUM_NODES                           1
 NODE_RANK         SLURM_NODEID                                  JOB_COMPLETION_INDEX, 0
-MASTER_ADDR       NodeAddr of the first of SLURM_JOB_NODELIST    required where NNODES > 1
+MASTER_ADDR       NodeAddr of the first of SLURM_JOB_NODELIST    required if NNODES > 1
 MASTER_PORT       20000 + SLURM_JOB_ID % 20000                  29500
-NPROC_PER_NODE    SLURM_GPUS_ON_NODE                            the GPUs that nvidia-smi lists, 1 without any
+NPROC_PER_NODE    SLURM_GPUS_ON_NODE                            number of GPUs in nvidia-smi, 1 without GPUs
 MAX_RESTARTS      0                                             0
-A variable that is set wins over SLURM's, and so do torchrun's own (PET_NNODES and its like, as Kubeflow sets them).
-On one node without MASTER_ADDR a free port is taken (--standalone).
+A variable that you set overrides SLURM's, and so do torchrun's own variables (PET_NNODES and so on, as Kubeflow sets
+them). On one node without MASTER_ADDR, a free port is used (--standalone).
 TEXT
 }
 
@@ -47,10 +47,10 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
     if ((NNODES > 1)); then
         [[ -n "${SLURM_STEP_ID:-}" ]] || die "this job has $NNODES nodes: start with 'srun --ntasks-per-node=1 $0 ...'"
         if [[ -z "${MASTER_ADDR:-}" ]]; then
-            # assignments of their own, so that a failing scontrol ends the script
+            # separate assignments, so that a failing scontrol ends the script
             hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
             node=$(scontrol show node "${hosts%%$'\n'*}")
-            MASTER_ADDR=$(grep -o 'NodeAddr=[^ ]*' <<<"$node") # a node's name need not resolve, its address does
+            MASTER_ADDR=$(grep -o 'NodeAddr=[^ ]*' <<<"$node") # a node's name may not resolve, its address works
             MASTER_ADDR=${MASTER_ADDR#NodeAddr=}
         fi
         MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
@@ -67,7 +67,7 @@ if [[ -z "${NPROC_PER_NODE:-}" ]]; then
         ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
     fi
 fi
-rendezvous=${PET_RDZV_ENDPOINT:-} # torchrun reads it itself; the number of nodes may then be a range
+rendezvous=${PET_RDZV_ENDPOINT:-} # torchrun reads it itself; NNODES may then be a range
 [[ -n "$rendezvous" || "$NNODES" =~ ^[1-9][0-9]*$ ]] || die "NNODES must be a positive number, not '$NNODES'"
 [[ -n "$rendezvous" ]] || [[ "$NODE_RANK" =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) || die "NODE_RANK must be in 0..$((NNODES - 1)), not '$NODE_RANK'"
 
@@ -81,11 +81,11 @@ else
     args+=(--standalone)
 fi
 
-# one thread a process unless told: ranks that share cores slow each other down
+# one thread per process by default: ranks that share cores slow each other down
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# seconds between SIGTERM and SIGKILL, which torchrun takes for 30: a step and a save have to fit
+# seconds between SIGTERM and SIGKILL (torchrun's default is 30): a step and a save must fit
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 echo "torchrun.sh: torchrun ${args[*]} $*" >&2
-launcher=$(dirname "$0")/launch/torchrun.py # of a clone; an installed package has this script in its folder launch
+launcher=$(dirname "$0")/launch/torchrun.py # in a clone; in an installed package this script is in the folder launch
 [[ -f "$launcher" ]] || launcher=$(dirname "$0")/torchrun.py
 exec python "$launcher" "${args[@]}" "$@"

@@ -1,1 +1,1 @@
-"""Entry points: train, sample and the demo."""
+"""The commands that train, sample and evaluate, and the demo."""

@@ -1,6 +1,6 @@
 """`tinyflux COMMAND ...` and `python -m launch COMMAND ...`: the commands of this package under one name.
 
-A command's module runs as if it had been started itself, so that options, output and exit status are the very same.
+A command's module runs as `__main__`, so options, output and exit status are the same as when it is run directly.
 """
 
 import difflib
@@ -10,27 +10,27 @@ from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
     "build": ("sharding.build", "images and captions -> shards"),
-    "verify": ("sharding.verify", "check a source, repair it"),
-    "inspect": ("sharding.inspect", "show what is in a source, in words or as a page"),
-    "push": ("sharding.push", "upload a source to a dataset repo of the Hub"),
-    "pull": ("sharding.pull", "fetch a source from anywhere"),
-    "plan": ("launch.plan", "what each rank of a training sees at a step"),
+    "verify": ("sharding.verify", "check or repair a source"),
+    "inspect": ("sharding.inspect", "show what is in a source, as text or as a page"),
+    "push": ("sharding.push", "upload a source to a dataset repo on the Hub"),
+    "pull": ("sharding.pull", "download a source from the Hub, a bucket or a web server"),
+    "plan": ("launch.plan", "show what each rank sees at a step"),
     "train": ("launch.train", "train on sources, on one device"),
     "torchrun": ("launch.torchrun", "several devices: tinyflux torchrun --nproc_per_node 8 -m launch.train ..."),
     "sample": ("launch.sample", "prompts -> pictures"),
     "app": ("launch.app", "a page to draw with, in the browser"),
     "evaluate": ("launch.evaluate", "scores of a checkpoint on held-out samples"),
-    "report": ("tinyflux.run.report", "write the page of a run again, over an earlier run's curves"),
-    "export": ("tinyflux.run.export", "weights out of a checkpoint, in the published layout"),
-    "demo": ("launch.demo", "all of it, offline, in minutes"),
+    "report": ("tinyflux.run.report", "write a run's report again, with an earlier run's curves"),
+    "export": ("tinyflux.run.export", "export a checkpoint's weights in the published layout"),
+    "demo": ("launch.demo", "try everything offline, in minutes"),
 }
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """The help text: one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: tinyflux COMMAND [OPTION ...]", "", *lines, "", "tinyflux COMMAND --help says more."])
+    return "\n".join(["usage: tinyflux COMMAND [OPTION ...]", "", *lines, "", "Options: tinyflux COMMAND --help"])
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
         try:
             print(version("tinyflux-deep"))
         except PackageNotFoundError:
-            print("not installed: run from its folder")
+            print("unknown: the package is not installed, it runs from its source folder")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

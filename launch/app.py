@@ -3,8 +3,8 @@
 python launch/app.py --checkpoint runs/mine
 python launch/app.py --checkpoint AbstractPhil/tinyflux-deep --port 8080 --out pictures
 
-Needs gradio: pip install 'tinyflux-deep[app]'. It listens on this machine alone and loads nothing from elsewhere. From
-another machine: ssh -L 7860:localhost:7860 HOST, then http://localhost:7860. Each picture keeps its settings.
+Needs gradio: pip install 'tinyflux-deep[app]'. The page listens on localhost only and loads nothing from the internet.
+From another machine: ssh -L 7860:localhost:7860 HOST, then http://localhost:7860. Each picture stores its settings.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The whole system on a laptop, offline, in minutes: precache, train, interrupt, resume, sample, and a verdict.
+"""The whole system on a laptop, offline, in minutes: precache, train, interrupt, resume, sample and judge.
 
 python -m launch.demo [--out demo]
 """
@@ -18,8 +18,8 @@ LAUNCH = Path(__file__).parent
 CONFIG = LAUNCH / "configs" / "demo.toml"
 HELD_OUT = 24  # combinations of shape and colours that are never trained on
 ALL, NEW = "all of them", "shapes and colours that were never trained on"
-ENOUGH = {ALL: 0.98, NEW: 0.9}  # the shares of these rows of the table that must be drawn right
-GRID = (  # of the picture that is shown at the end
+ENOUGH = {ALL: 0.98, NEW: 0.9}  # least share of right pictures in these rows of the table
+GRID = (  # prompts of the picture that is shown at the end
     "a red circle on a blue background", "a blue circle on a red background", "a green square on a white background",
     "a yellow triangle on a black background", "a white star on a purple background",
     "a purple ring on a yellow background", "an orange square on a blue background",
@@ -31,26 +31,26 @@ GRID = (  # of the picture that is shown at the end
 
 
 def run(*command: str | Path) -> None:
-    """Run a command as a user would type it; ends the demo where it fails."""
+    """Run a command as a user would type it. Ends the demo if it fails."""
     print(f"\n$ {' '.join(map(str, command))}", flush=True)
     done = subprocess.run([str(word) for word in command], check=False)
     if done.returncode:
-        sys.exit(f"demo: that command failed with exit status {done.returncode}")
+        sys.exit(f"demo: the command above failed with exit status {done.returncode}")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl that are whole; none where the file isn't there yet."""
+    """The complete lines of a metrics.jsonl; an empty list if the file does not exist yet."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def interrupt(command: list[str], metrics: Path, at_step: int, log: Path) -> None:
-    """Start a training and send it SIGTERM, as a cluster does, once it has done `at_step` steps.
+    """Start a training and send it SIGTERM, as a cluster does, after `at_step` steps.
 
-    log: takes stderr, where torchrun says at length that it was told to stop.
+    log: file for stderr, where torchrun prints long messages about the signal.
     """
-    print(f"\n$ {' '.join(command)}      # interrupted at about step {at_step}", flush=True)
+    print(f"\n$ {' '.join(command)}      # to be interrupted at about step {at_step}", flush=True)
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stderr=stderr)
     while process.poll() is None and len(read_metrics(metrics)) < at_step:
@@ -96,15 +96,15 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     """Build two sources, train on both, interrupt and resume, sample, judge, and say where everything is.
 
     Args:
-        out: folder for all of it; a second run starts over in an empty one.
-        shapes: rendered images of captioned shapes.
-        images: images of an image folder that is written first; 168 are each pattern in each pair of colours, once.
+        out: folder for everything; must be empty or new.
+        shapes: number of rendered images of shapes.
+        images: number of images of patterns, written to a folder first; 168 is each pattern in each pair of colours.
     """
     from tinyflux.model.tiny import patterns
 
     start = time.monotonic()
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; remove it or choose another with --out")
+        raise FileExistsError(f"{out} is not empty; remove it or choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     python = sys.executable
     ranks = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -135,26 +135,26 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     for record in [*records[:: total // 8], records[-1]]:
         print("{step:6d}  {loss:.4f}  {main:.4f}  {lune:.4f}  {sol:.4f}".format(**record))
 
-    print("\n4/4  Sample: prompts become pictures; the teachers are not needed any more")
+    print("\n4/4  Sample: prompts become pictures; the teachers are no longer needed")
     grid = out / "grid.png"
     run(python, LAUNCH / "sample.py", "--checkpoint", run_dir, "--out", grid, "--batch-size", "16", "--prompt", *GRID)
     right = score(run_dir, out)
     print(f"""
 Done in {(time.monotonic() - start) / 60:.1f} minutes.
 
-The pictures      {grid}, and of every prompt {out / "pictures"}
-The checkpoint    {run_dir / "checkpoints"}
-The run's page    {run_dir / "report.html"}
+Pictures          {grid}; one picture per prompt in {out / "pictures"}
+Checkpoints       {run_dir / "checkpoints"}
+Report            {run_dir / "report.html"}
 TensorBoard       tensorboard --logdir {run_dir}
 Losses, each step {metrics}
 
 What to try next:
   python launch/sample.py --checkpoint {run_dir} --prompt "a white ring on a red background" --out ring.png
   tar tf {out / "data" / "shapes" / "shapes-000000.tar"} | head
-  python -m sharding.build --list       the sources that are known, and how to describe your own
-  ./torchrun.sh --help                  the same training on more devices and machines""")
+  python -m sharding.build --list       shows the known sources
+  ./torchrun.sh --help                  shows how to train on more devices and machines""")
     if missed := [f"{right[row]:.1%} of {row}" for row, least in ENOUGH.items() if right[row] < least]:
-        print(f"error: too few prompts were drawn right: {', '.join(missed)}", file=sys.stderr)
+        print(f"error: too few pictures are right: {', '.join(missed)}", file=sys.stderr)
         return cli.FAILED
     return cli.DONE
 

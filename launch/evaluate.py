@@ -1,10 +1,10 @@
-"""Scores of a checkpoint on held-out samples of a source, the same samples and noise every time.
+"""Scores of a checkpoint on held-out samples of a source, with the same samples and noise every time.
 
 python launch/evaluate.py --checkpoint runs/mine --source data/portraits
 python launch/evaluate.py --checkpoint runs/mine/checkpoints/step_5000 --source hf://datasets/user/repo/portraits
 
-The loss by t, CLIP score and CMMD (and FID with --inception), as JSON, in TensorBoard at that step, and as a page of
-the best and the worst pictures.
+Writes the loss by t, the CLIP score and the CMMD (and the FID with --inception) as JSON, to TensorBoard at that step,
+and as a page of the best and the worst pictures.
 """
 
 import logging

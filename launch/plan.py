@@ -1,10 +1,10 @@
-"""What a run will see: the samples of a step on each rank, and the shares of the sources up to it.
+"""What a run will see: the samples of a step on each rank, and each source's share of all samples so far.
 
     python launch/plan.py --step 100 --ranks 8 --config FILE.toml
     python launch/plan.py --step 100 --data.sources data/portraits data/imagenet --data.weights 0.7 0.3
 
-Only the [data] table of the file is read; its keys are options too, as in training. Of a remote source only the
-manifest is fetched, so its samples are shown without keys.
+Only the [data] table of the file is read; its keys are options too, as in training. For a remote source only the
+manifest is downloaded, so its samples are shown without keys.
 """
 
 import sys
@@ -38,9 +38,9 @@ class Options:
 
 
 def samples(reader: "Reader", step: int, ranks: int) -> Iterator[tuple]:
-    """Rows of HEAD: the samples of a step in slot order. A bad sample, which training would replace, says so.
+    """Rows of HEAD: the samples of a step in slot order. The key of a bad sample is its error.
 
-    caption: which of the sample's, such as 2/3.
+    caption: the drawn caption and the number of captions, such as 2/3.
     """
     import numpy as np
 
@@ -56,7 +56,7 @@ def samples(reader: "Reader", step: int, ranks: int) -> Iterator[tuple]:
     for slot, (row, caption) in enumerate(zip(rows, chosen, strict=True)):
         s, shard, key, prompt = int(draws.source[slot]), int(draws.shard[slot]), "-", "-"
         source, shape = sources[s], "x".join(map(str, reader.plan.shapes[draws.shape[slot]]))
-        if all(layer.store.cache is None for layer in source.layers):  # no remote shard is fetched for it
+        if all(layer.store.cache is None for layer in source.layers):  # do not download shards just to show keys
             try:
                 file = reader.shards.get(s, shard)
                 key, prompt = file.key(row), file.meta(row)["prompts"][caption]
@@ -68,7 +68,7 @@ def samples(reader: "Reader", step: int, ranks: int) -> Iterator[tuple]:
 
 
 def shares(reader: "Reader", step: int) -> Iterator[tuple]:
-    """Rows of the second table: what each source has given once the step is done, and what was asked for."""
+    """Rows of the second table: each source's samples up to and including the step, and its requested share."""
     plan = reader.plan
     taken = plan.start(step + 1)
     for source, weight, count in zip(plan.sources, plan.weights(step), taken, strict=True):
@@ -77,7 +77,7 @@ def shares(reader: "Reader", step: int) -> Iterator[tuple]:
 
 
 def layers(config: DataConfig) -> Iterator[tuple]:
-    """Rows of the third table: where all groups of each source lie, its overlays too."""
+    """Rows of the third table: where the groups of each source are stored, in its base and overlays."""
     from tinyflux.shards.cache import NodeCache
     from tinyflux.shards.source import open_source
 
@@ -98,7 +98,7 @@ def show(options: Options) -> None:
     reader = Reader(open_sources(config, ()), config, ranks)
     if len(reader.plan.shapes) > 1:
         config.check_shapes(ranks)
-    batch = f"{config.global_batch_size} samples, on each of {ranks} ranks {micro_batches} micro-batches"
+    batch = f"{config.global_batch_size} samples, {micro_batches} micro-batches on each of {ranks} ranks"
     print(f"step {step}, seed {config.seed}: {batch}")
     print(cli.table([HEAD, *samples(reader, step, ranks)]), end="\n\n")
     print(cli.table([("source", "samples", "share", "requested", "passes"), *shares(reader, step)]), end="\n\n")
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     """The command. Returns the exit status."""
 
     def command() -> int:
-        tables = ("model", "trainer", "parallel")  # a run's other tables
+        tables = ("model", "trainer", "parallel")  # the other tables of a run's config
         options, _ = settings.load(
             Options,
             argv,

@@ -1,11 +1,11 @@
-"""Prompts to a picture with a trained TinyFlux: a checkpoint file, a run folder, or a Hub repo.
+"""Prompts -> pictures with a trained TinyFlux: a checkpoint file, a run folder, or a Hub repo.
 
 python launch/sample.py --checkpoint runs/mine --prompt "a red circle on a blue background" --out grid.png
 python launch/sample.py --checkpoint AbstractPhil/tinyflux-deep --prompt "a portrait" "a house" --seed 3
 python launch/sample.py --checkpoint runs/mine --prompt-file prompts.txt --solver heun --guidance-interval 0.1 0.8
 
-Zoo, shift, guidance and size are those of the run unless given. The PNG has its parameters in the text chunk
-"parameters", as JSON.
+Zoo, shift, guidance and size default to those of the run. The PNG stores its parameters as JSON in the text chunk
+"parameters".
 """
 
 import logging

@@ -1,1 +1,1 @@
-"""Precaching: from images and captions to shards, and the tools around them."""
+"""The commands that build, check and share shards."""

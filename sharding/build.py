@@ -1,13 +1,13 @@
 """Precache a source: images and captions -> shards of latents, text states and teacher features.
 
     python -m sharding.build --source shapes --zoo tiny --limit 200     a first try, offline
-    python -m sharding.build --source portraits --sources my.toml       shards go to data/portraits
-    python -m sharding.build --source cache/old --kind cache            of a legacy cache, without any models
+    python -m sharding.build --source portraits --sources my.toml       writes to data/portraits
+    python -m sharding.build --source cache/old --kind cache            converts a legacy cache, without any models
     torchrun --nproc-per-node 8 -m sharding.build --source portraits    the same on 8 devices
     sbatch --array=0-31 launch/slurm/build.sbatch --source portraits    the same as 32 jobs of a SLURM array
     python -m sharding.build --source portraits --only lune --out data/portraits-lune    an overlay that adds Lune
 
-After an interruption the same command resumes; it says so when there is nothing left to do.
+After an interruption the same command resumes.
 """
 
 import sys
@@ -33,8 +33,8 @@ def build(config: BuildConfig) -> int:
     from tinyflux.precache.build import build, estimate, recipe_of
     from tinyflux.precache.ledger import Ledger
 
-    transformers.logging.disable_progress_bar()  # one bar is enough: the build's own
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged metadata, and of sizes that our own limit rejects
+    transformers.logging.disable_progress_bar()  # the build has its own progress bar
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata, and sizes that max_pixels rejects
     source, place = find_source(config.source, config.sources, config.kind, config.dataset_id), Place.of_environment()
     out = Path(config.out or Path("data") / source.name)
     ledger = Ledger(out, source.name, source.dataset_id, place.rank, place.world)
@@ -43,7 +43,7 @@ def build(config: BuildConfig) -> int:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own."""
+    """The command; `args` default to those of the process."""
     # RuntimeError: out of memory, a lost device, a model that cannot be loaded
     return cli.run(
         build, BuildConfig, args, prog="python -m sharding.build", description=__doc__, failures=(RuntimeError,)

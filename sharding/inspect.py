@@ -1,12 +1,12 @@
-"""Look into a source: what it holds, how large its parts are, and whether its numbers look sane.
+"""Show what is in a source: fields, sizes, statistics and examples.
 
     python -m sharding.inspect data/portraits                        a table
-    python -m sharding.inspect data/portraits --html portraits.html  and a page with pictures, to be opened anywhere
-    python -m sharding.inspect hf://datasets/USER/NAME/portraits     also remote
+    python -m sharding.inspect data/portraits --html portraits.html  also a self-contained page with pictures
+    python -m sharding.inspect hf://datasets/USER/NAME/portraits     a remote source
     python -m sharding.inspect data                                  the sources in a folder, overlays with their bases
-    python -m sharding.inspect data/portraits --html p.html --decode --zoo flux   with what the VAE makes of the latents
+    python -m sharding.inspect data/portraits --html p.html --decode --zoo flux   with the latents decoded by the VAE
 
-Reads samples from all over the source, not all of it: see --samples and --shards.
+Reads only some samples, spread over the source: see --samples and --shards.
 """
 
 import sys
@@ -22,31 +22,31 @@ from tinyflux.util.settings import AtLeast, check
 
 @dataclass
 class InspectConfig:
-    """What to look at."""
+    """What to show."""
 
     source: tyro.conf.Positional[str]
     """Folder or URL of the source."""
     html: Path | None = None
-    """Write a page that needs nothing beside it."""
+    """Also write a self-contained page to this file."""
     decode: bool = False
-    """Decode the shown samples' latents with the zoo's VAE, for the page."""
+    """Decode the latents of the samples on the page with the zoo's VAE."""
     zoo: str = "flux"
-    """Whose VAE: flux, tiny or a folder laid out like tiny. It must be the one that the source was built with."""
+    """Zoo of the VAE: flux, tiny or a folder laid out like tiny. It must be the zoo that built the source."""
     samples: Annotated[int, AtLeast(1)] = 1000
-    """Samples that are read, spread over the shards that are opened."""
+    """Samples to read, spread over the opened shards."""
     shards: Annotated[int, AtLeast(1)] = 64
-    """Shards that are opened, spread over the source."""
+    """Shards to open, spread over the source."""
     shown: Annotated[int, AtLeast(1)] = 24
     """Samples on the page."""
 
     def __post_init__(self):
         check(self, "--")
         if self.decode and not self.html:
-            raise ValueError("--decode needs --html FILE: the pictures go there")
+            raise ValueError("--decode needs --html FILE, the page that shows the decoded pictures")
 
 
 def inspect(config: InspectConfig) -> int:
-    """Look, print, write the page; returns the exit status: 1 if something is damaged."""
+    """Print the tables and write the page. Returns the exit status: 1 if something is damaged."""
     from tinyflux.precache.page import render
     from tinyflux.precache.survey import decode, look
     from tinyflux.precache.tables import fingerprint, folder_of_sources, summary, tables, text
@@ -70,7 +70,7 @@ def inspect(config: InspectConfig) -> int:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own."""
+    """The command; `args` default to those of the process."""
     return cli.run(inspect, InspectConfig, args, prog="python -m sharding.inspect", description=__doc__)
 
 

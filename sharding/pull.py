@@ -5,8 +5,8 @@
     python -m sharding.pull s3://BUCKET/portraits data/portraits
     python -m sharding.pull hf://datasets/USER/NAME/portraits-lune data/portraits-lune --base    an overlay and its base
 
-Shards that are there with the right content are kept, so the same command resumes after a stop. Every file is checked
-against the manifest, which is written last. The Hub's token is that of HF_TOKEN or of `hf auth login`.
+Shards that already exist with the right content are kept, so the same command resumes after a stop. Every file is
+checked against the manifest, which is written last. The Hub token comes from HF_TOKEN or `hf auth login`.
 """
 
 import sys
@@ -20,29 +20,29 @@ from tinyflux.util import cli
 
 @dataclass
 class PullConfig:
-    """What to pull, and to where."""
+    """What to pull, and where to."""
 
     url: tyro.conf.Positional[str]
     """hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"""
     out: tyro.conf.Positional[Path]
     """Folder of the copy."""
     base: bool = False
-    """Of an overlay, pull its base too, to the folder beside the overlay's that it names."""
+    """If the source is an overlay, pull its base too, to the relative path that the overlay names."""
 
 
 def run(config: PullConfig) -> None:
-    """Pull, and print what was fetched."""
+    """Pull, and print what was downloaded."""
     from tinyflux.shards.pull import pull
 
     manifest, fetched, missing = pull(config.url, config.out, with_base=config.base)
-    print(f"{config.out}: {manifest.count} samples in {len(manifest.shards)} shards, {fetched} of them fetched")
+    print(f"{config.out}: {manifest.count} samples in {len(manifest.shards)} shards, {fetched} of them downloaded")
     if missing:
         url, folder = missing
-        print(f"it is an overlay, and its base is not at {folder}: python -m sharding.pull {url} {folder}")
+        print(f"this is an overlay and its base is not at {folder}; run: python -m sharding.pull {url} {folder}")
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own."""
+    """The command; `args` default to those of the process."""
     return cli.run(run, PullConfig, args, prog="python -m sharding.pull", description=__doc__)
 
 

@@ -1,10 +1,10 @@
-"""Put a source into a dataset repo of the Hugging Face Hub, in a folder of its name, with a dataset card.
+"""Push a source to a dataset repo on the Hugging Face Hub, to a folder of the source's name, with a dataset card.
 
     python -m sharding.push data/portraits --repo USER/NAME
-    python -m sharding.push data/portraits --repo USER/NAME --private     a new repo is made private
+    python -m sharding.push data/portraits --repo USER/NAME --private     creates a private repo
 
-Only what the repo does not have yet is sent, so the same command resumes after a stop. Files that readers of the old
-content still need are replaced in the last commit, together with the manifest. The token is the one of HF_TOKEN or of
+Only files that the repo does not have are sent, so the same command resumes after a stop. Existing files are replaced
+in the last commit, together with the manifest, so that readers never see a mix. The token comes from HF_TOKEN or
 `hf auth login`.
 """
 
@@ -21,18 +21,18 @@ from tinyflux.util.settings import Match, check
 
 @dataclass
 class PushConfig:
-    """What to push, and where."""
+    """What to push, and where to."""
 
     source: tyro.conf.Positional[Path]
     """Folder of the source."""
     repo: Annotated[str, Match(r"[\w.-]+/[\w.-]+", "USER/NAME")]
-    """USER/NAME of the dataset repo; it is made if there is none."""
+    """USER/NAME of the dataset repo; it is created if it does not exist."""
     private: bool = False
-    """The repo must be private; one that is made will be."""
+    """Create the repo as private; an existing repo must be private."""
     rejected: bool = False
-    """Send rejected.jsonl too; it names files of this machine."""
+    """Send rejected.jsonl too; it names files on this machine."""
     license: str | None = None
-    """The dataset's license for the card, as the Hub calls it: cc-by-4.0, mit, other, ..."""
+    """The dataset's license for the card, by its Hub identifier: cc-by-4.0, mit, other, ..."""
 
     def __post_init__(self):
         check(self, "--")
@@ -48,8 +48,8 @@ def run(config: PushConfig) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own."""
-    # RuntimeError: the Hub's client, of a file that it can't send
+    """The command; `args` default to those of the process."""
+    # RuntimeError: the Hub client raises it for a file that it cannot send
     return cli.run(run, PushConfig, args, prog="python -m sharding.push", description=__doc__, failures=(RuntimeError,))
 
 

@@ -1,12 +1,12 @@
-"""Check a source: is everything there, and is it what the manifest says?
+"""Check that a source is complete and matches its manifest.
 
     python -m sharding.verify data/portraits             counts, sizes, keys, members: reads headers only
-    python -m sharding.verify data/portraits --deep      also hashes, and decodes every tensor of every sample
+    python -m sharding.verify data/portraits --deep      also hashes every shard and decodes every tensor
     python -m sharding.verify data/portraits --repair    sets bad shards aside, and rebuilds a lost manifest
-    python -m sharding.verify data/portraits-lune        an overlay, against its base
-    python -m sharding.verify hf://datasets/me/faces/portraits    fetches it all, through the node's cache
+    python -m sharding.verify data/portraits-lune        an overlay, also against its base
+    python -m sharding.verify hf://datasets/me/faces/portraits    downloads everything, through the node's cache
 
-Prints one line a fault and exits with status 1 if there is one.
+Prints one line per fault. The exit status is 1 if there is any.
 """
 
 import os
@@ -28,13 +28,13 @@ class VerifyConfig:
     deep: bool = False
     """Hash every shard and decode every tensor."""
     repair: bool = False
-    """Rebuild a missing or damaged manifest, and set bad shards aside in `bad/`, out of the manifest."""
+    """Rebuild a missing or damaged manifest; move bad shards to `bad/` and remove them from the manifest."""
     workers: int = min(8, os.cpu_count() or 1)
-    """Shards checked at once."""
+    """Shards to check at once."""
 
 
 def run(config: VerifyConfig) -> int:
-    """Check, print, repair if asked to; returns the exit status."""
+    """Check, print the faults, repair if asked to. Returns the exit status."""
     from tqdm import tqdm
 
     from tinyflux.shards.verify import Check, set_aside
@@ -42,7 +42,7 @@ def run(config: VerifyConfig) -> int:
     folder = Path(config.source)
     if "://" in config.source:
         if config.repair:
-            raise ValueError("--repair is for a folder: pull the source, repair it, push it again")
+            raise ValueError("--repair needs a folder: pull the source, repair the copy, push it again")
     elif not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     elif not manifest_is_there(folder, config.repair):
@@ -58,12 +58,12 @@ def run(config: VerifyConfig) -> int:
         print(f"{config.source}: {manifest.count} samples in {len(manifest.shards)} shards, no faults")
     if check.bad and config.repair:
         set_aside(folder, check.bad)
-        print(f"{len(check.bad)} shards are set aside in {folder / 'bad'}; the command that built them replaces them")
+        print(f"{len(check.bad)} shards are set aside in {folder / 'bad'}; run the build command again to replace them")
     return cli.FAILED if check.faults else cli.DONE
 
 
 def manifest_is_there(folder: Path, repair: bool) -> bool:
-    """Whether there is a manifest that can be read, or, with `repair`, one could be made."""
+    """Whether there is a readable manifest. With `repair`, a missing or damaged one is rebuilt."""
     from tinyflux.shards.manifest import Manifest, ManifestError
     from tinyflux.shards.verify import rebuild
 
@@ -79,7 +79,7 @@ def manifest_is_there(folder: Path, repair: bool) -> bool:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own."""
+    """The command; `args` default to those of the process."""
     return cli.run(run, VerifyConfig, args, prog="python -m sharding.verify", description=__doc__)
 
 

@@ -115,7 +115,7 @@ def test_push_again_changed_and_pull(hub, client, source, tmp_path):
         done = client.pull(f"hf://datasets/{REPO}{revision}/portraits", tmp_path / "copy")
         assert done.returncode == 0, done.stderr
         assert [shard.count for shard in Manifest.load(tmp_path / "copy").shards] == counts
-    assert "1 of them fetched" in done.stdout
+    assert "1 of them downloaded" in done.stdout
     assert contents(tmp_path / "copy") == contents(source)
 
 
@@ -279,9 +279,9 @@ print(source.captions.tolist(), sorted(source.open(1).decode(1)))
     url, out = f"hf://datasets/{REPO}/portraits-mask", tmp_path / "copy" / "mask"
     done = client.pull(url, out)  # alone: it says what else is needed
     wanted = f"python -m sharding.pull hf://datasets/{REPO}/portraits-text {tmp_path / 'copy/portraits-text'}"
-    assert done.returncode == 0 and f"its base is not at {tmp_path / 'copy/portraits-text'}: {wanted}" in done.stdout
+    assert done.returncode == 0 and f"its base is not at {tmp_path / 'copy/portraits-text'}; run: {wanted}" in done.stdout
     done = client.pull(url, out, "--base")
-    assert done.returncode == 0 and "0 of them fetched" in done.stdout, done.stderr
+    assert done.returncode == 0 and "0 of them downloaded" in done.stdout, done.stderr
     for source in layered[:2]:
         assert contents(tmp_path / "copy" / source.name) == contents(source)
     assert verify.main([str(out), "--deep"]) == 0
