@@ -47,4 +47,4 @@ def test_a_folder_of_portraits_and_landscapes(tmp_path, one_thread, monkeypatch,
         assert sample.main(["--checkpoint", "run", *map(str, words)]) == 0
         assert Image.open("a.png").size == (width, height)
         said = capsys.readouterr()
-        assert "no picture of the training was" not in said.out + said.err
+        assert "no training image was" not in said.out + said.err

@@ -160,6 +160,6 @@ def test_dry_run_starts_nothing(sources, tmp_path):
     done = train(tmp_path / "run", sources, "--dry-run", "--trainer.freeze", "double_blocks")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stdout
     said = {line[:16].strip(): line[16:] for line in done.stdout.splitlines()}
-    assert said["devices"] == "1 x cpu" and said["a step"] == "8 samples, on each rank 2 micro-batches of 4"
+    assert said["devices"] == "1 x cpu" and said["a step"] == "8 samples, 2 micro-batches of 4 on each rank"
     assert len(said["first batch"].split()) == 4 and "samples/s" in said["data"] and "GiB" in said["memory of each"]
-    assert said["parameters"].startswith("86,528, of which")
+    assert said["parameters"].startswith("86,528, ")

@@ -157,7 +157,7 @@ def test_a_resume_reads_the_revision_that_it_began_with(server, folder, tmp_path
     make_source(server.root / "portraits", (7, 5, 6))
     assert open_sources(config, revisions=[revision])[0].revision == revision  # what the cache has of it
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(ValueError, match="not the one of revision"):
+    with pytest.raises(ValueError, match="not that of revision"):
         open_sources(config, revisions=[revision])
     assert open_sources(config)[0].revision != revision
 
@@ -208,7 +208,7 @@ def test_a_damaged_shard_in_the_cache_heals(server, folder, tmp_path, caplog):
         batches = [next(stream) for _ in range(STEPS)]
         assert stream.counts()["bad_samples"] == 0
     assert_same(batches, folder, tmp_path)
-    assert caplog.text.count("the copy in the cache is damaged and is fetched again") == 2
+    assert caplog.text.count("the copy in the cache is damaged, downloading it again") == 2
 
 
 def test_the_cache_may_be_deleted_under_a_run(server, folder, tmp_path):

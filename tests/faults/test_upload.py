@@ -79,7 +79,7 @@ def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
     assert "WARNING: not uploaded" in said and "the same command sends them" in said
     with dataset_hub() as hub:
         status, said = run(argv, hub.url, tmp_path / "hf")
-        assert status == 0 and "finished: step 8" in said, said
+        assert status == 0 and "finished already: step 8" in said, said
         assert steps(hub) == {3, 6, 8}, said
 
 

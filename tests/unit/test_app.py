@@ -48,7 +48,7 @@ def test_checkpoints_side_by_side(run_dir, tmp_path):
     asked = form(count=2, prompts="a red ring\n\n a Blue star ", height=48, weights=names[1:3], guidance=2.0)
     *_, (pictures, doubts, columns) = page.draw(asked, lambda done, every: steps.append((done, every)))
     assert columns == 2 and len(pictures) == 8 and steps == [(k, 8) for k in range(1, 9)]
-    assert doubts == ["no caption of the training has blue, in the prompt 'a Blue star'"]
+    assert doubts == ["no training caption has blue, in the prompt 'a Blue star'"]
     drawn = [
         expected(run_dir, name, ["a red ring"] * 2 + ["a Blue star"] * 2, guidance=2.0, latent_shape=(16, 6, 8))
         for name in ("step_5_ema", "step_5")
@@ -68,14 +68,14 @@ def test_what_cannot_be_drawn(run_dir, tmp_path):
     for changed, message in [
         ({"prompts": " \n"}, "at least one prompt"),
         ({"weights": []}, "one checkpoint"),
-        ({"weights": ["step 7, averaged"]}, "no longer there; there are step 10"),
+        ({"weights": ["step 7, averaged"]}, "these weights no longer exist; choose one of step 10"),
         ({"height": 30}, "multiples of"),
         ({"interval_from": 0.9, "interval_to": 0.1}, "two ascending timesteps"),
     ]:
         with pytest.raises(ValueError, match=message):
             list(page.draw(form(**changed), lambda *_: None))
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    with pytest.raises(ValueError, match="plain.png keeps no settings"):
+    with pytest.raises(ValueError, match="plain.png has no settings"):
         read_settings(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="--port is 0"):
         AppOptions("mine", port=0)

@@ -88,7 +88,7 @@ def test_saved_it_is_a_source(cache, tmp_path, capsys):
     ran = train(tmp_path / "run", [folder], "--trainer.total-steps", 2)
     assert ran.returncode == 0, ran.stdout
     make_source(tmp_path / "other")
-    with pytest.raises(FileExistsError, match="holds another source"):
+    with pytest.raises(FileExistsError, match="contains another source"):
         cache.save(tmp_path / "other")
 
 
@@ -128,9 +128,9 @@ def test_shapes_captions_and_overlays(tmp_path):
             lune = make_tensors(i, shape=shape, captions=[1, 3][i % 2])["lune"]
             assert torch.equal(one.get_lune([i], 0.05)[0], lune[0].float())
     assert cache.get_lune([0, 3, 5], 0.5).shape == (3, 6), "the teachers' features have one shape"
-    with pytest.raises(ValueError, match="these samples have latents of the shapes 2x8, 4x4, a batch has one"):
+    with pytest.raises(ValueError, match="latents of the shapes 2x8, 4x4, but a batch must have one"):
         cache.get_encodings_batch([0, 3])
-    with pytest.raises(FileExistsError, match="holds another source"):
+    with pytest.raises(FileExistsError, match="contains another source"):
         cache.save(base)
 
 
@@ -322,7 +322,7 @@ def test_indices_and_timesteps_that_cannot_be(tmp_path):
     assert torch.equal(multi.get_lune(rows, ids, 0.3), cache.get_lune(rows, 0.3))
     assert torch.equal(multi.get_sol(rows, ids, torch.tensor(0.3))[1], cache.get_sol(rows, 0.3)[1])
     for wrong in (torch.tensor([True, False]), torch.tensor([0.7])):
-        with pytest.raises(TypeError, match="indices are whole numbers, not"):
+        with pytest.raises(TypeError, match="indices must be integers, not"):
             cache.get_lune(wrong, 0.5)
     with pytest.raises(ValueError, match="t is NaN"):
         cache.get_lune(rows, torch.nan)

@@ -125,7 +125,7 @@ WRONG = {
     "index": (lambda d: d.update(index=[]), "index is"),
     "index sha256": (lambda d: d["index"].update(sha256="x"), "index.sha256 is 'x'"),
     "another index": (lambda d: d["index"].update(sha256="0" * 64), "is not the index of"),
-    "null": (lambda d: d.update(null=None), "null must be there"),
+    "null": (lambda d: d.update(null=None), "null must be present"),
     "base": (lambda d: d.update(base={"location": 1, "sha256": "0" * 64}), "base.location is 1"),
 }
 
@@ -144,7 +144,7 @@ def test_refuses(folder, name):
 
 WRONG_INDEX = {
     "empty": (lambda a: a.update(samples=np.array([12, 0, 0], "<u4")), "samples of shard 1 is 0"),
-    "twice": (lambda a: a.update(number=a["number"] * 0), "a shard occurs twice"),
+    "twice": (lambda a: a.update(number=a["number"] * 0), "a shard is listed twice"),
     "sha256": (lambda a: a.update(sha256=a["sha256"][:, :31]), "sha256 has shape"),
     "origins": (lambda a: a.update(origins=a["origins"][:-1]), "origins has shape"),
     "captions": (lambda a: a.update(captions=a["captions"].astype("<u2")), "damaged"),

@@ -370,7 +370,7 @@ def test_adapters(saved, pipe, model, tmp_path):
     assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-5)
     adapted.set_adapters(["default", "again"], [0.25, 0.75])
     assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-4)
-    with pytest.raises(ValueError, match="no adapter other; loaded are default, again"):
+    with pytest.raises(ValueError, match="no adapter other; loaded adapters: default, again"):
         adapted.set_adapters("other")
     adapted.unload_lora_weights()
     assert torch.equal(draw(adapted, "a red ring"), plain)  # bit for bit

@@ -255,8 +255,8 @@ def test_captions_of_one_image_stay_on_one_side_of_the_split():
     [
         ({"weights": [1, -1]}, "positive"),
         ({"weights": [0, 0]}, "positive"),
-        ({"weights": [1]}, "as many weights"),
-        ({"weights_at": {5: [1]}}, "as many weights"),
+        ({"weights": [1]}, "2 sources need 2 weights"),
+        ({"weights_at": {5: [1]}}, "2 sources need 2 weights"),
         ({"weights_at": {0: [1, 1]}}, "weights_at has step 0"),
         ({"resample": "shuffle"}, "'pass' or 'replace'"),
         ({"global_batch_size": 0}, "global_batch_size"),

@@ -42,7 +42,7 @@ def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys, caplog):
     assert capsys.readouterr().out.strip() == str(out) and "weights step_5_ema.safetensors (averaged)" in told
     for line in (f"zoo tiny (of {origin})", f"shift 2 (of {origin})", "guidance 3 (of", "size 32x48 (as given)"):
         assert line in told
-    assert "no picture of the training was 32x48 (height x width); these were: 64x64, 48x64" in told
+    assert "no training image was 32x48 (height x width); sizes in training: 64x64, 48x64" in told
     picture = Image.open(out)
     assert picture.size == (48, 66)
     text = picture.text["parameters"]
@@ -75,8 +75,8 @@ def test_doubts_and_a_prompt_that_is_cut(run_dir, tmp_path, caplog):
     prompts = ["a red ring", "a Blue hexagon", "a red ring " * 60, "a red ring " * 60]
     assert call(run_dir, "--prompt", *prompts, "--out", tmp_path / "a.png", "--guidance", "2") == 0
     told = caplog.text
-    assert "guidance 2 (as given)" in told and "size 64x64 (of" in told and "no picture of" not in told
-    assert told.count("no caption of the training has blue, hexagon, in the prompt 'a Blue hexagon'") == 1
+    assert "guidance 2 (as given)" in told and "size 64x64 (of" in told and "no training image" not in told
+    assert told.count("no training caption has blue, hexagon, in the prompt 'a Blue hexagon'") == 1
     assert told.count("t5 keeps 32 of 182 tokens") == told.count("clip keeps 77 of 182 tokens") == 1
 
 
@@ -87,7 +87,7 @@ def test_without_a_run_the_published_defaults_hold(run_dir, tmp_path, capsys, ca
     assert call(copied, "--prompt", "a hexagon", "--zoo", "tiny", "--out", tmp_path / "a.png") == 0
     told = caplog.text
     assert "zoo tiny (as given)" in told and "shift 3 (by default: the checkpoint has no training_config" in told
-    assert "size 64x64 (the zoo's own)" in told and "no caption" not in told
+    assert "size 64x64 (the zoo's own)" in told and "no training caption" not in told
     (tmp_path / "training_config.json").write_text("[]")
     assert call(copied, "--prompt", "a hexagon") == 2
     assert "is not the training_config.json of a run" in capsys.readouterr().err

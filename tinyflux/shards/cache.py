@@ -1,8 +1,8 @@
 """A node's folder of downloaded files, shared by all its processes: each is downloaded once, the oldest are evicted.
 
-A file's date (mtime) is its place in the order of eviction. A used file has the date of its last use. A file that a
-look-ahead needs has a date in the future: the sooner it is needed, the later the date. Within LEASE after the
-look-ahead's process has ended, the file counts as a used one again.
+A file's date (mtime) is its place in the eviction order. A used file has the date of its last use. A file that a
+look-ahead needs has a date in the future: the sooner it is needed, the later the date. When the look-ahead's process
+ends, the file becomes an ordinary used file within LEASE.
 """
 
 import errno
@@ -21,25 +21,25 @@ from tinyflux.shards.clients import DownloadError
 from tinyflux.util.files import Stopped, cache_folder, locked
 
 TIMEOUT = 300.0  # seconds that a store may be down
-MIN_RATE = 16 << 10  # bytes a second; a slower download is given up
+MIN_RATE = 16 << 10  # bytes per second; a slower download is aborted
 LEASE = 1800 * 10**9  # ns
-AUDIT = 3600.0  # seconds between two counts of all that is there
-LEFTOVER = 86400.0  # seconds after which nobody resumes a download that a killed process left
-BUSY = 600.0  # seconds since the last byte of a download that is not evicted
-PAUSE = 1.0  # seconds for other processes to close files that were evicted
-_LOCKS = 4096  # lock files: as many downloads as may run at a time, far fewer than there are files
+AUDIT = 3600.0  # seconds between two counts of all files
+LEFTOVER = 86400.0  # seconds after which a killed process's partial download is not resumed
+BUSY = 600.0  # a download that got bytes within so many seconds is not evicted
+PAUSE = 1.0  # seconds that other processes get to close evicted files
+_LOCKS = 4096  # number of lock files: at least the number of parallel downloads, far fewer than files
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _NEVER = threading.Event()
 
 
 class NoRoom(Exception):
-    """The cache is full of files that are needed sooner."""
+    """The cache is full of files that are needed earlier."""
 
 
 class NodeCache:
     """A folder of downloaded files with a size limit in bytes, shared by all processes of a node.
 
-    timeout: seconds that a download may take, on top of those that its bytes need at MIN_RATE.
+    timeout: seconds that a download may take, in addition to the time for its bytes at MIN_RATE.
     """
 
     def __init__(self, folder: str | Path | None = None, limit: int = 100 << 30, timeout: float = TIMEOUT):
@@ -49,7 +49,7 @@ class NodeCache:
         self._counting = threading.Lock()
         self._evicting = threading.Lock()
         self._oldest: list[tuple[int, str]] | None = None  # heap of (date, path) as far as this process knows
-        self._looked, self._looking = float("-inf"), 0.0  # when all files were last listed, and how long that took
+        self._looked, self._looking = float("-inf"), 0.0  # when all files were last listed, and the duration
         self._holders: weakref.WeakSet = weakref.WeakSet()
 
     @property
@@ -58,16 +58,16 @@ class NodeCache:
         return self._fetched
 
     def count(self, length: int) -> None:
-        """Count bytes that were downloaded."""
+        """Count downloaded bytes."""
         with self._counting:
             self._fetched += length
 
     def watch(self, holder) -> None:
-        """Call `holder.close_unlinked()` whenever files are evicted: an open file keeps its room on the disk."""
+        """Call `holder.close_unlinked()` whenever files are evicted: an open file still takes disk space."""
         self._holders.add(holder)
 
     def deadline(self, size: int | None) -> float:
-        """Seconds that the download of so many bytes may take."""
+        """Seconds that a download of this size may take."""
         return self.timeout + (size or 0) / MIN_RATE
 
     def get(
@@ -81,11 +81,11 @@ class NodeCache:
         due: int | None = None,
         stopped: threading.Event = _NEVER,
     ) -> Path:
-        """`path` under the cache's folder; where it isn't there or isn't valid, `fill` writes it to a path beside it.
+        """`path` under the cache's folder. If it is missing or invalid, `fill` writes it to a temporary path beside it.
 
-        due: its date, if it is downloaded ahead of use; it then evicts no file with a later date. After an error the
-        next call continues what `fill` has written. Raises what `fill` raises, DownloadError if the disk is full,
-        TimeoutError, NoRoom, and Stopped once `stopped` is set.
+        due: its date, if it is downloaded ahead of use; it then evicts no file with a later date. After an error, the
+        next call resumes the partial file. Raises what `fill` raises, DownloadError if the disk is full, TimeoutError,
+        NoRoom, and Stopped once `stopped` is set.
         """
         if self.use(path) and valid(path):
             return path
@@ -98,7 +98,7 @@ class NodeCache:
                 self.drop(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = _part(path, size)
-            left = _length(part)  # left by a killed process; it is counted
+            left = _length(part)  # left by a killed process; already counted
             self._reserve(0 if left is not None else size or 0, due, on_disk=(size or 0) - (left or 0))
             try:
                 self._filled(part, size or 0, fill, what, stopped)
@@ -106,7 +106,7 @@ class NodeCache:
                     self._reserve(part.stat().st_size, due)
                 os.replace(part, path)
             except BaseException:
-                if size is None or not _length(part):  # nothing that is worth resuming
+                if size is None or not _length(part):  # nothing to resume
                     part.unlink(missing_ok=True)
                     self._reserve(-(size or 0), None)
                 raise
@@ -124,14 +124,14 @@ class NodeCache:
                 if last:
                     part.unlink(missing_ok=True)
                     message = f"no room in the cache {self.folder} for {what} ({size} bytes): "
-                    raise DownloadError(f"{message}free space or choose another with data.cache_dir") from error
+                    raise DownloadError(f"{message}free space or choose another folder with data.cache_dir") from error
             self.close_unlinked()
             if stopped.wait(PAUSE):
                 raise Stopped(what)
             self._reserve(0, None, on_disk=size - (_length(part) or 0))
 
     def publish(self, part: Path, path: Path) -> None:
-        """Move a file that was written in the cache's folder to its place."""
+        """Move a finished temporary file to its final path."""
         self._reserve(part.stat().st_size - (_length(path) or 0), None)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, path)
@@ -147,7 +147,7 @@ class NodeCache:
         return True
 
     def keep(self, path: Path, date: int) -> bool:
-        """Whether a file is there; it gets a date of `date_of`."""
+        """Whether a file exists. If so, it gets this date (from `date_of`)."""
         try:
             os.utime(path, ns=(date, date))
         except FileNotFoundError:
@@ -155,7 +155,7 @@ class NodeCache:
         return True
 
     def release(self, path: Path, date: int) -> None:
-        """This process does not need a file for now; it keeps the date that another process gave it."""
+        """This process no longer needs a file. A date that another process has set is kept."""
         try:
             if os.stat(path).st_mtime_ns == date:
                 os.utime(path)
@@ -165,30 +165,30 @@ class NodeCache:
             pass
 
     def date_of(self, step: int) -> int:
-        """The date of a file that a run needs at this step, counted from its start; good for LEASE."""
-        return (time.time_ns() // LEASE + 3) * LEASE - 1000 * step  # all processes have the same
+        """The date of a file that a run needs at this step, counted from its start; valid for LEASE."""
+        return (time.time_ns() // LEASE + 3) * LEASE - 1000 * step  # the same in all processes
 
     def drop(self, path: Path) -> None:
-        """Remove a file that is damaged."""
+        """Remove a damaged file."""
         length = _length(path)
         path.unlink(missing_ok=True)
         if length is not None:
             self._reserve(-length, None)
 
     def close_unlinked(self) -> None:
-        """Close what this process holds open of files that were evicted."""
+        """Close this process's descriptors of evicted files."""
         for holder in list(self._holders):
             holder.close_unlinked()
 
     def _reserve(self, size: int, due: int | None, on_disk: int | None = None) -> None:
-        """Count `size` bytes more, and evict files until they fit into the limit and `on_disk` of them on the disk.
+        """Add `size` bytes to the total, and evict files until the total fits the limit and `on_disk` fits the disk.
 
-        The lock of the node is held for the files that are evicted, however many there are. Raises NoRoom where that
-        would take one later than `due`.
+        The node's lock is held only for the evicted files, not for a listing of all. Raises NoRoom if a file with a
+        date later than `due` would have to be evicted.
         """
         evicted, now = False, time.time_ns()
         try:
-            for before in (now if due is None else min(now, due), due):  # first what nobody keeps
+            for before in (now if due is None else min(now, due), due):  # first the files that no look-ahead keeps
                 with self._evicting:
                     if self._oldest is None or (before == due and self._may_look()):
                         self._look()
@@ -204,7 +204,7 @@ class NodeCache:
                 self.close_unlinked()
 
     def _evict(self, total: list[int], size: int, on_disk: int, before: int | None) -> tuple[bool, bool]:
-        """(whether there is room now, whether something was evicted), where only dates before that may go."""
+        """(whether there is enough room, whether a file was evicted). Evicts only files with a date before `before`."""
         evicted = False
         while total[0] + size > self.limit or shutil.disk_usage(self.folder).free < on_disk:
             if size <= 0 >= on_disk or not self._oldest:
@@ -214,14 +214,14 @@ class NodeCache:
                 stat = os.stat(name)
             except FileNotFoundError:
                 continue
-            if _order(stat.st_mtime_ns) != date:  # it was used meanwhile
+            if _order(stat.st_mtime_ns) != date:  # it was used in the meantime
                 heapq.heappush(self._oldest, (_order(stat.st_mtime_ns), name))
                 continue
             if before is not None and date >= before:
                 heapq.heappush(self._oldest, (date, name))
                 return False, evicted
             base = os.path.basename(name)
-            if base.startswith(".") and time.time() - stat.st_mtime < BUSY:  # somebody writes it
+            if base.startswith(".") and time.time() - stat.st_mtime < BUSY:  # it is being written
                 continue
             Path(name).unlink(missing_ok=True)
             total[0] -= _planned(base, stat.st_size)
@@ -240,15 +240,15 @@ class NodeCache:
         self._looking = self._looked - began
 
     def _known(self, path: Path) -> None:
-        """Remember a file as one that may be evicted."""
+        """Add a file to the eviction candidates."""
         if self._oldest is not None:
             heapq.heappush(self._oldest, (_order(os.stat(path).st_mtime_ns), os.fspath(path)))
-            if len(self._oldest) > 1 << 20:  # most of them are there many times
+            if len(self._oldest) > 1 << 20:  # most of them are duplicates
                 self._oldest = None
 
     @contextmanager
     def _total(self) -> Iterator[list[int]]:
-        """[bytes of all files and of those that are being downloaded], under the lock of the node, to be changed."""
+        """[bytes of all files, including running downloads], as a list to be changed under the node's lock."""
         note = self.folder / ".total"
         with locked(self.folder / ".lock", timeout=self.timeout, what=f"the eviction lock of {self.folder}"):
             try:
@@ -257,7 +257,7 @@ class NodeCache:
                 known = 0 <= time.time() - float(counted) < AUDIT
             except (FileNotFoundError, ValueError):
                 known = False
-            if not known:  # once an hour: killed processes and people make it wrong
+            if not known:  # recount hourly: killed processes and manual deletions make it wrong
                 total, counted = [self._audit()], str(time.time())
             before = total[0] if known else None
             yield total
@@ -275,12 +275,12 @@ class NodeCache:
 
 
 def _part(path: Path, size: int | None) -> Path:
-    """Where a file is downloaded to; the name says how much room it takes in the end."""
+    """The temporary path of a download; its name contains the final size."""
     return path.with_name(f".{path.name}.{size or 0}.part")
 
 
 def _planned(name: str, length: int) -> int:
-    """Bytes that a file takes, or will take once it is downloaded."""
+    """Bytes that a file takes, or will take when its download is complete."""
     return max(length, int(name.split(".")[-2])) if name.startswith(".") else length
 
 
@@ -292,12 +292,12 @@ def _length(path: Path) -> int | None:
 
 
 def _order(date: int) -> int:
-    """The place of a date in the order of eviction: what no look-ahead can have given is the first to go."""
+    """A date's place in the eviction order: dates that no look-ahead can have set come first."""
     return date if date < time.time_ns() + 4 * LEASE else 0
 
 
 def _files(folder: str | Path) -> Iterator[tuple[os.DirEntry, os.stat_result]]:
-    """The files of all sources, those that are being downloaded too."""
+    """The files of all sources, including running downloads."""
     folders = [folder]
     while folders:
         try:

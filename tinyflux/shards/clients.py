@@ -1,6 +1,6 @@
-"""The stores that files are read from: a client for each URL scheme, the only place that knows its library's errors.
+"""Clients of remote stores, one per URL scheme. Only this module knows the errors of their libraries.
 
-A new scheme is a class with `Client`'s two members and a line in CLIENTS.
+To add a scheme, write a class with `Client`'s two members and a line in CLIENTS.
 """
 
 import asyncio
@@ -18,17 +18,17 @@ from urllib.parse import quote, unquote, urlsplit
 
 from tinyflux.util.urls import redacted
 
-CHUNK = 1 << 20  # bytes that are handed on at a time
-BLOCK = 8 << 20  # bytes of one request, where a store is read in blocks
-PLAIN = "/%:@~+,;=!$&()*"  # characters of a path that stay as they are in a URL
-REQUESTS = 4  # blocks of a file that are under way
+CHUNK = 1 << 20  # bytes that are yielded at a time
+BLOCK = 8 << 20  # bytes per request, for stores that are read in blocks
+PLAIN = "/%:@~+,;=!$&()*"  # characters of a path that are not escaped in a URL
+REQUESTS = 4  # blocks of a file that are requested in parallel
 HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
 
 
 class DownloadError(OSError):
-    """A remote file could not be had; says which and what to look at.
+    """A remote file could not be downloaded; names the file and what to check.
 
-    again: whether another try may help. status: HTTP's, as far as there is one. after: seconds the store asked to wait.
+    again: whether a retry may help. status: the HTTP status, if there is one. after: seconds the store asked to wait.
     """
 
     def __init__(self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0):
@@ -42,12 +42,12 @@ class DownloadError(OSError):
 
     @property
     def lacks(self) -> bool:
-        """Whether there is no such file, or a page in its place: the store answered, with something else."""
+        """Whether the store answered, but has no such file or sent a web page instead."""
         return self.missing or self.__cause__ is None
 
     @classmethod
     def of(cls, error: BaseException, status: int = 0, after: str | None = None) -> "DownloadError":
-        """What a library's error means, by its type and its HTTP status. after: the Retry-After header."""
+        """The DownloadError for a library's error, by its type and HTTP status. after: the Retry-After header."""
         said = f"{type(error).__name__}: {error}".strip(": ")
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             return cls(f"there is no such file: {said}", status=404)
@@ -60,7 +60,7 @@ class DownloadError(OSError):
 
 
 class Chunk(NamedTuple):
-    """Bytes of a file, where they begin, and the file's size if the store said it."""
+    """Bytes of a file, their offset, and the file's size if the store gave it."""
 
     start: int
     data: bytes
@@ -71,18 +71,18 @@ class Client(Protocol):
     """The files under one URL. Its constructor takes the URL and a revision, and raises ValueError, DownloadError."""
 
     pin: str | None
-    """What fixes the content of all files, such as a commit; None where the store has nothing of the kind."""
+    """A version of all files, such as a commit; None if the store has no versions."""
 
     def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
-        """The bytes of a file in order, from `start`, or from 0 where the store has no ranges.
+        """The bytes of a file in order, from `start`, or from 0 if the store has no ranges.
 
-        size: the file's, if it is known. silence: seconds without a byte that end the request. Raises DownloadError.
+        size: of the file, if known. silence: seconds without a byte after which the request ends. Raises DownloadError.
         """
         ...
 
 
 class HttpClient:
-    """Files of a web server. `user:password@` becomes a header, a query stays at the end of each file's URL."""
+    """Files of a web server. `user:password@` becomes a header; a query is appended to each file's URL."""
 
     pin = None
 
@@ -96,7 +96,7 @@ class HttpClient:
     def read(self, name: str, start: int, size: int | None, silence: float) -> Iterator[Chunk]:
         request = urllib.request.Request(f"{self._base}/{quote(name, PLAIN)}{self._query}", headers=_range(start))
         if self._secret:
-            request.add_unredirected_header("Authorization", self._secret)  # for this host alone
+            request.add_unredirected_header("Authorization", self._secret)  # not sent to other hosts on redirects
         try:
             with urllib.request.urlopen(request, timeout=silence) as response:
                 yield from _body(response.status, response.headers, iter(lambda: response.read1(CHUNK), b""))
@@ -108,11 +108,11 @@ class HttpClient:
         except (OSError, http.client.HTTPException) as error:
             raise DownloadError.of(error) from error
         except ValueError as error:
-            raise DownloadError(f"not a URL that can be read: {error}") from error
+            raise DownloadError(f"not a valid URL: {error}") from error
 
 
 class HubClient:
-    """Files of a dataset repo of the Hugging Face Hub at one commit. The token is HF_TOKEN's or `hf auth login`'s."""
+    """Files of a Hugging Face dataset repo at one commit. The token comes from HF_TOKEN or `hf auth login`."""
 
     def __init__(self, url: str, revision: str | None = None):
         match = HUB.fullmatch(url)
@@ -144,7 +144,7 @@ class HubClient:
 
 @contextmanager
 def _hub_errors() -> Iterator[None]:
-    """Errors of the Hub's client as DownloadErrors."""
+    """Turn errors of the Hub's client into DownloadErrors."""
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     try:
@@ -160,7 +160,7 @@ def _hub_errors() -> Iterator[None]:
 
 
 class FsspecClient:
-    """Files of a store with an asynchronous fsspec file system, in blocks, some of which are under way at a time."""
+    """Files of a store with an asynchronous fsspec file system, read in blocks, several in parallel."""
 
     pin = None
 
@@ -188,15 +188,15 @@ class FsspecClient:
                 if not under_way:
                     return
                 place, stop, future = under_way.popleft()
-                data = future.result(2 * silence)  # a block comes as a whole
+                data = future.result(2 * silence)  # no bytes arrive before the whole block
                 if not data:
                     raise DownloadError("the file is shorter than expected", status=416)
                 yield Chunk(place, data[: stop - place], size)
                 if len(data) < stop - place:
-                    raise OSError(f"{len(data)} bytes came instead of bytes {place} to {stop}")
+                    raise OSError(f"received {len(data)} bytes for bytes {place} to {stop}")
         except DownloadError:
             raise
-        except Exception as error:  # each store's library has errors of its own; this is where they end
+        except Exception as error:  # each store's library has its own errors
             response = getattr(error, "response", None)
             answer = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
             status = answer.get("HTTPStatusCode") or getattr(error, "status", 0) or getattr(error, "code", 0)
@@ -216,25 +216,25 @@ def _range(start: int) -> dict[str, str]:
 
 
 def _body(status: int, headers: Any, chunks: Iterator[bytes]) -> Iterator[Chunk]:
-    """The chunks of an HTTP answer; one that is shorter than it said raises."""
+    """The chunks of an HTTP response. Raises OSError if it is shorter than announced."""
     length = headers.get("Content-Length")
     place, total = 0, int(length) if length else None
     if status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         if match is None:
-            raise OSError(f"an answer of a range without its place: {headers.get('Content-Range')!r}")
+            raise OSError(f"a range response with a bad Content-Range: {headers.get('Content-Range')!r}")
         place, total = int(match[1]), None if match[2] == "*" else int(match[2])
     for data in chunks:
         yield Chunk(place, data, total)
         place += len(data)
     if total is not None and place < total:
-        raise OSError(f"the answer ended at byte {place} of {total}")
+        raise OSError(f"the response ended at byte {place} of {total}")
 
 
 CLIENTS: dict[str, Callable[[str, str | None], Client]] = {
     "hf": HubClient,
     "http": HttpClient,
     "https": HttpClient,
-    "s3": partial(FsspecClient, config_kwargs={"retries": {"total_max_attempts": 1}}),  # there are tries enough here
+    "s3": partial(FsspecClient, config_kwargs={"retries": {"total_max_attempts": 1}}),  # `Patience` retries
     "gs": FsspecClient,
 }

@@ -1,4 +1,4 @@
-"""What a run reads, and the sizes of its batches. Needs no torch, so that commands show their options at once."""
+"""The data settings of a run: sources and batch sizes. Does not import torch, so that --help is fast."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,42 +17,43 @@ class DataConfig:
     sources: list[str] = field(default_factory=list)
     """Folders or URLs of the sources: hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs://, http(s)://."""
     weights: Annotated[list[float], AtLeast(0)] | None = None
-    """One number a source: its share of every batch. Default: the sources' sample counts."""
+    """One number per source: its share of every batch. Default: proportional to the sources' sample counts."""
     weights_at: Annotated[list[str], Match(r"\d+:[^:]+", "STEP:WEIGHT,WEIGHT,...")] = field(default_factory=list)
-    """Other weights from a step on, such as 10000:0.5,0.5 20000:0,1."""
+    """Other weights from a step on: 10000:0.5,0.5 20000:0,1."""
     dataset_ids: Annotated[list[int], AtLeast(0)] | None = None
-    """One id a source, instead of those in the manifests."""
+    """One id per source, overriding those in the manifests."""
     global_batch_size: Annotated[int, Within(1, MAX_BATCH)] = 256
-    """Samples of one optimizer step on all ranks: a multiple of ranks x micro_batch_size."""
+    """Samples of one optimizer step on all ranks together; a multiple of ranks x micro_batch_size."""
     micro_batch_size: Annotated[int, AtLeast(1)] = 8
     """Samples of one forward pass on one rank; gradient accumulation follows from it."""
     unit: Annotated[int, AtLeast(1)] | None = None
-    """Samples that are dealt out together and share a latent shape; divides global_batch_size. With sources of several
-    shapes it is a multiple of micro_batch_size. Part of the data order. Default: 8, or the largest that divides."""
+    """Samples of one latent shape that the plan places together; must divide global_batch_size. With several latent
+    shapes it must be a multiple of micro_batch_size. Changes the data order. Default: 8, or the largest divisor."""
     seed: int = 0
-    """Decides the order of the samples and every random draw of training."""
+    """Seed of the data order and of every random draw in training."""
     val_fraction: Annotated[float, Within(0, 1, open_high=True)] = 0.0
     """Share of the images that is held out for validation."""
     slots_per_stream: Annotated[int, AtLeast(1)] = 4
     """Samples of a batch that come from one shard at a time. Lower: better mixing, more open shards. Higher: fewer
     requests. With shards of one class each, a batch of N is worth about N / slots_per_stream independent samples."""
     resample: Literal["pass", "replace"] = "pass"
-    """"pass": every sample once a pass, in a new order each time. "replace": runs of samples from random places."""
+    """"pass": every sample once per pass, in a new order each time. "replace": draw short runs of samples with
+    replacement."""
     threads: Annotated[int, AtLeast(1)] = 2
     """Decoding threads on each rank."""
     prefetch: Annotated[int, AtLeast(1)] = 2
-    """Micro-batches that are ready ahead of the training loop."""
+    """Micro-batches to load ahead of the training loop."""
     open_shards: Annotated[int, AtLeast(1)] = 64
-    """Shards that a rank keeps open; as many as it reads from at a time, if these are more."""
+    """Shards that a rank keeps open, or more if it reads from more at a time."""
     cache_dir: str | None = None
-    """Where a node keeps shards of remote sources. Default: $TINYFLUX_CACHE/shards or ~/.cache/tinyflux/shards."""
+    """Folder of a node for shards of remote sources. Default: $TINYFLUX_CACHE/shards or ~/.cache/tinyflux/shards."""
     cache_gb: Annotated[float, Above(0)] = 100.0
     """Size limit of that folder, in GB."""
     timeout: Annotated[float, Above(0)] = 480.0
-    """Seconds that a rank waits for a shard before it gives up and says for which. Must be well below
-    parallel.timeout: or the other ranks end the run first, without saying why."""
+    """Seconds that a rank waits for a shard before it stops with an error that names the shard. Must be well below
+    parallel.timeout, or the other ranks end the run first without naming it."""
     max_bad_samples: Annotated[int, AtLeast(0)] = 100
-    """A rank stops after this many different bad samples (20 in a row stop it too)."""
+    """Stop the run after more than this many different bad samples on a rank (or 20 in a row)."""
     allow_missing: list[str] = field(default_factory=list)
     """Names of sources that may lack Lune or Sol; their samples carry a mask and add no such loss."""
     allow_different: list[str] = field(default_factory=list)

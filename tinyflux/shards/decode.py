@@ -1,6 +1,6 @@
-"""Members of several samples into a batch's memory at once: two calls a sample, the rest a chunk.
+"""Fast path: decode several samples into a batch's memory at once, with two calls per sample and the rest per chunk.
 
-It accepts only what is beyond doubt. For everything else `decode_member` says what is wrong, or that nothing is.
+It accepts only samples that are certainly good. `decode_member` checks all others again and finds the fault, if any.
 """
 
 import os
@@ -16,15 +16,15 @@ from tinyflux.shards.shardfile import ShardFile
 
 CHUNK = 8
 """Samples that are decoded together."""
-_GAP = 1 << 16  # bytes between members of a sample that are read through rather than around
-# A frame behind the last member of a sample: where it comes out at its place, all frames before it were whole, with
-# their checksums. zstd says nothing of a frame whose content is all there while its end is missing.
+_GAP = 1 << 16  # gaps between a sample's members up to this size are read too, to save a call
+# A frame added after the last member of a sample: if it is decompressed to its place, all frames before it were
+# complete, with their checksums. zstd does not report a frame whose content is complete but whose end is missing.
 _SEAL = zstandard.ZstdCompressor(write_checksum=True).compress(b"seal")
 
 
 @dataclass
 class _Region:
-    """High planes that lie in a row in every sample, from begin to end, and the planes of their fields: views of all
+    """High planes that are contiguous in every sample, from begin to end, and the planes of their fields: views of all
     rows. top: of `TOP`."""
 
     begin: int
@@ -34,7 +34,7 @@ class _Region:
 
 
 class _Room:
-    """Room for CHUNK decompressed samples whose members have these layouts, and where their parts lie."""
+    """Buffers for CHUNK decompressed samples whose members have these layouts, and the offsets of their parts."""
 
     def __init__(self, layouts: tuple[Layout, ...]):
         self.layouts, at = layouts, 0
@@ -44,7 +44,7 @@ class _Room:
             at += len(layout.head) + layout.payload
         self.memory = np.zeros((CHUNK, at + 4), np.uint8)
         self.rows = [memoryview(row) for row in self.memory]
-        # what a member begins with: the header and, right behind it, the origin
+        # the start of a member: the header, followed by the origin
         self.heads = [(begin, begin + len(layout.head) + 4) for begin, layout in zip(begins, layouts, strict=True)]
         self.expected = [np.zeros((CHUNK, end - begin), np.uint8) for begin, end in self.heads]
         self.regions: list[_Region] = []
@@ -61,13 +61,13 @@ class _Room:
                 last.end += entry.count
                 last.planes[name] = [self.memory[:, place : place + entry.count] for place in places]
         self.fields = {name for region in self.regions for name in region.planes}
-        self._frames = [b""] * len(layouts)  # the beginning of a frame that states the right size and has a checksum
+        self._frames = [b""] * len(layouts)  # the start of a frame with the right content size and a checksum
 
     def states(self, i: int, data: bytearray, begin: int, end: int) -> bool:
-        """Whether a frame begins there that states the size of the i-th member and has a checksum."""
+        """Whether a frame starts there that has the i-th member's content size and a checksum."""
         if self._frames[i] and data.startswith(self._frames[i], begin, end):
             return True
-        head = bytes(data[begin : min(begin + 18, end)])  # a frame's header is no longer
+        head = bytes(data[begin : min(begin + 18, end)])  # a frame's header has at most 18 bytes
         frame, layout = zstandard.get_frame_parameters(head), self.layouts[i]
         if not frame.has_checksum or frame.content_size != len(layout.head) + layout.payload:
             return False
@@ -75,8 +75,8 @@ class _Room:
         return True
 
     def take(self, n: int, origins: np.ndarray, having: list[int], out: dict[str, np.ndarray]) -> np.ndarray:
-        """Join the planes of the rows `having`, of the first n, into `out`. Returns bool [n]: which of the n are made
-        from the images of these origin hashes and are finite."""
+        """Join the planes of the rows `having`, of the first n, into `out`. Returns bool [n]: which of the n have these
+        origin hashes and are finite."""
         good, memory, origins = np.ones(n, bool), self.memory[:n], origins.view(np.uint8).reshape(n, 4)
         for (begin, end), expected in zip(self.heads, self.expected, strict=True):
             expected, found = expected[:n], memory[:, begin:end]
@@ -99,17 +99,17 @@ class _Room:
 
 
 class _Decoder:
-    """What one thread decodes with: its buffers are touched again and again, fresh memory would cost page faults."""
+    """One thread's decoder. It reuses its buffers, because fresh memory would cost page faults."""
 
     def __init__(self):
-        # with the smallest window a frame is accepted only if it can be decompressed right into its place
+        # with the smallest window, a frame is accepted only if it can be decompressed directly into its place
         self.zstd = zstandard.ZstdDecompressor(max_window_size=1 << 10)
         self.rooms: dict[tuple[Layout, ...], _Room] = {}
-        self.data = bytearray(1 << 20)  # the compressed members of a sample, one behind the other
+        self.data = bytearray(1 << 20)  # the compressed members of a sample, concatenated
         self.between = memoryview(bytearray(_GAP))
 
     def room(self, layouts: tuple[Layout, ...]) -> _Room:
-        """The room for samples of these layouts."""
+        """The buffers for samples with these layouts."""
         room = self.rooms.get(layouts)
         if room is None:
             room = self.rooms[layouts] = _Room(layouts)
@@ -118,11 +118,11 @@ class _Decoder:
         return room
 
     def fill(self, file: ShardFile, row: int, caption: int, room: _Room, i: int) -> bool:
-        """Read and decompress a sample into row i of its room. False, KeyError, AttributeError, ValueError or ZstdError
-        where a member is odd or missing."""
+        """Read and decompress a sample into row i of its room. Returns False, or raises KeyError, AttributeError,
+        ValueError or ZstdError, if a member is unusual or missing."""
         view, ends = memoryview(self.data), [0]
         layer: ShardFile | None = file
-        while layer is not None:  # an overlay, and what it lies on
+        while layer is not None:  # an overlay, then its base
             members, parts, begin, end = layer.samples[row].members, [], 0, 0
             for name, layout in layer.wanted(caption):
                 offset, size = members[name]
@@ -148,7 +148,7 @@ class _Decoder:
 
 
 def _read(fd: int, parts: list[memoryview], begin: int, end: int) -> None:
-    """Fill the parts from what lies in a file from begin to end. Raises ValueError where it is cut short."""
+    """Fill the parts with a file's bytes from begin to end. Raises ValueError if the file is truncated."""
     if parts and os.preadv(fd, parts, begin) != end - begin:
         raise ValueError("cut short")
 
@@ -162,10 +162,10 @@ def decode_chunk(
     captions: Sequence[int],
     out: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """Decode up to CHUNK samples, row rows[i] of files[i], into the rows of `bits` in `out`; bool [n]: which are good.
+    """Decode up to CHUNK samples, row rows[i] of files[i], into the rows of `out`. Returns bool [n]: which are good.
 
-    captions: which member of repeated groups. All groups of a file are read; the fields of `out` that it lacks become
-    zero. Rows of `out` that are not good hold anything.
+    out: made by `bits`. captions: which member of repeated groups. All groups of a file are read; fields of `out` that
+    it lacks become zero. Rows of `out` that are not good have undefined content.
     """
     if not hasattr(_threads, "decoder"):
         _threads.decoder = _Decoder()

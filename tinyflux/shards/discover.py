@@ -1,4 +1,4 @@
-"""From bare tars to a manifest: folders that plain webdataset wrote, and sources whose manifest was lost."""
+"""Bare tars -> a manifest: for folders written by plain webdataset, and sources whose manifest was lost."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ MANIFEST, INDEX, NULL = "manifest.json", "index.safetensors", "null.safetensors"
 
 @dataclass
 class Found:
-    """What a tar turned out to hold."""
+    """The content of a tar."""
 
     shard: Shard
     groups: dict[str, Group]
@@ -30,13 +30,12 @@ class Found:
 
 
 def tars(folder: Path) -> list[Path]:
-    """The shards of a source's folder, those in subfolders too, in the order of their names."""
+    """The shards of a source's folder and its subfolders, sorted by name."""
     return sorted([*folder.glob("*.tar"), *folder.glob("[0-9][0-9][0-9]*/*.tar")], key=lambda path: path.name)
 
 
 def sources_in(folder: Path) -> dict[str, dict]:
-    """The sources that lie in a folder, by their folders' names: what `manifest.parse` gives of each. Those whose
-    manifest cannot be read are left out."""
+    """The sources in a folder: folder name -> result of `manifest.parse`. Skips those with an unreadable manifest."""
     found = {}
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         try:
@@ -47,7 +46,7 @@ def sources_in(folder: Path) -> dict[str, dict]:
 
 
 def examine(path: Path) -> Found:
-    """Read a tar of samples through. Raises ShardError, ManifestError, OSError."""
+    """Read a whole tar of samples. Raises ShardError, ManifestError, OSError."""
     with open(path, "rb") as file:
         fd = file.fileno()
         samples, fault, _ = scan(fd, str(path))
@@ -79,7 +78,7 @@ def _describe(fd: int, path: Path, sample: Sample, member: str) -> tuple[dict[st
 
 
 def _groups(fd: int, path: Path, sample: Sample) -> tuple[dict[str, Group], tuple[int, int]]:
-    """The groups of a sample, and the shape of its latents; (1, 1) where it has nothing that follows them."""
+    """The groups of a sample, and the shape of its latents; (1, 1) if no field depends on it."""
     groups, shape = {}, (1, 1)
     for member in sorted(sample.members):
         if not member.endswith(SUFFIX):
@@ -106,10 +105,10 @@ def assemble(
     known: dict[str, Group] | None = None,
     base: Base | None = None,
 ) -> Manifest:
-    """The manifest of tars that were examined; nothing is written.
+    """The manifest of examined tars; nothing is written.
 
-    dataset_id: for keys that don't carry one. known: timesteps and fingerprint of groups, where they are known. base:
-    of an overlay. Raises FileNotFoundError without null.safetensors, ValueError saying what is in the way.
+    dataset_id: for keys without one. known: timesteps and fingerprints of groups, if known. base: for an overlay.
+    Raises FileNotFoundError without null.safetensors; ValueError with the reason why there can be no manifest.
     """
     first = found[0]
     for other in found[1:]:
@@ -146,10 +145,10 @@ def assemble(
 
 
 def adopt(folder: Path, dataset_id: int | None = None) -> Manifest:
-    """The manifest of a local folder of shards that has none; read through once, then remembered.
+    """Make the manifest of a local folder of shards that has none. All shards are read once.
 
-    dataset_id: for keys that don't carry one. The result is kept in the user's cache, under the names, sizes and
-    times of the files. Raises FileNotFoundError without shards, ShardError, ValueError saying what is in the way.
+    dataset_id: for keys without one. The result is kept in the user's cache, keyed by the files' names, sizes and
+    times. Raises FileNotFoundError without shards, ShardError; ValueError with the reason why there can be no manifest.
     """
     paths = tars(folder)
     if not paths:

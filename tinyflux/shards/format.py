@@ -2,12 +2,12 @@
 
 KEY.latents.safetensors.zst   latents                        KEY.json  prompts, origin, index, size, crop
 KEY.text.0.safetensors.zst    t5_embeds, clip_pooled         KEY.jpg   preview, may be absent
-KEY.lune.safetensors.zst      lune, and so on: see `schema`; text.1, text.2, ... are further captions
+KEY.lune.safetensors.zst      lune, and so on: see `schema`; text.1, text.2, ... are more captions
 
-A group of tensors is one safetensors blob in one zstd frame that states its size and carries a checksum. The blob
-begins with `origin`, U8 [4]: the hash of the image's origin, little-endian, which the source's index has for the row.
-Then come the byte planes of the tensors as U8: NAME.0 the lowest byte of each element, NAME.1 the next. The planes 0
-of all tensors come first, and a zstd block ends with them: bytes of one kind compress better, and faster, than mixed.
+A group of tensors is one safetensors blob in one zstd frame with content size and checksum. The blob starts with
+`origin`, U8 [4]: the hash of the image's origin, little-endian, which the source's index also has for the row.
+Then come the byte planes of the tensors as U8: NAME.0 is the lowest byte of each element, NAME.1 the next. The planes 0
+of all tensors come first, and a zstd block ends after them: similar bytes compress better and faster than mixed ones.
 One line of numpy joins the planes of a two-byte tensor: `(high.astype("<u2") << 8 | low).view("<f2")`.
 """
 
@@ -27,22 +27,22 @@ from tinyflux.shards.schema import DTYPES, GROUP_OF, SCHEMA, Field, check_names,
 SUFFIX = ".safetensors.zst"
 ORIGIN = "origin"
 _ORIGIN_BYTES = 4
-TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # of the high byte: from here on the exponent may be full
-_HEADER_LIMIT = 4096  # bytes; a blob with a longer safetensors header is not ours
+TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # high bytes from here on may be inf or NaN
+_HEADER_LIMIT = 4096  # bytes; longer safetensors headers are refused
 _KEY = re.compile(r"(\d{4,})_(\d{9,})")
 
 
 class ShardError(ValueError):
-    """A shard or one of its samples cannot be used; `shard` and `key` say which."""
+    """A shard or one of its samples cannot be used; `shard` and `key` name it."""
 
     def __init__(self, shard: str, key: str = "", why: str = ""):
-        # torch rebuilds an exception of another thread from its message alone
+        # torch rebuilds an exception of another thread from its message only
         super().__init__(f"{shard}{f', sample {key}' if key else ''}: {why}" if why else shard)
         self.shard, self.key, self.why = shard, key, why
 
 
 def sample_key(dataset_id: int, index: int) -> str:
-    """The key of the sample made from input number `index`; it has no dots: in a tar a dot ends the key."""
+    """The key of the sample made from input number `index`. It has no dots, because in a tar a dot ends the key."""
     return f"{dataset_id:04d}_{index:09d}"
 
 
@@ -55,19 +55,19 @@ def parse_key(key: str) -> tuple[int, int]:
 
 
 def origin_hash(origin: str) -> int:
-    """32 bits of the SHA-256 of an image's origin: captions of one image fall on one side of a split."""
+    """32 bits of the SHA-256 of an image's origin. All captions of an image have the same hash."""
     return int.from_bytes(hashlib.sha256(origin.encode()).digest()[:_ORIGIN_BYTES], "little")
 
 
 def member_name(group: str, caption: int | None = None) -> str:
-    """The extension of a group's member; `caption`: its number, of a repeated group."""
+    """The extension of a group's member; `caption`: the member's number in a repeated group."""
     return f"{group}{SUFFIX}" if caption is None else f"{group}.{caption}{SUFFIX}"
 
 
 class Layout:
-    """Where the byte planes of a group lie in its blob; `fields` without "h" and "w".
+    """The offsets of a group's byte planes in its blob; `fields` must be without "h" and "w".
 
-    Blobs that this package wrote all have the header `head`; others are parsed, each header once.
+    Blobs written by this package have the header `head`; other headers are parsed, each once.
     """
 
     def __init__(self, fields: dict[str, Field]):
@@ -93,12 +93,12 @@ class Layout:
 
     @property
     def limit(self) -> int:
-        """The most bytes that a compressed member can have (zstd's own bound)."""
+        """Upper bound of a compressed member's bytes (zstd's bound)."""
         size = self.payload + 8 + _HEADER_LIMIT
         return size + (size >> 8) + 512
 
     def planes(self, header: bytes) -> dict[str, list[int]]:
-        """The offsets behind the header of each field's planes, low byte first, and of "origin". Raises ValueError."""
+        """The offsets, after the header, of each field's planes (low byte first) and of "origin". Raises ValueError."""
         found = self._known.get(header)
         if found is None:
             found = self._parse(header)
@@ -131,7 +131,7 @@ class Layout:
         end = 0
         for name in sorted(begins, key=begins.get):
             if begins[name] != end:
-                raise ValueError(f"{name} begins at byte {begins[name]}, the one before it ends at {end}")
+                raise ValueError(f"{name} starts at byte {begins[name]}, but the previous tensor ends at {end}")
             end += counts[name][1]
         return {ORIGIN: [begins[ORIGIN]]} | {
             name: [begins[f"{name}.{plane}"] for plane in range(self.widths[name])] for name in self.fields
@@ -148,7 +148,7 @@ _threads = threading.local()  # a compressor or decompressor serves one thread o
 
 
 def encode_member(tensors: dict[str, Tensor], layout: Layout, origin: int, level: int = 3) -> bytes:
-    """One group of one sample; `tensors` as the layout's fields say, finite, on the CPU."""
+    """Encode one group of one sample; `tensors` must match the layout's fields, be finite and on the CPU."""
     made = _threads.__dict__.setdefault("compressors", {})
     compressor = made.get(level)
     if compressor is None:
@@ -176,11 +176,11 @@ def encode_sample(
     origin: int | None = None,
     level: int = 3,
 ) -> dict:
-    """One sample as the dict that `write_shard` takes; equal input gives equal bytes.
+    """Encode one sample as a dict for `write_shard`; equal input gives equal bytes.
 
-    tensors: any whole groups of the schema, unbatched, on the CPU; those of a repeated group are one caption's, or
-    several captions' stacked. meta: what goes into KEY.json, if anything. preview: JPEG bytes. origin: the hash of the
-    image's origin, by default that of meta["origin"]. Raises ValueError naming the tensor that is not fit.
+    tensors: complete groups of the schema, unbatched, on the CPU; in a repeated group, of one caption, or of several
+    captions stacked. meta: content of KEY.json. preview: JPEG bytes. origin: the hash of the image's origin; default:
+    that of meta["origin"]. Raises ValueError with the name of a bad tensor.
     """
     parse_key(key)
     try:
@@ -188,7 +188,7 @@ def encode_sample(
         fields_of(tensors)  # refuses wrong axes
         for name, tensor in tensors.items():
             if _dtype(tensor) not in DTYPES:
-                raise ValueError(f"{name} is {tensor.dtype}, the format has {', '.join(DTYPES)}")
+                raise ValueError(f"{name} is {tensor.dtype}, must be one of {', '.join(DTYPES)}")
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has NaN or infinity")
         origin = origin_hash(meta["origin"]) if origin is None else origin
@@ -222,7 +222,7 @@ def _captions(group: str, tensors: dict[str, Tensor]):
     counts = {len(tensor) for tensor in tensors.values()}
     if not all(stacked) or len(counts) != 1:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"{group!r} has the shapes {shapes}: one caption, or equally many of each")
+        raise ValueError(f"{group!r} has the shapes {shapes}: all its fields must have the same number of captions")
     return [(i, {name: tensor[i] for name, tensor in tensors.items()}) for i in range(counts.pop())]
 
 
@@ -232,18 +232,18 @@ def _layout(fields: tuple[tuple[str, Field], ...]) -> Layout:
 
 
 def layout_of(fields: dict[str, Field]) -> Layout:
-    """The layout of these fields, made once."""
+    """The layout of these fields, cached."""
     return _layout(tuple(fields.items()))
 
 
 def bits(tensors: Tensor) -> np.ndarray:
-    """A contiguous batch [B, ...] as the rows [B, n] of unsigned integers that `decode_member` fills; shares memory."""
+    """A view of a contiguous batch [B, ...] as rows [B, n] of unsigned integers, for `decode_member` to fill."""
     kind = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}[tensors.element_size()]
     return tensors.reshape(len(tensors), -1).view(kind[0]).numpy().view(kind[1])
 
 
 def decompress(data: bytes, layout: Layout) -> bytes:
-    """The blob of a member. Raises zstandard.ZstdError, ValueError; never takes more memory than the fields do."""
+    """The blob of a member. Raises zstandard.ZstdError, ValueError. Never allocates more than its fields need."""
     frame = zstandard.get_frame_parameters(data)
     if not frame.has_checksum:
         raise ValueError("the zstd frame has no checksum")
@@ -265,9 +265,9 @@ def decode_member(
 ) -> dict[str, Tensor] | None:
     """Decode one group member and check it against its layout.
 
-    origin: the hash that the index has for the row, None where it is not known. out: a row of `bits` for each field,
-    filled in place; without it new tensors are returned by name. where: (shard, key) for errors. finite: refuse NaN and
-    infinity. Raises ShardError on a damaged frame, tensors of another image, wrong names, dtypes or shapes.
+    origin: the hash that the index has for the row, None if unknown. out: for each field, a row of `bits` to fill in
+    place; without it, new tensors are returned by name. where: (shard, key) for errors. finite: refuse NaN and
+    infinity. Raises ShardError for a damaged frame, tensors of another image, wrong names, dtypes or shapes.
     """
     try:
         blob = decompress(data, layout)
@@ -292,7 +292,7 @@ def decode_member(
     for name, field in layout.fields.items():
         parts = [np.frombuffer(blob, np.uint8, field.count, base + begin) for begin in planes[name]]
         high, top = parts[-1], TOP[field.dtype]
-        # two maxima find a full exponent of either sign without a temporary array
+        # two maxima find such exponents of either sign without a temporary array
         full = finite and (high.view(np.int8).max() >= top or high.max() >= top | 0x80)
         # float16 has its whole exponent there; the other types have one more bit in the next byte
         if full and (field.dtype == "float16" or (((high & 0x7F) == top) & (parts[-2] >= 0x80)).any()):
@@ -311,7 +311,7 @@ def join(planes: list[np.ndarray], out: np.ndarray) -> None:
 
 
 def describe_member(data: bytes, limit: int = 1 << 28) -> tuple[dict[str, Field], int]:
-    """(fields, origin hash) of a member whose fields are not known. Raises ValueError; reads no more than `limit`."""
+    """(fields, origin hash) of a member with unknown fields. Raises ValueError. Reads at most `limit` bytes."""
     try:
         size = zstandard.get_frame_parameters(data).content_size
         if size > limit:  # also where none is stated

@@ -12,7 +12,7 @@ from tinyflux.shards.writer import Shard
 from tinyflux.util import files
 
 FILE = "index.safetensors"
-# in the order of the file: the widest first, so that all arrays are aligned
+# in file order: the widest dtype first, so that all arrays are aligned
 _DTYPES = {"bytes": "<u8", "samples": "<u4", "number": "<u4", "origins": "<u4", "shape": "<u2"}
 _DTYPES |= {"sha256": "u1", "captions": "u1", "names": "u1"}
 _KINDS = {"<u8": "U64", "<u4": "U32", "<u2": "U16", "u1": "U8"}
@@ -21,11 +21,11 @@ _PORTION = 1 << 22  # elements written at a time
 
 
 class Index:
-    """The arrays of a source. Of each shard: `bytes`, `samples`, `number`, `shape` (row of the manifest's shapes) and
-    `sha256` [shards, 32]; of each sample: `origins` (hash of its image's origin) and `captions` (how many it has).
+    """The arrays of a source. Per shard: `bytes`, `samples`, `number`, `shape` (row of the manifest's shapes) and
+    `sha256` [shards, 32]; per sample: `origins` (hash of its image's origin) and `captions` (their number).
 
-    `names`: the shards' file names, if they don't follow from their numbers. digest: SHA-256 and size of the file that
-    holds the arrays. Raises ValueError.
+    `names`: the shards' file names, if they don't follow from their numbers. digest: SHA-256 and size of the arrays'
+    file. Raises ValueError.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], digest: dict | None = None):
@@ -57,14 +57,14 @@ class Index:
                 raise ValueError(f"there are {len(self.names)} names for {shards} shards")
         if self.names is not None:
             repeated = len(set(self.names)) != shards
-        else:  # by sorting: np.unique takes seconds for millions
+        else:  # sort, because np.unique takes seconds for millions
             repeated = (np.diff(np.sort(self.number)) == 0).any()
         if repeated:
-            raise ValueError("a shard occurs twice")
+            raise ValueError("a shard is listed twice")
 
     @classmethod
     def of(cls, source: str, shards: Sequence[Shard], shapes: Sequence[tuple[int, int]]) -> "Index":
-        """The index of finished shards; `shapes`: those of the manifest, in its order."""
+        """The index of finished shards; `shapes`: the manifest's, in its order."""
         rows = {shape: row for row, shape in enumerate(shapes)}
         numbers = [number_of(source, shard.name) for shard in shards]
         named = any(number is None for number in numbers)
@@ -84,7 +84,7 @@ class Index:
 
     @classmethod
     def load(cls, path: str | Path) -> "Index":
-        """Map a file; its arrays are read as they are used. Raises ValueError, FileNotFoundError."""
+        """Map a file; its arrays are read on access. Raises ValueError, FileNotFoundError."""
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > _HEADER_LIMIT:
@@ -133,7 +133,7 @@ class Index:
 
     @cached_property
     def digest(self) -> dict:
-        """SHA-256 and size of the file, as the manifest has them."""
+        """SHA-256 and size of the file, for the manifest."""
         if self._digest is not None:
             return self._digest
         digest, size = hashlib.sha256(), 0
@@ -158,6 +158,6 @@ def shard_file(source: str, k: int) -> str:
 
 
 def number_of(source: str, name: str) -> int | None:
-    """The number of a shard by its file name, None where it has none."""
+    """A shard's number from its file name, None if it has none."""
     digits = name.removeprefix(f"{source}-").removesuffix(".tar")
     return int(digits) if digits.isdecimal() and len(digits) < 10 and shard_file(source, int(digits)) == name else None

@@ -1,8 +1,8 @@
-"""Look-ahead: the remote shards that the plan uses next are fetched before they are needed, and evicted last.
+"""Look-ahead: remote shards are downloaded before the plan needs them, and those needed next are evicted last.
 
-Threads walk the plan from the step that is being loaded, fetch what is missing in the order of its next use, and date
-the cached files by their next use: the cache evicts the oldest, so it keeps what is needed soonest. A step costs what
-its own shards cost, however far ahead the threads look.
+Threads walk the plan from the current step on, download missing shards in the order of their next use, and date the
+cached files by their next use. The cache evicts the oldest dates, so it keeps what is needed first. The cost of a step
+does not depend on how far ahead the threads look.
 """
 
 import heapq
@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 DOWNLOADS = 2  # at a time: more would delay the one that is needed first
 MOST_DOWNLOADS = 8  # for the first batch, which needs them all, and when readers had to wait
-STEPS = 1024  # looked ahead at most
-PORTION = 16  # steps walked at a time, and from which on a file is dated again
-RETRY = 60.0  # seconds until a shard whose download failed is tried again ahead of its use
-POLL = 1.0  # seconds between two looks at a cache that other processes change too
-LOOKED_AT = 64  # shards at such a look
+STEPS = 1024  # most steps to look ahead
+PORTION = 16  # steps to walk at a time; a file gets a new date when its next use has moved by as many
+RETRY = 60.0  # seconds until a failed download ahead of use is tried again
+POLL = 1.0  # seconds between checks of the cache, which other processes change too
+LOOKED_AT = 64  # shards per check
 
 Key = tuple[int, int]  # source, shard
 
@@ -44,18 +44,18 @@ class _Needed:
     uses: deque[tuple[int, int]] = field(default_factory=deque)
     there: bool = False
     dates: list[int] = field(default_factory=list)  # of its files in the cache
-    dated: int = 0  # the step that these are for
+    dated: int = 0  # the step of these dates
 
     def paths(self) -> list[Path]:
         return [store.path(shard.path) for store, shard in self.files]
 
 
 class LookAhead:
-    """The downloads of one rank from `step` to `end_step`, until `stop`; of remote sources only.
+    """Downloads of one rank's remote shards for the steps from `step` to `end_step`, until `stop`.
 
-    first: samples of the rank's first batch, which are fetched before anything else. budget: bytes of the cache that
-    the rank may fill ahead. timeout: the longest that `need` waits, in seconds. Raises ValueError if the shards of one
-    step exceed the budget.
+    first: samples in the rank's first batch; their shards are downloaded before all others. budget: bytes of the cache
+    that the rank may fill ahead. timeout: the longest that `need` waits, in seconds. Raises ValueError if the shards of
+    one step exceed the budget.
     """
 
     def __init__(
@@ -74,21 +74,21 @@ class LookAhead:
         self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
         self.budget, self.timeout = budget, timeout
         self.late = 0
-        """How many shards a reader had to wait for."""
+        """Number of shards that a reader had to wait for."""
         self._remote = [any(layer.store.cache for layer in source.layers) for source in sources]
         self._all = sum(len(s.manifest.shards) for s, remote in zip(sources, self._remote, strict=True) if remote)
         self._end = float("inf") if end_step is None else end_step
-        self._step, self._window = step, deque()  # of every step from this one on, the shards in slot order
+        self._step, self._window = step, deque()  # for each step from this one on, its shards in slot order
         self._needed: dict[Key, _Needed] = {}  # all shards of the window
-        self._bytes = 0  # of those
-        self._bytes_there, self._counted = 0, set()  # of those that are in the cache or on their way
-        self._missing: list[tuple[int, int, Key]] = []  # heap of what may be missing, by next use
-        self._last: list[tuple[int, Key]] = []  # heap of what was there, the latest next use first
-        self._wanted: dict[Key, None] = {}  # what readers wait for, first come first
-        self._errors: dict[Key, Exception] = {}  # for those readers
+        self._bytes = 0  # of these shards
+        self._bytes_there, self._counted = 0, set()  # of those in the cache or being downloaded
+        self._missing: list[tuple[int, int, Key]] = []  # heap of shards that may be missing, by next use
+        self._last: list[tuple[int, Key]] = []  # heap of cached shards, latest next use first
+        self._wanted: dict[Key, None] = {}  # shards that readers wait for, first come first served
+        self._errors: dict[Key, Exception] = {}  # for these readers
         self._busy: set[Key] = set()
-        self._later: dict[Key, float] = {}  # when to try again what failed
-        self._pause = 0.0  # until when there is no room for what comes later
+        self._later: dict[Key, float] = {}  # when to retry failed downloads
+        self._pause = 0.0  # until when there is no room for later shards
         self._walking, self._polled, self._cursor, self._base = False, 0.0, 0, 0
         self._caches = {layer.store.cache for source in sources for layer in source.layers} - {None}
         self._stopped, self._change = threading.Event(), threading.Condition()
@@ -96,10 +96,10 @@ class LookAhead:
         if self._bytes > budget:
             raise ValueError(
                 f"data.cache_gb is too small: rank {rank} reads {len(self._needed)} shards at once, which have "
-                f"{self._bytes / 1e9:.3g} GB, and may use {budget / 1e9:.3g} GB of the cache of its node. Give it "
-                "three times as much, or raise data.slots_per_stream"
+                f"{self._bytes / 1e9:.3g} GB, and may use {budget / 1e9:.3g} GB of its node's cache. Set data.cache_gb "
+                "three times as large, or raise data.slots_per_stream"
             )
-        self._first = {key for key, n in self._needed.items() if n.uses[0][1] < first}  # not there yet
+        self._first = {key for key, n in self._needed.items() if n.uses[0][1] < first}  # not downloaded yet
         self._threads = [
             threading.Thread(target=self._work, name=f"look-ahead {i}", daemon=True) for i in range(MOST_DOWNLOADS)
         ]
@@ -107,9 +107,9 @@ class LookAhead:
             thread.start()
 
     def need(self, source: int, shard: int) -> None:
-        """Return once a shard is in the cache. Shards that a reader waits for are fetched first.
+        """Wait until a shard is in the cache. Shards that a reader waits for are downloaded first.
 
-        Raises what its download raised, TimeoutError, or Stopped after `stop`.
+        Raises the download's error, TimeoutError, or Stopped after `stop`.
         """
         if not self._remote[source]:
             return
@@ -122,7 +122,7 @@ class LookAhead:
             self._wanted[key] = None
             self._later.pop(key, None)
             self._change.notify_all()
-            deadline = time.monotonic() + 1.05 * self.timeout + 0.25  # the store's own error comes first: it says more
+            deadline = time.monotonic() + 1.05 * self.timeout + 0.25  # after the store's own error, which says more
             try:
                 while not all(path.is_file() for path in paths):
                     if self._stopped.is_set():
@@ -139,7 +139,7 @@ class LookAhead:
                 self._errors.pop(key, None)
 
     def advance(self, step: int) -> None:
-        """Everything before this step was read."""
+        """All steps before this one have been read."""
         with self._change:
             if step <= self._step:
                 return
@@ -156,7 +156,7 @@ class LookAhead:
             self._change.notify_all()
 
     def stop(self) -> None:
-        """End the threads: waiting readers return at once, a download ends when its next bytes come."""
+        """End the threads: waiting readers return at once, a download ends when its next bytes arrive."""
         self._stopped.set()
         with self._change:
             self._change.notify_all()
@@ -174,25 +174,25 @@ class LookAhead:
                         self._poll()
                         self._change.wait(POLL)
                         continue
-                    self._walking = self._walking or chosen is None  # one thread does
+                    self._walking = self._walking or chosen is None  # only one thread walks
                 if chosen is None:
                     self._walk()
                 else:
                     self._fetch(*chosen)
-            except Exception:  # whatever it is: the next shard needs this thread
+            except Exception:  # keep this thread alive for the next shards
                 log.exception("look-ahead")
                 self._stopped.wait(POLL)
 
     def _fetch(self, needed: _Needed, due: int | None) -> None:
-        """Download a shard. A failure goes to the reader that waits, or the download is tried again later."""
+        """Download a shard. If it fails, a waiting reader gets the error; without one, it is retried later."""
         error: Exception | None = None
         try:
             for store, shard in needed.files:
                 date = due and store.cache.date_of(due)
                 store.fetch(shard.path, shard.bytes, shard.sha256, due=date, stopped=self._stopped)
-        except Exception as caught:  # noqa: BLE001  the reader that waits raises it
+        except Exception as caught:  # noqa: BLE001  the waiting reader raises it
             error = caught
-        key, again = needed.key, isinstance(error, (NoRoom, FileNotFoundError))  # the latter: the cache was deleted
+        key, again = needed.key, isinstance(error, (NoRoom, FileNotFoundError))  # the cache was deleted
         with self._change:
             self._busy.discard(key)
             self._first.discard(key)
@@ -209,7 +209,7 @@ class LookAhead:
             log.warning("look-ahead: %s", error)
 
     def _choose(self) -> tuple[_Needed, int | None] | None:
-        """The shard to fetch next, and the step that it is for (None: it is needed now)."""
+        """The shard to download next, and the step that needs it (None: needed now)."""
         now, put_off, chosen = time.monotonic(), [], None
         for key in self._wanted:
             if key not in self._busy and key not in self._errors and self._later.get(key, 0.0) <= now:
@@ -221,7 +221,7 @@ class LookAhead:
             needed = self._needed.get(self._missing[0][2])
             if needed is None or needed.there or needed.key in self._busy:
                 heapq.heappop(self._missing)
-            elif self._first and needed.key not in self._first:  # nothing shares the bandwidth with the first batch
+            elif self._first and needed.key not in self._first:  # the first batch gets the whole bandwidth
                 break
             elif self._later.get(needed.key, 0.0) > now:
                 put_off.append(heapq.heappop(self._missing))
@@ -240,7 +240,7 @@ class LookAhead:
         return chosen
 
     def _fits(self, needed: _Needed) -> bool:
-        """Whether the budget has room for a shard; those that are needed later make room for it."""
+        """Whether the budget has room for a shard, if shards that are needed later are dropped."""
         while self._bytes_there + needed.bytes > self.budget:
             if not self._last or -self._last[0][0] <= needed.uses[0][0]:
                 return False
@@ -264,7 +264,7 @@ class LookAhead:
             self._bytes_there += needed.bytes if there else -needed.bytes
 
     def _look_at(self, needed: _Needed) -> None:
-        """Date a shard of the window again; if it is not in the cache any more, it is missing."""
+        """Renew the date of a shard in the window. If it has left the cache, mark it as missing."""
         if self._dated(needed):
             self._count(needed, True)
         elif needed.key not in self._busy:
@@ -272,7 +272,7 @@ class LookAhead:
             heapq.heappush(self._missing, (*needed.uses[0], needed.key))
 
     def _dated(self, needed: _Needed) -> bool:
-        """Whether a shard is in the cache; its files get the date of its next use."""
+        """Whether a shard is in the cache. If so, its files get the date of its next use."""
         needed.dated = needed.uses[0][0]
         needed.dates = [store.cache.date_of(needed.dated) for store, _ in needed.files]
         kept = [
@@ -288,7 +288,7 @@ class LookAhead:
         return needed.there
 
     def _forget(self, needed: _Needed) -> None:
-        """A shard is not needed any more for now."""
+        """A shard is no longer needed in the window."""
         del self._needed[needed.key]
         self._bytes -= needed.bytes
         self._later.pop(needed.key, None)
@@ -297,7 +297,7 @@ class LookAhead:
             store.cache.release(path, date)
 
     def _may_walk(self) -> bool:
-        """Whether to look a few steps further; budget, sources, window or run may end here."""
+        """Whether to extend the window: the budget, all sources, the largest window or the run may be reached."""
         ahead = len(self._window)
         more = ahead < min(STEPS, self._end - self._step) and len(self._needed) < self._all
         return more and self._bytes < self.budget and not self._walking
@@ -306,17 +306,17 @@ class LookAhead:
         steps: list = []
         with self._change:
             begin = self._step + len(self._window)
-        try:  # without the lock: readers must not wait for it
+        try:  # without holding the lock, so that readers need not wait
             steps = [self._shards_of(step) for step in range(begin, int(min(begin + PORTION, self._end)))]
         finally:
             with self._change:
                 self._walking = False
-                if begin == self._step + len(self._window):  # else the readers have overtaken
+                if begin == self._step + len(self._window):  # otherwise the readers have overtaken this thread
                     self._add(steps)
                 self._change.notify_all()
 
     def _shards_of(self, step: int) -> list[tuple[int, Key]]:
-        """(place, shard) of the rank's remote shards at a step, each once."""
+        """(place, shard) of each remote shard that the rank needs at a step."""
         draws = self.plan.batch(step, self.rank, self.world, rows=False)
         pairs = list(zip(draws.source.tolist(), draws.shard.tolist(), strict=True))
         places = {key: place for place, key in reversed(list(enumerate(pairs))) if self._remote[key[0]]}
@@ -335,7 +335,7 @@ class LookAhead:
             self._window.append([key for _, key in shards])
 
     def _poll(self) -> None:
-        """See what other processes and people did to the cache, a few shards at a time."""
+        """Check, for a few shards at a time, what other processes or people did to the cache."""
         now = time.monotonic()
         if now - self._polled < POLL:
             return

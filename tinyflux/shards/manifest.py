@@ -1,4 +1,4 @@
-"""manifest.json: what a source holds and what made it. Everything in it is checked when it is read."""
+"""manifest.json: what a source contains and how it was made. Everything in it is checked when it is read."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ from tinyflux.util import files
 
 FORMAT_VERSION = 2
 PER_FOLDER = 10_000
-"""Shards of one subfolder, and of a source that needs none."""
+"""Most shards in one subfolder, and in a source without subfolders."""
 OWN = ("crop", "resize", "resolution", "shapes", "seed", "latent")
-"""What of a producer is a source's own business: sources that differ in it alone go together in a run."""
+"""Keys of a producer that may differ between the sources of a run."""
 _KEYS = (
     ("format_version", int),
     ("source", str),
@@ -35,7 +35,7 @@ _KEYS = (
     ("null", (dict, type(None))),
     ("base", (dict, type(None))),
 )
-_LONGEST = 1 << 24  # bytes of a manifest
+_LONGEST = 1 << 24  # most bytes of a manifest
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -55,8 +55,8 @@ class Base:
 class Manifest:
     """A source: its `groups`, the latent `shapes` (h, w) of its shards, and their `index`.
 
-    null_sha256: of null.safetensors, where the source has texts of its own. base: of an overlay. subfolders: whether
-    shards lie in folders of PER_FOLDER each. text: manifest.json, where it was read. Raises ManifestError.
+    null_sha256: of null.safetensors, if the source has its own texts. base: for an overlay. subfolders: whether shards
+    are in subfolders of PER_FOLDER each. text: manifest.json, if it was read from a file. Raises ManifestError.
     """
 
     def __init__(
@@ -122,23 +122,23 @@ class Manifest:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Position in the source of the first sample of each shard, int64 [shards]."""
+        """Position of each shard's first sample in the source, int64 [shards]."""
         return np.cumsum(self.index.samples, dtype=np.int64) - self.index.samples
 
     def samples_of_shapes(self) -> dict[tuple[int, int], int]:
-        """How many samples each latent shape (h, w) has, in the order of `shapes`."""
+        """Number of samples of each latent shape (h, w), in the order of `shapes`."""
         index = self.index
         return {shape: int(index.samples[index.shape == k].sum()) for k, shape in enumerate(self.shapes)}
 
     def locate(self, position: "int | np.ndarray") -> tuple[Any, Any]:
-        """(shard, row in it) of a sample by its position in the source; of an array of positions, two int64 arrays."""
+        """(shard, row in it) of a sample by its position in the source; two int64 arrays for an array of positions."""
         shard = np.searchsorted(self.starts, position, side="right") - 1
         row = position - self.starts[shard]
         return (int(shard), int(row)) if np.ndim(position) == 0 else (shard, row)
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of manifest.json, which binds index and empty prompt too."""
+        """The SHA-256 of manifest.json, which contains those of the index and the empty prompt."""
         return hashlib.sha256(self.to_json().encode() if self._text is None else self._text).hexdigest()
 
     def without(self, names: set[str]) -> "Manifest":
@@ -187,7 +187,7 @@ class Manifest:
 
     @classmethod
     def from_parts(cls, text: bytes, index: Path, where: str) -> "Manifest":
-        """The manifest of the bytes of manifest.json and the file of its index; `where` names it in errors.
+        """A manifest from the bytes of manifest.json and its index file; `where` names it in errors.
 
         Raises ManifestError, FileNotFoundError.
         """
@@ -222,7 +222,7 @@ class Manifest:
 
 
 def _text(value, margin: str = "") -> str:
-    """JSON with an entry a line, but for what is short."""
+    """JSON with one entry per line, except short entries."""
     line = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict) or len(margin) and len(line) < 100:
         return line
@@ -231,7 +231,7 @@ def _text(value, margin: str = "") -> str:
 
 
 class Shards(Sequence[Shard]):
-    """The shards of a manifest, each made of the index as it is asked for."""
+    """The shards of a manifest, built from the index on access."""
 
     def __init__(self, manifest: Manifest):
         self.manifest, self.index = manifest, manifest.index
@@ -261,16 +261,16 @@ class Shards(Sequence[Shard]):
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of a manifest. Raises ManifestError where there are too many to be one."""
+    """The bytes of a manifest. Raises ManifestError if the file is too large."""
     with open(path, "rb") as file:
         data = file.read(_LONGEST + 1)
     if len(data) > _LONGEST:
-        raise ManifestError(f"{path}: has more than {_LONGEST} bytes, so it is no manifest")
+        raise ManifestError(f"{path}: has more than {_LONGEST} bytes, so it is not a manifest")
     return data
 
 
 def parse(text: str | bytes, where: str) -> dict:
-    """The content of a manifest.json, its keys and types checked. Raises ManifestError."""
+    """The content of a manifest.json, with keys and types checked. Raises ManifestError."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -302,12 +302,12 @@ def parse(text: str | bytes, where: str) -> dict:
 
 
 def groups_of(data: dict) -> dict[str, Group]:
-    """The groups of the content of a manifest.json. Raises ManifestError."""
+    """The groups in the content of a manifest.json. Raises ManifestError."""
     return {name: _group(name, entry) for name, entry in data["groups"].items()}
 
 
 def base_of(data: dict) -> Base | None:
-    """The base of the content of a manifest.json, None where it is no overlay's."""
+    """The base in the content of a manifest.json, None if it is not an overlay."""
     return data["base"] and Base(**data["base"])
 
 
@@ -346,7 +346,7 @@ def _group(name: str, entry) -> Group:
 
 
 def _shallow(tree: dict, levels: int = 16) -> bool:
-    """Whether dictionaries and lists are nested in no more than so many levels."""
+    """Whether dictionaries and lists are nested at most this deep."""
     layer = [tree]
     for _ in range(levels):
         parts = [part.values() if isinstance(part, dict) else part for part in layer]
@@ -355,7 +355,7 @@ def _shallow(tree: dict, levels: int = 16) -> bool:
 
 
 def check_name(name: str) -> str:
-    """`name` if it is a plain file name. Raises ManifestError on separators, `..`, a leading dot, odd characters."""
+    """`name` if it is a plain file name. Raises ManifestError for separators, `..`, a leading dot, other characters."""
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
         raise ManifestError(f"{name!r:.80} is not a plain file name (letters, digits, '_', '-', '+', '.')")
     return name
@@ -367,7 +367,7 @@ def shard_name(source: str, k: int) -> str:
 
 
 def shard_path(source: str, k: int, subfolders: bool) -> str:
-    """Where shard k of a source lies in its folder. Raises ManifestError."""
+    """The path of shard k in its source's folder. Raises ManifestError."""
     name = shard_name(source, k)
     return f"{k // PER_FOLDER:03d}/{name}" if subfolders else name
 
@@ -388,7 +388,7 @@ def _check(m: Manifest) -> None:
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ManifestError(f"groups has the field {repeated.pop()} twice")
     if ("text" in m.groups) != (m.null_sha256 is not None):
-        raise ManifestError("null must be there where the source has texts, and only there")
+        raise ManifestError("null must be present if the source has texts, and only then")
     shapes = m.shapes
     for shape in shapes:
         if len(shape) != 2 or any(type(n) is not int or not 1 <= n < 1 << 16 for n in shape):
@@ -407,7 +407,7 @@ def _check(m: Manifest) -> None:
 
 
 def diff_fingerprints(a: dict, b: dict) -> list[str]:
-    """The fields in which two producer fingerprints differ, as "vae.revision: 'x' against 'y'"."""
+    """The keys in which two producer fingerprints differ, as "vae.revision: 'x' against 'y'"."""
 
     def flatten(tree: dict, prefix: str = "") -> dict:
         flat = {}
@@ -420,7 +420,7 @@ def diff_fingerprints(a: dict, b: dict) -> list[str]:
 
 
 def diff_producers(a: dict[str, Group], b: dict[str, Group], without: tuple[str, ...] = ()) -> list[str]:
-    """How the producers of the groups that both have differ, each difference once; `without`: keys to leave out."""
+    """How the producers of the common groups differ, each difference once; `without`: keys to ignore."""
     found = []
     for name in a.keys() & b.keys():
         mine, other = ({k: v for k, v in g[name].producer.items() if k not in without} for g in (a, b))

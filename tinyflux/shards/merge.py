@@ -1,4 +1,4 @@
-"""A base and its overlays as one source."""
+"""Merge a base and its overlays into one source."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from tinyflux.shards.writer import write_null, write_shard
 
 
 def merge(source: Source, folder: Path) -> Manifest:
-    """Write what is read of a source and its overlays into a folder, as a source that needs no base.
+    """Write a source and its overlays into a folder, as a source without a base.
 
-    Members are copied as they are stored. Raises ShardError where a sample is damaged, OSError; the manifest is last.
+    Members are copied as stored; the manifest is written last. Raises ShardError for a damaged sample, OSError.
     """
     shards = []
     for k, shard in enumerate(source.manifest.shards):

@@ -1,4 +1,4 @@
-"""The open shards of a run; those of remote sources are fetched ahead, and fetched again if they are damaged."""
+"""The open shards of a run. Remote shards are downloaded ahead, and again if they are damaged."""
 
 import logging
 import threading
@@ -21,17 +21,17 @@ class _Slot:
 class OpenShards:
     """The open shards: at most `limit`, the least recently used are closed first.
 
-    opened: how often a remote one was opened.
+    opened: how often a remote shard was opened.
     """
 
     def __init__(self, sources: list[Source], limit: int = 64):
         self.sources, self.limit = sources, limit
         self.opened = 0
-        self._late = 0  # of the look-aheads before this one
+        self._late = 0  # of earlier look-aheads
         self._ahead: LookAhead | None = None
         self._lock = threading.Lock()
         self._slots: OrderedDict[tuple[int, int], _Slot] = OrderedDict()
-        self._checked: set[tuple[int, int]] = set()  # whose sum was compared after a fault
+        self._checked: set[tuple[int, int]] = set()  # shards whose checksum was compared after a fault
         self._remote = [any(layer.store.cache for layer in source.layers) for source in sources]
         self.caches = {layer.store.cache for source in sources for layer in source.layers} - {None}
         for cache in self.caches:
@@ -43,7 +43,7 @@ class OpenShards:
 
     @property
     def late(self) -> int:
-        """How many remote shards a reader had to wait for."""
+        """Number of remote shards that a reader had to wait for."""
         return self._late + (self._ahead.late if self._ahead else 0)
 
     def look_ahead(
@@ -58,9 +58,9 @@ class OpenShards:
         ranks_on_node: int,
         end_step: int | None = None,
     ) -> LookAhead | None:
-        """The downloads of a stream, for `get`, until it is stopped; None where no source is remote.
+        """Start a stream's downloads, for `get`. Returns None if no source is remote.
 
-        ranks_on_node: how many share the cache. Other arguments and errors are those of `LookAhead`.
+        ranks_on_node: how many ranks share the cache. Other arguments and errors are those of `LookAhead`.
         """
         if not self.caches:
             return None
@@ -79,9 +79,9 @@ class OpenShards:
         return self._ahead
 
     def get(self, source: int, shard: int, ahead: LookAhead | None = None) -> ShardFile:
-        """The open shard; threads that want the same one wait for one opening.
+        """The open shard; threads that need the same shard share one opening.
 
-        ahead: fetches it, if its source is remote. Raises as `Source.open` and `LookAhead.need` do.
+        ahead: downloads it, if its source is remote. Raises as `Source.open` and `LookAhead.need`.
         """
         with self._lock:
             slot = self._slots.setdefault((source, shard), _Slot())
@@ -109,7 +109,7 @@ class OpenShards:
                     raise
 
     def _heal(self, source: int, shard: int) -> bool:
-        """Check the files of a shard that proved damaged. True if one was, and is gone from the cache."""
+        """Check the files of a shard after a fault. Returns whether one was damaged and dropped from the cache."""
         with self._lock:
             if not self._remote[source] or (source, shard) in self._checked:
                 return False
@@ -120,7 +120,7 @@ class OpenShards:
     def heal(self, source: int, shard: int, file: ShardFile) -> bool:
         """After a fault in an open shard: whether to read it again, because its copy in the cache was damaged.
 
-        Its checksum is compared once; a copy that equals the store's stays.
+        The checksum is compared once; a copy that matches is kept.
         """
         with self._lock:
             slot = self._slots.get((source, shard)) or _Slot()
@@ -133,7 +133,7 @@ class OpenShards:
         return True
 
     def close_unlinked(self) -> None:
-        """Close files that were evicted: that frees their room on the disk."""
+        """Close evicted files, which frees their disk space."""
         with self._lock:
             gone = [key for key, slot in self._slots.items() if slot.file is not None and slot.file.is_unlinked]
             for key in gone:

@@ -1,8 +1,8 @@
 """The plan: which samples a step takes, as a pure function of (seed, step).
 
-At every step any two samples of one shape of a source have been seen equally often, give or take one, on any number
-of ranks. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a sample
-needs a new PLAN_VERSION.
+At every step, the samples of one shape of a source have been seen equally often (counts differ by at most one), on any
+number of ranks. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a
+sample needs a new PLAN_VERSION.
 """
 
 from bisect import bisect_right
@@ -18,13 +18,13 @@ from tinyflux.util import rng
 
 PLAN_VERSION = 2
 
-# Consecutive Fibonacci numbers: STRIDE * k mod PERIOD fills [0, PERIOD) as evenly as any sequence can,
-# so shares are rounded up at evenly spread steps.
+# Consecutive Fibonacci numbers: STRIDE * k mod PERIOD fills [0, PERIOD) as evenly as possible, so shares are rounded up
+# at evenly spread steps.
 PERIOD = 75025
 STRIDE = 46368
 
-PORTION = 1 << 14  # samples that are planned at once, in 32 steps at most
-ORDER_BYTES = 256 << 20  # of the orders of shards that a plan keeps
+PORTION = 1 << 14  # samples to plan at once, in at most 32 steps
+ORDER_BYTES = 256 << 20  # most bytes of shard orders that a plan keeps
 MAX_SHAPES = 64
 
 Shape = tuple[int, int]
@@ -32,10 +32,10 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class PlanSource:
-    """What the plan needs to know of a source.
+    """What the plan needs to know about a source.
 
     sizes int [shards]: training samples of each shard, zero allowed. shapes: latent (height, width)s of the source;
-    shape_of int [shards]: which of them each shard has (None: all the first). Raises ValueError without samples.
+    shape_of int [shards]: index of each shard's shape (None: all have the first). Raises ValueError without samples.
     """
 
     name: str
@@ -61,8 +61,8 @@ class Draws:
     """Samples in the order of steps and slots; every array is int64 [n].
 
     slot: in the global batch of the step. shape: index into the plan's shapes. source: index into its sources.
-    shard: in the source. row: among the shard's training rows. visit: samples of this shape of the source that came
-    before. place: in the line of its pass.
+    shard: in the source. row: among the shard's training rows. visit: number of earlier samples of this shape and
+    source. place: in the line (the order of all samples) of its pass.
     """
 
     step: np.ndarray
@@ -83,10 +83,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """A run of steps with the same weights.
+    """A range of steps with the same weights.
 
-    units, samples: lower and upper edges [2, n] of the shapes' and of the cells' shares. unit_base, sample_base: what
-    is added to the counts that these edges alone would give, so that they continue those of the stretch before.
+    units, samples: lower and upper edges [2, n] of the shapes' and of the cells' shares. unit_base, sample_base: added
+    to the counts from these edges, so that they continue the counts of the previous stretch.
     """
 
     step: int
@@ -100,10 +100,10 @@ class _Stretch:
 class Plan:
     """The order of all samples of a run over weighted sources.
 
-    weights: a number >= 0 a source, their sum positive. weights_at: {step: other weights from that step on}.
-    unit: samples that share a shape and are dealt out together; divides global_batch_size. slots_per_stream: how many
-    samples of a batch come from one lane, a reader that goes through shard after shard. resample: "pass" shuffles whole
-    passes; "replace" draws runs of consecutive samples with replacement. Raises ValueError naming the bad argument.
+    weights: one number >= 0 per source, their sum positive. weights_at: {step: other weights from that step on}.
+    unit: samples of one shape that are placed together; divides global_batch_size. slots_per_stream: samples of a batch
+    from one lane, which reads shard after shard. resample: "pass" shuffles whole passes; "replace" draws runs of
+    consecutive samples with replacement. Raises ValueError with the name of a bad argument.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Plan:
         self.sources = tuple(sources)
         self.global_batch_size, self.unit = global_batch_size, unit
         self.seed, self.slots_per_stream, self.resample = seed, slots_per_stream, resample
-        # a cell is one shape of one source: shards of it, ordered by shape, then source
+        # a cell is one shape of one source; cells are ordered by shape, then source
         found = {}
         for s, source in enumerate(sources):
             for i, shape in enumerate(source.shapes):
@@ -188,33 +188,33 @@ class Plan:
 
     @property
     def lanes(self) -> dict[tuple[int, Shape], int]:
-        """How many lanes each shape of each source is read in, by (source, shape)."""
+        """Number of lanes for each (source, shape)."""
         cells = zip(self._source.tolist(), self._shape.tolist(), self._lanes.tolist(), strict=True)
         return {(s, self.shapes[b]): lanes for s, b, lanes in cells}
 
     @property
     def weights_at(self) -> dict[int, tuple[float, ...]]:
-        """The share of each source in a batch, by the step from which on it holds."""
+        """{step: the share of each source in a batch from that step on}."""
         return {stretch.step: stretch.weights for stretch in self._stretches}
 
     def weights(self, step: int) -> tuple[float, ...]:
-        """The share of each source in the batch of a step, as it was asked for."""
+        """The requested share of each source in the batch of a step."""
         return self._stretch_of(step)[0].weights
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step: samples taken before it, divided by those that the sources hold."""
+        """The epoch of a step: samples taken before it, divided by all samples of the sources."""
         return step * self.global_batch_size // self.total
 
     def start(self, step: int) -> list[int]:
-        """Samples of each source that come before the step."""
+        """Samples taken from each source before the step."""
         sums = np.zeros(len(self.sources), np.int64)
         np.add.at(sums, self._source, self.counts(step)[1][0])
         return sums.tolist()
 
     def counts(self, step: int, steps: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """What comes before a step and before each of the `steps` after it.
+        """Counts before a step and before each of the `steps` after it.
 
-        Units of each shape, int64 [steps + 1, shapes], and samples of each shape of each source, [steps + 1, cells].
+        Units of each shape, int64 [steps + 1, shapes], and samples of each cell, [steps + 1, cells].
         """
         parts = []
         while True:
@@ -227,7 +227,7 @@ class Plan:
                 return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
     def _stretch_of(self, step: int) -> tuple[_Stretch, int]:
-        """The stretch of a step, and the step behind it."""
+        """The stretch of a step, and the stretch's end step (exclusive)."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         after = bisect_right(self._stretches, step, key=lambda stretch: stretch.step)
@@ -236,25 +236,25 @@ class Plan:
 
     @property
     def portion(self) -> int:
-        """How many steps `batch` is best asked for at once."""
+        """Best number of steps for one call of `batch`."""
         return min(32, max(1, PORTION // self.global_batch_size))
 
     def batch(self, step: int, rank: int = 0, world: int = 1, *, steps: int = 1, rows: bool = True) -> Draws:
-        """The samples of one rank, of one step or several, in slot order: rank r of R owns slots [r*G/R, (r+1)*G/R).
+        """One rank's samples of one or several steps, in slot order: rank r of R owns slots [r*G/R, (r+1)*G/R).
 
-        Only the rank's own samples are located. steps: at most `portion`. rows: without them `row` is zero, which is
-        all that it takes to know the shards.
+        Only the rank's own samples are located. steps: at most `portion`. rows: if False, `row` is zero; this is enough
+        to know the shards.
         """
         G, B, n = self.global_batch_size, self.unit, min(steps, self.portion)
         done, taken = self.counts(step, n)
         units, count = np.diff(done, axis=0), np.diff(taken, axis=0)  # [n, shapes], [n, cells]
 
-        # all units of a step, evenly mixed: the place of unit u of U is (u + 1/2) / U, ties in the order of shapes
+        # mix all units of a step evenly: the place of unit u of U is (u + 1/2) / U, ties in the order of shapes
         of, unit = _numbered(units)
         U = units.ravel()[of]
         order = np.argsort((of // units.shape[1] << 44) + _fraction(unit, U, bits=44), kind="stable")
 
-        # the samples of each shape of a step by the places of their lanes, then by source, then by visit
+        # sort the samples of each shape of a step by the place of their lane, then by source, then by visit
         of, visit = _numbered(count)
         visit += taken[:-1].ravel()[of]
         k, cell = np.divmod(of, count.shape[1])
@@ -264,12 +264,12 @@ class Plan:
 
         slot = np.tile(np.arange(rank * G // world, (rank + 1) * G // world), n)
         k = np.repeat(np.arange(n), len(slot) // n)
-        # units of a step and shape are consecutive before they are mixed, and their samples are in `sample`
+        # before mixing, units of a step and shape are consecutive, and so are their samples in `sample`
         mine = sample[order[(k * G + slot) // B] * B + slot % B]
         return self._locate(k + step, slot, cell[mine], visit[mine], rows)
 
     def replacements(self, draws: Draws, i: int) -> Iterator[tuple[int, int]]:
-        """(shard, row)s that stand in for draw i where it is bad: those after it in its shard's order, once around,
+        """(shard, row)s that may replace draw i if it is bad: the rows after it in its shard's order, once around,
         then those of the next shards of its pass."""
         cell = int(np.flatnonzero((self._source == draws.source[i]) & (self._shape == draws.shape[i]))[0])
         turn, place = int(draws.visit[i]) // int(self._totals[cell]), int(draws.place[i])
@@ -295,11 +295,11 @@ class Plan:
             for part in (turn, lane, j // run):
                 starts = rng.splitmix64(starts + part.astype(np.uint64))
             place = ((starts % T.astype(np.uint64)).astype(np.int64) + j % run) % T
-        else:  # the line of a pass is cut into one contiguous piece a lane
+        else:  # the line of a pass is cut into one contiguous piece per lane
             place = lane * (T // C) + np.minimum(lane, T % C) + j
 
         shard, offset, size = (np.empty_like(place) for _ in range(3))
-        by_cell = np.argsort(cell.astype(np.uint16), kind="stable")  # a radix sort, for integers as short as these
+        by_cell = np.argsort(cell.astype(np.uint16), kind="stable")  # a radix sort for 16-bit integers
         for group in np.split(by_cell, np.flatnonzero(np.diff(cell[by_cell])) + 1):
             for p in np.unique(turn[group]).tolist():
                 part = group[turn[group] == p]
@@ -311,20 +311,20 @@ class Plan:
         return Draws(step, slot, self._shape[cell], self._source[cell], shard, row, visit, place)
 
     def _rows(self, cell, turn, shard, size, offset) -> np.ndarray:
-        """What stands at each offset in its shard's order of that pass; all arguments are int64 [n]."""
+        """The row at each offset in its shard's order of that pass; all arguments are int64 [n]."""
         keys = rng.splitmix64(self._keys["rows"][cell] + turn.astype(np.uint64)) + shard.astype(np.uint64)
         return rng.shuffled(offset, size, rng.splitmix64(keys))
 
     def _line(self, cell: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of a cell in their order of a pass, and where in the pass each ends. Kept up to ORDER_BYTES."""
+        """A cell's shards in the order of a pass, and where each ends in the pass. Cached up to ORDER_BYTES."""
         line = self._lines.pop((cell, turn), None)
         if line is None:
             order = rng.permutation(len(self._shards[cell]), int(self._keys["shards"][cell]), turn)
             sizes = self.sources[self._source[cell]].sizes
-            whole = len(order) == len(sizes)  # then a shard's place among the cell's is its index
+            whole = len(order) == len(sizes)  # then a shard's place in the cell is its index
             shards = order.astype(np.int32) if whole else self._shards[cell][order]
             taken = sizes.take(order if whole else shards)  # indexing by int32 takes twice as long
-            line = shards, np.cumsum(taken, out=order)  # in memory that was touched before
+            line = shards, np.cumsum(taken, out=order)  # reuses memory that was touched before
             size = sum(array.nbytes for kept in (line, *self._lines.values()) for array in kept)
             while self._lines and size > ORDER_BYTES:
                 size -= sum(array.nbytes for array in self._lines.popitem(last=False)[1])
@@ -334,7 +334,7 @@ class Plan:
 
 def _normalised(weights: Sequence[float], count: int) -> list[Fraction]:
     if not count or len(weights) != count:
-        raise ValueError(f"{count} sources need as many weights, not {len(weights)}")
+        raise ValueError(f"{count} sources need {count} weights, not {len(weights)}")
     if not all(np.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
         raise ValueError(f"weights must be positive numbers, or zero for some of them, not {list(weights)}")
     exact = [Fraction(w) for w in weights]
@@ -342,7 +342,7 @@ def _normalised(weights: Sequence[float], count: int) -> list[Fraction]:
 
 
 def _edges(total: int, shares: list[Fraction]) -> np.ndarray:
-    """Edges [n + 1] of the shares of `total` things in units of 1/PERIOD; the smallest share is 1 of those."""
+    """Edges [n + 1] of the shares of `total` items, in units of 1/PERIOD; the smallest share is one unit."""
     whole, most, run = sum(shares), total * PERIOD, Fraction(0)
     if not whole:  # none of these sources is used: any edges do
         return np.array([0] + [most] * len(shares))
@@ -357,13 +357,13 @@ def _edges(total: int, shares: list[Fraction]) -> np.ndarray:
 
 
 def _taken(n, edges: np.ndarray) -> np.ndarray:
-    """How many things items 0 ... n-1 take between each pair of edges [2, k]: int64 [m, k] for n [m, 1] or [m, k].
+    """Total that items 0 ... n-1 take between each pair of edges [2, k]: int64 [m, k] for n [m, 1] or [m, k].
 
     Item k takes ceil((high - f_k) / PERIOD) - ceil((low - f_k) / PERIOD), f_k = STRIDE * k mod PERIOD.
     """
     whole, part = np.divmod(edges[:, None, :], PERIOD)
     periods, rest = np.divmod(n, PERIOD)
-    # each period has every f_k once; in what is left as many are below `part` as two floor sums differ by
+    # each full period has every f_k once; in the rest, the number below `part` is the difference of two floor sums
     low, high = n * whole + periods * part + _floor_sum(rest, 0) - _floor_sum(rest, PERIOD - part) + rest
     return high - low
 
@@ -387,23 +387,23 @@ def _fraction(i: np.ndarray, n: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each of counts.sum() things in the order of `counts`: which count it belongs to, and its number there."""
+    """For each of counts.sum() items in the order of `counts`: the index of its count, and its number within it."""
     counts = counts.ravel()
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _sorted(keys: np.ndarray) -> np.ndarray:
-    """A stable argsort of integers >= 0 that leave room for an index; eight times as fast as numpy's."""
+    """A stable argsort of integers >= 0 that are small enough to append an index; eight times as fast as numpy's."""
     bits = len(keys).bit_length()
     packed = np.sort(keys.astype(np.uint64) << np.uint64(bits) | np.arange(len(keys), dtype=np.uint64))
     return (packed & np.uint64((1 << bits) - 1)).astype(np.int64)
 
 
 def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> np.ndarray:
-    """Which samples are held out: a keyed hash of their image's origin, so captions of one image stay together.
+    """Which samples are held out, by a keyed hash of their image's origin, so captions of one image stay together.
 
-    origin_hashes uint32 [N], source: what the source is called. Returns bool [N], True where held out.
+    origin_hashes uint32 [N], source: the source's name. Returns bool [N], True for held-out samples.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), not {val_fraction}")

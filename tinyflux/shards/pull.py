@@ -1,4 +1,4 @@
-"""A copy of a remote source in a folder: every file checked, the manifest written last."""
+"""Copy a remote source to a folder: every file is checked, the manifest is written last."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def is_whole(path: Path, shard: Shard) -> bool:
 
 
 class Pulled(NamedTuple):
-    """What a pull did. missing: of an overlay whose base is not there, the base's URL and where it is looked for."""
+    """What a pull did. missing: if an overlay's base is not there, the base's URL and its expected folder."""
 
     manifest: Manifest
     fetched: int
@@ -37,9 +37,9 @@ class Pulled(NamedTuple):
 
 
 def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None = None) -> Pulled:
-    """Copy a source, or an overlay, and with_base what it lies on, to where it names it. revision: as of a `Source`.
+    """Copy a source or an overlay; with_base: also its base, to the path that it names. revision: see `Source`.
 
-    Raises ValueError where `out` has another source or the base cannot be brought, DownloadError, OSError.
+    Raises ValueError if `out` has another source or the base cannot be pulled, DownloadError, OSError.
     """
     out.mkdir(parents=True, exist_ok=True)
     incoming = out / ".pull"
@@ -63,7 +63,7 @@ def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None =
             os.replace(store.fetch(shard.path, shard.bytes, shard.sha256), out / shard.path)
             fetched += 1
     os.replace(index, out / INDEX)
-    if manifest.null_sha256:  # an overlay without texts has none
+    if manifest.null_sha256:  # an overlay without texts has no empty prompt
         os.replace(store.fetch("null.safetensors", None, manifest.null_sha256), out / "null.safetensors")
     try:
         os.replace(store.fetch("rejected.jsonl"), out / "rejected.jsonl")
@@ -80,7 +80,7 @@ def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None =
 
 
 def _shards_there(out: Path, url: str, manifest: Manifest) -> set[str]:
-    """The shards of an earlier pull. Raises ValueError where the folder has another source."""
+    """The shards of an earlier pull. Raises ValueError if the folder has another source."""
     if not (out / "manifest.json").is_file():
         return set()
     found = parse(read_small(out / "manifest.json"), str(out / "manifest.json"))
@@ -99,7 +99,7 @@ def _shards_there(out: Path, url: str, manifest: Manifest) -> set[str]:
 
 
 def _check_beside(location: str, url: str) -> None:
-    """Raises ValueError where a base is not named as a folder beside the overlay: nothing else is written to."""
+    """Raises ValueError if the base is not a folder beside the overlay: nothing is written anywhere else."""
     head, _, name = location.partition("/")
     if head != ".." or "/" in name:
         raise ValueError(

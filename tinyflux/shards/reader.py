@@ -1,4 +1,4 @@
-"""Samples of a run's sources into batches: which are trained on, where they lie, what stands in for a bad one."""
+"""Load samples of a run's sources into batches; find held-out samples, and replace bad ones."""
 
 import itertools
 import logging
@@ -28,13 +28,13 @@ from tinyflux.util import rng
 log = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 20
-_HASHED = 1 << 20  # origins that are split at a time
+_HASHED = 1 << 20  # origins to split at a time
 
 
 @dataclass
 class StreamStats:
-    """Counters of one rank's stream. `samples`: delivered per source; `bad`: different bad samples seen;
-    `replaced`: samples delivered in place of a bad one; `wait` and `last_wait`: seconds that the consumer waited."""
+    """Counters of one rank's stream. `samples`: delivered per source; `bad`: different bad samples;
+    `replaced`: replacements of bad samples; `wait` and `last_wait`: seconds that the consumer waited."""
 
     samples: list[int]
     bad: int = 0
@@ -44,17 +44,17 @@ class StreamStats:
 
 
 class BadSamples(RuntimeError):
-    """Too many bad samples to continue; the log names each."""
+    """Too many bad samples to continue; each is in the log."""
 
 
 class _Buffers:
-    """Memory of batches, used again once nothing refers to it: first touching fresh pages costs more than decoding."""
+    """Memory of batches, reused when nothing refers to it: touching fresh pages costs more than decoding."""
 
     def __init__(self, keep: int):
         self.keep, self._free = keep, defaultdict(list)
 
     def new(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] that belongs to whoever holds it or a view of it."""
+        """uint8 [nbytes]; it is reused when no reference to it or a view of it is left."""
         free = self._free[nbytes]
         try:
             memory = free.pop()
@@ -73,10 +73,9 @@ class _Buffers:
 class MicroBatch:
     """A raw batch that is being filled.
 
-    rows: its tensors as `bits`. source, shard, row, position: which sample belongs into each row of it, lists of int;
-    `row` counts all rows of the shard's file. good: which rows hold a sample. draws: of the plan, where bad samples are
-    replaced. ahead: what fetches remote shards, if anything does. Once it is `done` there is a `result` for the
-    consumer, or an `error`.
+    rows: its tensors as `bits`. source, shard, row, position: the sample for each row, lists of int; `row` counts all
+    rows of the shard's file. good: which rows have a sample. draws: of the plan, if bad samples are to be replaced.
+    ahead: the look-ahead for remote shards, if any. When it is `done`, it has a `result` or an `error`.
     """
 
     batch: dict[str, Any]
@@ -96,7 +95,7 @@ class MicroBatch:
 
 
 class Reader:
-    """Samples of the sources into batches; shared by the threads of a stream. ranks: of the run."""
+    """Loads samples into batches; shared by the threads of a stream. ranks: number of ranks of the run."""
 
     def __init__(self, sources: list[Source], config: DataConfig, ranks: int = 1):
         self.sources, self.config = sources, config
@@ -123,28 +122,28 @@ class Reader:
             weights_at=config.stretches,
         )
         self.shards = OpenShards(sources, self._open_limit(ranks))
-        self.reading: dict[int, tuple[int, int]] = {}  # thread -> source and shard that it reads
+        self.reading: dict[int, tuple[int, int]] = {}  # thread -> the source and shard that it is reading
         self.progress = time.monotonic()
         self._lock = threading.Lock()
         self._bad: set[tuple[int, int]] = set()
         self._training: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def _open_limit(self, ranks: int) -> int:
-        """Shards to keep open: config.open_shards, or one for each lane of a rank where these are more."""
+        """Number of shards to keep open: config.open_shards, or the number of a rank's lanes if that is larger."""
         lanes = -(-sum(self.plan.lanes.values()) // ranks) + len(self.plan.lanes) + self.config.threads
         files = max(len(source.layers) for source in self.sources)
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // files  # the process needs others too
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // files  # the process needs other files too
         return max(self.config.open_shards, min(lanes, most))
 
     def locate(self, draws: Draws) -> np.ndarray:
-        """The row in its shard's file of each draw, int64 [n]: held-out rows lie between those of the plan."""
+        """Each draw's row in its shard's file, int64 [n]; the plan does not count held-out rows."""
         if not self.config.val_fraction:
             return draws.row
         pairs = zip(draws.source.tolist(), draws.shard.tolist(), draws.row.tolist(), strict=True)
         return np.array([self._training_rows(source, shard)[row] for source, shard, row in pairs], np.int64)
 
     def _training_rows(self, source: int, shard: int) -> np.ndarray:
-        """The rows of a shard that are trained on."""
+        """The rows of a shard that are not held out."""
         with self._lock:
             rows = self._training.pop((source, shard), None)
             if rows is None:
@@ -157,7 +156,7 @@ class Reader:
         return rows
 
     def held_out(self, source: int) -> np.ndarray:
-        """Positions in the source of the samples that are held out, in its order; int64."""
+        """Positions of the held-out samples in a source, ascending; int64."""
         origins, parts = self.sources[source].manifest.index.origins, [np.empty(0, np.int64)]
         for first in range(0, len(origins) if self.config.val_fraction else 0, _HASHED):
             mask = split(origins[first : first + _HASHED], self.sources[source].name, self.config.val_fraction)
@@ -206,9 +205,9 @@ class Reader:
         return MicroBatch(batch, {name: bits(t) for name, t in tensors.items()}, *samples, [True] * B, draws, ahead)
 
     def load(self, micro: MicroBatch, part: range, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Put the samples of a part of a batch into its rows; a bad one is replaced, or `good` says so.
+        """Load a part of a batch. A bad sample is replaced, or, without `draws`, marked in `good`.
 
-        Raises ShardError or OSError where a shard cannot be used at all, BadSamples.
+        Raises ShardError or OSError if a whole shard cannot be used, BadSamples.
         """
         for first in range(part.start, part.stop, CHUNK):
             if stopped():
@@ -234,7 +233,7 @@ class Reader:
         return self.shards.get(source, shard, micro.ahead)
 
     def _repair(self, micro: MicroBatch, i: int) -> None:
-        """Load row i again, saying what is wrong with it; if it is bad, what stands in for it."""
+        """Load row i again to find its fault; if it is bad, load a replacement."""
         source = micro.source[i]
         if self._decode(micro, i, micro.shard[i], micro.row[i], micro.captions[i]):
             return
@@ -256,10 +255,10 @@ class Reader:
                     self.stats.replaced += 1
                 return
         shard = self.sources[source].manifest.shards[micro.shard[i]]
-        raise BadSamples(f"{shard.name} of {self.sources[source].url}: {tries} bad samples in a row: see the log")
+        raise BadSamples(f"{shard.name} of {self.sources[source].url}: {tries} bad samples in a row, see the log")
 
     def _decode(self, micro: MicroBatch, i: int, shard: int, row: int, caption: int) -> bool:
-        """Put a sample into row i, or log and count it as bad."""
+        """Put a sample into row i, or log and count it as bad. Returns whether it is good."""
         source = micro.source[i]
         position = int(self.sources[source].manifest.starts[shard]) + row
         while True:
@@ -291,13 +290,13 @@ class Reader:
 
 
 def caption_of(seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which of its `counts` captions each sample takes, chosen by its seed; int64 [n]."""
+    """The drawn caption of each sample, int64 [n]: one of its `counts` captions, keyed by its seed."""
     draws = rng.splitmix64(seeds.view(np.uint64) ^ np.uint64(rng.key("caption")))
     return (draws % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
 
 
 def _held_out_counts(source: Source, val_fraction: float) -> np.ndarray | int:
-    """Samples of each shard that are held out; int [shards]."""
+    """Number of held-out samples in each shard; int [shards]."""
     if not val_fraction:
         return 0
     origins, starts = source.manifest.index.origins, source.manifest.starts

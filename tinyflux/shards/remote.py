@@ -1,7 +1,7 @@
-"""Remote sources: files of a client's store, each copied once to the node's cache and checked before it is used.
+"""Remote sources: files of a store, each downloaded once to the node's cache and checked before use.
 
-A download resumes where the last one stopped, survives outages shorter than the cache's timeout, and is renamed into
-place once its size, checksum or syntax is right.
+A download resumes a partial file, survives outages shorter than the cache's timeout, and is renamed into place when its
+size, checksum or syntax is right.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ from tinyflux.util.urls import redacted
 
 log = logging.getLogger(__name__)
 
-FIRST_WAIT = 1.0  # seconds, doubled with each try
+FIRST_WAIT = 1.0  # seconds, doubled after each try
 LONGEST_WAIT = 15.0  # seconds between two tries
 LONGEST_ASKED = 60.0  # seconds, whatever the store asks for
 SILENCE = 30.0  # seconds without a byte, or below MIN_RATE, after which a request is sent again
-LARGEST = 1 << 30  # bytes of a file of unknown size
-SMALL = 64 << 20  # bytes up to which a file is checked whenever it is opened; shards are when they prove damaged
+LARGEST = 1 << 30  # most bytes of a file of unknown size
+SMALL = 64 << 20  # files up to this many bytes are checked whenever they are opened; shards only after a fault
 _NEVER = threading.Event()
 T = TypeVar("T")
 
@@ -43,15 +43,15 @@ def is_remote(url: str) -> bool:
 
 
 def without_revision(url: str) -> str:
-    """A Hub URL without its @REVISION; any other as it is."""
+    """A Hub URL without its @REVISION; other URLs are unchanged."""
     match = HUB.fullmatch(url)
     return "/".join(filter(None, (f"hf://{match[1]}", match[3]))) if match else url
 
 
 class Patience:
-    """Tries of one thing, with a `wait` between two: until nothing came for `outage` seconds, or `seconds` have passed.
+    """Retries with a `wait` between two tries, until no byte came for `outage` seconds, or `seconds` have passed.
 
-    what: names it in messages. stopped: set once nobody waits for it any more.
+    what: its name in messages. stopped: set when the result is no longer needed.
     """
 
     def __init__(self, what: str, outage: float, seconds: float | None = None, stopped: threading.Event = _NEVER):
@@ -78,15 +78,15 @@ class Patience:
             raise Stopped(self.what) from error
 
     def progress(self) -> None:
-        """Bytes came: count failures from zero again. Raises DownloadError if the time is over, or Stopped."""
+        """Bytes arrived: reset the outage. Raises DownloadError if the time is over, or Stopped."""
         self.failures, self.came = 0, time.monotonic()
         if self.stopped.is_set():
             raise Stopped(self.what)
         if self.came - self.began > self.seconds:
-            raise DownloadError(f"{self.what}: has not come in {self.seconds:.0f} s; is the store up?")
+            raise DownloadError(f"{self.what}: not downloaded within {self.seconds:.0f} s; is the store up?")
 
     def of(self, action: Callable[[], T]) -> T:
-        """The result of an action, tried until it succeeds. Raises as `wait`."""
+        """The result of an action, retried until it succeeds. Raises as `wait`."""
         while True:
             try:
                 return action()
@@ -95,14 +95,14 @@ class Patience:
 
 
 class RemoteFiles:
-    """Files under a URL, each copied to `folder` of a cache when it is fetched."""
+    """Files under a URL; `fetch` downloads them to `folder` of a cache."""
 
     def __init__(self, url: str, client: Client, cache: NodeCache, folder: Path):
         self.url, self.cache = redacted(url.rstrip("/")), cache
         self._client, self._folder = client, folder
 
     def path(self, name: str) -> Path:
-        """Where the local copy of a file is or will be."""
+        """The path of a file's local copy, whether or not it exists."""
         return self._folder / name
 
     def fetch(
@@ -114,9 +114,9 @@ class RemoteFiles:
         due: int | None = None,
         stopped: threading.Event = _NEVER,
     ) -> Path:
-        """A local copy of a file, checked against size and sum where given. Raises as `NodeCache.get`.
+        """A local copy of a file, checked against size and checksum if given. Raises as `NodeCache.get`.
 
-        A small copy that is there already is checked again, and fetched again if it is damaged.
+        An existing small copy is checked again, and downloaded again if it is damaged.
         """
         fill = partial(self._fill, name, size, sha256, stopped)
         valid = partial(self._holds, name, size, sha256)
@@ -124,7 +124,8 @@ class RemoteFiles:
         return self.cache.get(self.path(name), size, fill, what=what, valid=valid, due=due, stopped=stopped)
 
     def heal(self, name: str, size: int, sha256: str) -> bool:
-        """Check a copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
+        """Check a copy after a fault. If it is damaged, drop it, so that the next `fetch` replaces it. Returns whether
+        it was damaged."""
         path = self.path(name)
         if not path.is_file() or self._is_whole(path, name, size, sha256):
             return False
@@ -136,11 +137,11 @@ class RemoteFiles:
 
     def _is_whole(self, path: Path, name: str, size: int | None, sha256: str | None) -> bool:
         if fault := _fault(path, name, size, sha256):
-            log.warning("%s/%s: the copy in the cache is damaged and is fetched again: %s", self.url, name, fault)
+            log.warning("%s/%s: the copy in the cache is damaged, downloading it again: %s", self.url, name, fault)
         return not fault
 
     def _fill(self, name: str, size: int | None, sha256: str | None, stopped: threading.Event, part: Path) -> None:
-        """Download to `part`, which may have the beginning. Raises DownloadError, Stopped."""
+        """Download to `part`, which may already have the first bytes. Raises DownloadError, Stopped."""
         patience = Patience(f"{self.url}/{name}", self.cache.timeout, self.cache.deadline(size), stopped)
         for last in (False, True):  # a killed process may leave a wrong checksum, a proxy a wrong syntax
             fault = self._download(name, size, sha256, patience, part)
@@ -148,13 +149,13 @@ class RemoteFiles:
                 return
             part.unlink()
             if not last:
-                log.warning("%s: %s; it is fetched again", patience.what, fault)
+                log.warning("%s: %s; downloading it again", patience.what, fault)
         said = "its content is not what the manifest says, so one of the two was replaced: " if sha256 else ""
         raise DownloadError(f"{patience.what}: {said}{fault}")
 
     def _download(self, name: str, size: int | None, sha256: str | None, patience: Patience, part: Path) -> str:
-        """What is wrong with the download, "" if nothing. Raises DownloadError, Stopped."""
-        digest = hashlib.sha256()  # computed on the way: no second read of a large file
+        """The fault of a download, "" if there is none. Raises DownloadError, Stopped."""
+        digest = hashlib.sha256()  # computed while downloading, so that a large file is not read again
         with open(part, "a+b") as file:
             file.seek(0)
             while size is not None and (data := file.read(1 << 20)):
@@ -174,10 +175,10 @@ class RemoteFiles:
                     break
         if size is None or sha256 is None:
             return _fault(part, name, size, sha256)
-        return "" if digest.hexdigest() == sha256 else "its sha256 is another"
+        return "" if digest.hexdigest() == sha256 else "its sha256 differs"
 
     def _request(self, name: str, size: int | None, patience: Patience, file: BinaryIO, digest: Any) -> None:
-        """One request for what the file lacks. Raises DownloadError, Stopped."""
+        """One request for the missing bytes of a file. Raises DownloadError, Stopped."""
         done = file.tell()
         silence, began, received = min(SILENCE, self.cache.timeout), time.monotonic(), 0
         limit = size if size is not None else LARGEST if _syntax(name) else math.inf
@@ -185,25 +186,25 @@ class RemoteFiles:
             for chunk in chunks:
                 received += len(chunk.data)
                 self.cache.count(len(chunk.data))
-                data = chunk.data[max(0, done - chunk.start) :]  # a server without ranges begins at the beginning
+                data = chunk.data[max(0, done - chunk.start) :]  # a server without ranges sends the whole file
                 if chunk.start > done or done + len(data) > limit:
-                    raise DownloadError(f"it has more than {limit} bytes: is it another file than the manifest's?")
+                    raise DownloadError(f"it has more than {limit} bytes: is it a different file from the manifest's?")
                 file.write(data)
                 digest.update(data)
                 done += len(data)
                 patience.progress()
                 seconds = time.monotonic() - began
                 if seconds > silence and received < MIN_RATE * seconds:
-                    raise DownloadError(f"only {received} bytes came in {seconds:.0f} s", again=True)
+                    raise DownloadError(f"only {received} bytes arrived in {seconds:.0f} s", again=True)
         if size is not None and done < size:
-            raise DownloadError(f"the answer ended at byte {done} of {size}", again=True)
+            raise DownloadError(f"the response ended at byte {done} of {size}", again=True)
 
 
 class RemoteStore(RemoteFiles):
     """The files of a source at a URL whose scheme is in CLIENTS, pinned to one revision.
 
-    revision: as an earlier store reported it, to read the same content again; default: what is there now. For the Hub
-    it is the commit, elsewhere the SHA-256 of manifest.json. Raises DownloadError, ValueError.
+    revision: the one that an earlier store reported, to read the same content again; default: the current one. On the
+    Hub it is the commit, elsewhere the SHA-256 of manifest.json. Raises DownloadError, ValueError.
     """
 
     def __init__(self, url: str, cache: NodeCache, revision: str | None = None):
@@ -219,7 +220,7 @@ class RemoteStore(RemoteFiles):
             except DownloadError as error:
                 if error.again or error.missing or error.__cause__ is not None:
                     raise
-                message = f"source {self.url}: its manifest is not the one of revision {revision}: it was replaced"
+                message = f"source {self.url}: its manifest is not that of revision {revision}: it was replaced"
                 raise ValueError(message) from error
         else:
             cache.folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ class RemoteStore(RemoteFiles):
 
 
 def client_of(url: str, cache: NodeCache, revision: str | None = None) -> Client:
-    """The client of a URL. Raises ValueError where its scheme is not in CLIENTS, DownloadError."""
+    """The client of a URL. Raises ValueError if its scheme is not in CLIENTS, DownloadError."""
     scheme = url.partition("://")[0]
     if (make := CLIENTS.get(scheme)) is None:
         raise ValueError(f"{redacted(url)}: scheme {scheme!r} is not accepted; known are {', '.join(CLIENTS)}")
@@ -265,7 +266,7 @@ def download(url: str, cache: NodeCache) -> Path:
 
 
 def copy_of(url: str, cache: NodeCache) -> Path:
-    """Where `download` puts a file."""
+    """The path where `download` puts a file."""
     folder, name = split(url)
     return _folder_of(folder, "", cache) / name
 
@@ -278,18 +279,18 @@ def split(url: str) -> tuple[str, str]:
 
 
 def _fault(path: Path, name: str, size: int | None, sha256: str | None) -> str:
-    """What is wrong with a file, "" if nothing: its size, its sum, or where there is none its syntax."""
+    """The fault of a file, "" if there is none: its size, its checksum, or without one its syntax."""
     length = path.stat().st_size
     if size is not None and length != size:
         return f"it has {length} bytes instead of {size}"
     if sha256 is not None:
-        return "" if sha256 == files.sha256(path) else "its sha256 is another"
+        return "" if sha256 == files.sha256(path) else "its sha256 differs"
     try:
         if check := _syntax(name):
             check(path)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         with open(path, "rb") as file:
-            return f"it is not what its name says ({error}): it begins with {file.read(40)!r}"
+            return f"it is not what its name says ({error}): it starts with {file.read(40)!r}"
     return ""
 
 

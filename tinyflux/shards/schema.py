@@ -1,7 +1,7 @@
-"""The one table of what a sample holds: groups, their fields, and their shapes. All else in this package follows it.
+"""The schema: the one table of a sample's groups, their fields and shapes.
 
-A group is one member of a sample in its tar, written by one producer. A new group is one line of SCHEMA; a manifest
-says which groups its source has, with their real sizes, and may hold groups that this table does not know.
+A group is one member of a sample in its tar, written by one producer. A new group is one line of SCHEMA. A manifest
+lists the groups of its source with their real sizes; it may have groups that this table does not know.
 """
 
 import math
@@ -23,9 +23,9 @@ _FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")
 class GroupSchema:
     """A group as the package knows it.
 
-    fields: the axes of each field, an integer where the size is fixed, else its name. on_grid: the first axis is the
-    grid of timesteps. repeated: one member for each caption. optional: a source may lack it. extra: no loss needs it, a
-    run reads it wherever it is.
+    fields: the axes of each field; an integer is a fixed size, a name a variable one. on_grid: the first axis is the
+    grid of timesteps. repeated: one member per caption. optional: a source may lack it. extra: no loss needs it, but a
+    run reads it if it is there.
     """
 
     fields: dict[str, tuple[int | str, ...]]
@@ -45,7 +45,7 @@ SCHEMA = {
         optional=True,
     ),
     "mask": GroupSchema({"mask": ("h", "w")}, optional=True, extra=True),
-    # one feature grid an image, of any teacher: its producer says which
+    # one feature grid per image, of any teacher: the producer says which
     "align": GroupSchema({"align": ("align_width", "align_rows", "align_columns")}, optional=True),
 }
 GROUP_OF = {name: group for group, entry in SCHEMA.items() for name in entry.fields}
@@ -57,20 +57,20 @@ EXTRAS = tuple(group for group, entry in SCHEMA.items() if entry.extra)
 class Field:
     """One tensor of every sample of a source: `dtype` of DTYPES, `shape` without the batch.
 
-    "h" and "w" in a shape stand for the latents' height and width, which differ from shard to shard: see `at`.
+    "h" and "w" in a shape stand for the latent's height and width, which differ from shard to shard: see `at`.
     """
 
     dtype: str
     shape: tuple[int | str, ...]
 
     def at(self, shape: tuple[int, int]) -> "Field":
-        """The field in a shard whose latents are `shape`, (h, w)."""
+        """The field in a shard of this latent shape (h, w)."""
         sizes = dict(zip(SPATIAL, shape, strict=True))
         return Field(self.dtype, tuple(sizes.get(n, n) for n in self.shape))
 
     @cached_property
     def count(self) -> int:
-        """Elements; without "h" and "w" alone."""
+        """Number of elements. The shape must be without "h" and "w"."""
         return math.prod(self.shape)
 
     @cached_property
@@ -80,8 +80,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of a source, as its manifest has it. `timesteps`: the grid of its first axis, if it has one; `repeated`:
-    a member for each caption; `producer`: what made it, the fingerprint."""
+    """A group of a source, as in its manifest. `timesteps`: the grid of its first axis, if it has one; `repeated`:
+    one member per caption; `producer`: the fingerprint of what made it."""
 
     fields: dict[str, Field]
     timesteps: tuple[float, ...] | None = None
@@ -89,7 +89,7 @@ class Group:
     producer: dict = field(default_factory=dict)
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of one of its members, as tensors, where the latents are `shape`, (h, w)."""
+        """Bytes of the tensors of one member, in a shard of this latent shape (h, w)."""
         return sum(field.at(shape).nbytes for field in self.fields.values())
 
 
@@ -99,15 +99,15 @@ def flat(groups: dict[str, Group]) -> dict[str, Field]:
 
 
 def fields_at(fields: dict[str, Field], shape: tuple[int, int]) -> dict[str, Field]:
-    """The fields in a shard whose latents are `shape`, (h, w)."""
+    """The fields in a shard of this latent shape (h, w)."""
     return {name: entry.at(shape) for name, entry in fields.items()}
 
 
 def fields_of(tensors: dict[str, Tensor]) -> dict[str, Field]:
-    """The fields that describe one sample's tensors, with "h" and "w" where the schema has them.
+    """The fields that describe one sample's tensors, with "h" and "w" as in the schema.
 
-    Of a repeated group's tensors the axis of captions is left out, if there is one. Raises ValueError where a tensor
-    has other axes than the schema.
+    The caption axis of a repeated group's tensors is dropped. Raises ValueError if a tensor has other axes than the
+    schema.
     """
     fields = {}
     for name, tensor in tensors.items():
@@ -123,7 +123,7 @@ def fields_of(tensors: dict[str, Tensor]) -> dict[str, Field]:
 
 
 def shape_of(tensors: dict[str, Tensor]) -> tuple[int, int] | None:
-    """(h, w) of one sample's tensors, None where none of them follows the latents. Raises ValueError if they differ."""
+    """(h, w) of one sample's tensors, None if none depends on it. Raises ValueError if they differ."""
     found = {
         tuple(tensor.shape[_axes(name).index(axis)] for axis in SPATIAL)
         for name, tensor in tensors.items()
@@ -150,9 +150,9 @@ def grouped(
 
 
 def sizes(fields: dict[str, Field]) -> dict[str, int]:
-    """The size of each named axis of the schema, such as "channels" or "t5_width", as these fields have it.
+    """The size of each named axis of the schema, such as "channels" or "t5_width", in these fields.
 
-    Raises ValueError where two fields disagree.
+    Raises ValueError if two fields disagree.
     """
     found: dict[str, tuple[int, str]] = {}
     for name, entry in fields.items():
@@ -165,7 +165,7 @@ def sizes(fields: dict[str, Field]) -> dict[str, int]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raises ValueError where a tensor's name is not in the schema, or its group is not whole."""
+    """Raises ValueError if a tensor's name is not in the schema, or its group is incomplete."""
     names = set(names)
     if unknown := sorted(names - set(GROUP_OF)):
         raise ValueError(f"unknown tensors {', '.join(unknown)}; the format has {', '.join(GROUP_OF)}")
@@ -175,7 +175,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_group(group: str, entry: Group) -> None:
-    """Raises ValueError where a group of a manifest cannot be, or is not that of the schema."""
+    """Raises ValueError if a manifest's group is invalid or contradicts the schema."""
     where, known = f"groups.{group}", SCHEMA.get(group)
     if not _FIELD_NAME.fullmatch(group) or not entry.fields:
         raise ValueError(f"{where}: must have a plain name and at least one field")

@@ -22,11 +22,11 @@ from tinyflux.shards.writer import Shard
 
 
 class ShardFile:
-    """An open shard of a source, or of one of its overlays on top of the `base`'s.
+    """An open shard of a source, or of an overlay on top of its `base` shard.
 
-    groups: those that are read from this file. A shard that is cut short or damaged keeps the samples that can be
-    read, and `fault` says what it was. Raises FileNotFoundError, or ShardError where the file is another one than the
-    manifest describes. The descriptor lives as long as the object: eviction never pulls a file from under a reader.
+    groups: the groups to read from this file. The readable samples of a truncated or damaged shard can be used; `fault`
+    is its fault. Raises FileNotFoundError; ShardError if the file is not the one that the manifest describes. The
+    descriptor lives as long as the object, so eviction does not disturb readers.
     """
 
     def __init__(self, path: str | Path, shard: Shard, groups: dict[str, Group], base: "ShardFile | None" = None):
@@ -44,24 +44,24 @@ class ShardFile:
             raise ShardError(self.path, why=why)
         self.samples: list[Sample | None] = self._placed(samples, gaps)
         self.groups: tuple[str, ...] = (*(() if base is None else base.groups), *groups)
-        """The groups that are read, of this file and of those below it."""
+        """The groups to read from this file and its bases."""
         self._wanted: dict[int, list[tuple[str, Layout]]] = {}
         own = tuple(layout for _, layout in self.wanted(0))
         self.stacked: tuple[Layout, ...] = own if base is None else own + base.stacked
-        """The layouts of the members of a row, of this file and of those below it: see `wanted`."""
+        """The layouts of a row's members, in this file and its bases: see `wanted`."""
 
     def wanted(self, caption: int) -> list[tuple[str, Layout]]:
-        """The members of a row that are read from this file, and their layouts, in the order of the tar."""
+        """A row's members to read from this file, and their layouts, in tar order."""
         if caption not in self._wanted:
             named = ((member_name(g, caption if g in self._repeated else None), x) for g, x in self.layouts.items())
             self._wanted[caption] = sorted(named, key=lambda pair: pair[0])
         return self._wanted[caption]
 
     def _placed(self, samples: list[Sample], gaps: list[int]) -> list[Sample | None]:
-        """The samples by row; an overlay's by the keys of its base.
+        """The samples by row; for an overlay, by the keys of its base.
 
-        Rows before the first gap and behind the last one are certain. What lies between two gaps is placed by its
-        origins, and given up where they fit in two places.
+        Rows before the first gap and after the last one are certain. Samples between two gaps are placed by their
+        origins, and dropped if they fit in two places.
         """
         if self.base is not None:
             found = {sample.key: sample for sample in samples}
@@ -83,7 +83,7 @@ class ShardFile:
         return placed
 
     def _origin(self, sample: Sample) -> int | None:
-        """The origin hash that a sample's tensors carry."""
+        """The origin hash in a sample's tensors."""
         for member, place in sample.members.items():
             if member.endswith(SUFFIX):
                 try:
@@ -94,12 +94,12 @@ class ShardFile:
 
     @property
     def is_unlinked(self) -> bool:
-        """Whether the cache has evicted it, or its base: it can still be read, and keeps its room on the disk."""
+        """Whether the cache has evicted it or its base. It can still be read, and still takes disk space."""
         return os.fstat(self.fd).st_nlink == 0 or (self.base is not None and self.base.is_unlinked)
 
     @property
     def is_damaged(self) -> bool:
-        """Whether something is wrong with its tar, or its base's."""
+        """Whether its tar or its base's is damaged."""
         missing = any(sample is None for sample in self.samples)
         return missing or self.fault is not None or (self.base is not None and self.base.is_damaged)
 
@@ -108,7 +108,7 @@ class ShardFile:
             os.close(self.fd)
 
     def sample(self, row: int) -> Sample:
-        """Where the members of a row lie in this file. Raises ShardError where the row is lost."""
+        """The places of a row's members in this file. Raises ShardError if the row is lost."""
         sample = self.samples[row]
         if sample is None:
             why = self.fault.why if self.fault else "its key is not in this shard"
@@ -116,7 +116,7 @@ class ShardFile:
         return sample
 
     def key(self, row: int) -> str:
-        """The sample key of a row. Raises ShardError where the row is lost."""
+        """The sample key of a row. Raises ShardError if the row is lost."""
         return self.sample(row).key
 
     def decode(
@@ -128,10 +128,10 @@ class ShardFile:
         groups: tuple[str, ...] = (),
         finite: bool = True,
     ) -> dict[str, Tensor]:
-        """Decode the groups of a row, all unless named, into `out` (see `decode_member`), or return {name: tensor}.
+        """Decode groups of a row (default: all) into `out` (see `decode_member`), or return {name: tensor}.
 
-        caption: which member of repeated groups. finite: refuse NaN and infinity. Raises ShardError where the row
-        cannot be used.
+        caption: which member of repeated groups. finite: refuse NaN and infinity. Raises ShardError if the row cannot
+        be used.
         """
         origin, tensors = int(self.origins[row]), {}
         for group in groups or self.groups:
@@ -147,7 +147,7 @@ class ShardFile:
         return decode_member(data, self.layouts[group], origin, out, (self.path, self.key(row)), finite=finite)
 
     def read(self, row: int, member: str, limit: int = 1 << 28) -> bytes:
-        """The bytes of a member such as "json" or "jpg". Raises ShardError where it is missing or larger than that."""
+        """The bytes of a member such as "json" or "jpg". Raises ShardError if it is missing or larger than `limit`."""
         key, members = self.sample(row)
         place = members.get(member)
         if place is None:
@@ -158,35 +158,35 @@ class ShardFile:
         return read_member(self.fd, *place)
 
     def members(self, row: int, captions: int) -> dict[str, "ShardFile"]:
-        """The members that are read of a row, each with the file that it is read from: `captions` of repeated groups,
-        one of each other group, the json and the preview. Raises ShardError where the row is lost."""
+        """The members to read for a row, each with its file: `captions` members of repeated groups, one of each other
+        group, the json and the preview. Raises ShardError if the row is lost."""
         found: dict[str, ShardFile] = {} if self.base is None else self.base.members(row, captions)
         wanted = {member for caption in range(captions) for member, _ in self.wanted(caption)} | {"json", "jpg"}
         return found | dict.fromkeys(wanted & self.sample(row).members.keys(), self)
 
     def size(self, row: int, member: str) -> int:
-        """Bytes of a member of this file. Raises KeyError, ShardError where the row is lost."""
+        """Bytes of a member in this file. Raises KeyError; ShardError if the row is lost."""
         return self.sample(row).members[member][1]
 
     def preview(self, row: int) -> bytes | None:
-        """The row's JPEG, if it has one. Raises ShardError where the row is lost."""
+        """The row's JPEG, if it has one. Raises ShardError if the row is lost."""
         if "jpg" in self.sample(row).members:
             return self.read(row, "jpg")
         return None if self.base is None else self.base.preview(row)
 
     def meta(self, row: int) -> dict:
-        """What the sample's json says: `prompts` list[str], `origin` str, and the rest. Raises ShardError.
+        """The content of the sample's json: `prompts` list[str], `origin` str, and more. Raises ShardError.
 
-        An overlay that has texts has its own prompts.
+        An overlay with texts has its own prompts.
         """
         if self.base is not None and "json" not in self.sample(row).members:
             return self.base.meta(row)
         try:
             meta = json.loads(self.read(row, "json", 1 << 22))
             if not isinstance(meta, dict) or not isinstance(meta["origin"], str):
-                raise ValueError("no object with an origin")
+                raise ValueError("must be an object with an origin")
             if not isinstance(meta["prompts"], list) or not all(isinstance(text, str) for text in meta["prompts"]):
-                raise ValueError("prompts are no list of texts")
+                raise ValueError("prompts must be a list of strings")
         except (ValueError, KeyError, RecursionError) as error:
             if isinstance(error, ShardError):
                 raise

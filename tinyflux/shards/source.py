@@ -1,4 +1,4 @@
-"""Opening a source by its path or URL: its manifest, its overlays, its empty prompt."""
+"""Open a source by its path or URL: its manifest, its overlays, its empty prompt."""
 
 import os
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ from tinyflux.shards.writer import Shard
 from tinyflux.util import files
 from tinyflux.util.urls import redacted
 
-MOST_LAYERS = 8  # overlays on overlays
+MOST_LAYERS = 8  # of overlays on overlays
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A base or an overlay of a source, and the `groups` that are read from it."""
+    """A base or an overlay of a source, and the `groups` to read from it."""
 
     url: str
     store: Store
@@ -34,16 +34,16 @@ class Layer:
     groups: dict[str, Group]
 
     def reading(self, wanted: Iterable[str]) -> "Layer":
-        """The same with no other groups than these."""
+        """The same layer with only these groups."""
         return replace(self, groups={name: group for name, group in self.groups.items() if name in wanted})
 
     def without(self, groups: Iterable[str]) -> "Layer":
-        """The same without these groups."""
+        """The same layer without these groups."""
         return self.reading(self.groups.keys() - set(groups))
 
 
 class Source:
-    """A source of a run: a base and the overlays on it, that of `url` last.
+    """A source of a run: a base and its overlays; the last layer is the one at `url`.
 
     null: the empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]. dataset_id: may differ from the manifest's.
     revision: pins the content: a Hub commit, or the SHA-256 of the manifest at `url`.
@@ -53,10 +53,10 @@ class Source:
         self.url, self.layers, self.null = url, layers, null
         self.dataset_id, self.revision = dataset_id, revision
         self.manifest = layers[0].manifest
-        """The base's; what the shards, their shapes and their rows are."""
+        """The base's manifest, which defines shards, shapes and rows."""
         found = {name: group for layer in layers for name, group in layer.groups.items()}
         self.groups = {name: found[name] for name in sorted(found, key=_place_in_schema)}
-        """The groups that are read, of all layers."""
+        """The groups to read, from all layers."""
         self.fields = flat(self.groups)
         self._texts = next((layer.manifest for layer in layers if "text" in layer.groups), self.manifest)
 
@@ -66,7 +66,7 @@ class Source:
 
     @property
     def store(self) -> Store:
-        """Where the overlay's files are, or the source's if it is none."""
+        """The store of the last layer."""
         return self.layers[-1].store
 
     @property
@@ -76,16 +76,16 @@ class Source:
 
     @property
     def captions(self) -> np.ndarray:
-        """How many captions each sample has, uint8 [samples]."""
+        """Number of captions of each sample, uint8 [samples]."""
         return self._texts.index.captions
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
-        """The grid of the teachers' features, None where no group has one."""
+        """The timestep grid of the teachers' features, None if no group has one."""
         return next((group.timesteps for group in self.groups.values() if group.timesteps), None)
 
     def files(self, shard: int) -> list[tuple[Layer, Shard]]:
-        """What has to be there to open a shard: a file of each layer."""
+        """The files needed to open a shard: one of each layer."""
         return [(layer, layer.manifest.shards[shard]) for layer in self.layers]
 
     def open(self, shard: int) -> ShardFile:
@@ -102,12 +102,12 @@ def _place_in_schema(group: str) -> tuple[int, str]:
 
 
 def open_file(layer: Layer, entry: Shard, base: ShardFile | None) -> ShardFile:
-    """Open a layer's file of a shard on top of that of the layer below. Raises FileNotFoundError, ShardError."""
+    """Open a layer's file of a shard on top of the lower layer's. Raises FileNotFoundError, ShardError."""
     for tries_left in (2, 1, 0):
         try:
             path = layer.store.fetch(entry.path, entry.bytes, entry.sha256)
             return ShardFile(path, entry, layer.groups, base)
-        except FileNotFoundError:  # a cache that was emptied between the two calls
+        except FileNotFoundError:  # the cache was emptied between the two calls
             if not tries_left or layer.store.cache is None:
                 raise
 
@@ -119,12 +119,12 @@ def open_source(
     revision: str | None = None,
     groups: Iterable[str] | None = None,
 ) -> Source:
-    """Open a source: read and check its manifest, index and null embeddings, nothing else. An overlay's base too.
+    """Open a source, and its base if it is an overlay. Reads and checks only manifest, index and null embeddings.
 
-    A local folder of shards without a manifest is read through once (see `adopt`). dataset_id overrides the
-    manifest's. cache: where remote shards go. revision: of a `Source`, to get the same content again. groups: those
-    to read, default all; "latents" and "text" always are. Raises ValueError (ManifestError for the manifest),
-    FileNotFoundError, and DownloadError for remote ones.
+    A local folder of shards without a manifest is read completely once (see `adopt`). dataset_id overrides the
+    manifest's. cache: for remote shards. revision: of an earlier `Source`, to get the same content. groups: the groups
+    to read besides "latents" and "text"; default all. Raises ValueError (ManifestError for the manifest),
+    FileNotFoundError, and DownloadError for remote sources.
     """
     layers = open_layers(os.fspath(url), dataset_id, cache, revision)
     store, manifest = layers[-1].store, layers[-1].manifest
@@ -145,9 +145,9 @@ def open_layers(
     revision: str | None = None,
     above: tuple[str, ...] = (),
 ) -> list[Layer]:
-    """A base and the overlays on it, that of `url` last, each with the groups that none above it has.
+    """A base and its overlays, the one at `url` last, each with the groups that no overlay above it has.
 
-    Arguments and errors are those of `open_source`; above: the overlays that have led to `url`.
+    Arguments and errors are those of `open_source`; above: the overlays that led to `url`.
     """
     if url in above or len(above) >= MOST_LAYERS:
         what = "have no base" if url in above else f"are more than {MOST_LAYERS} on each other"
@@ -157,7 +157,7 @@ def open_layers(
     except (ValueError, FileNotFoundError) as error:
         if not above:
             raise
-        where = "base.location in its manifest.json says where it is looked for"
+        where = "base.location in its manifest.json gives the path of the base"
         raise type(error)(f"base of the overlay {redacted(above[-1])}: {error} ({where})") from error
     shown = redacted(url)
     top = Layer(shown, store, manifest, manifest.groups)
@@ -170,8 +170,8 @@ def open_layers(
     found = layers[-1].manifest.sha256
     if found != manifest.base.sha256:
         raise ValueError(
-            f"overlay {shown}: its base {redacted(below)} is not as it was when the overlay was made (its manifest's "
-            f"sha256 is {found}, was {manifest.base.sha256}): make the overlay again"
+            f"overlay {shown}: its base {redacted(below)} has changed since the overlay was made (its manifest's "
+            f"sha256 is {found}, was {manifest.base.sha256}): build the overlay again"
         )
     check_overlay(layers[0].manifest, manifest, shown)
     return [*(layer.without(manifest.groups) for layer in layers), top]
@@ -189,19 +189,19 @@ def _open(
     folder = store.path("")
     manifest = adopt(folder, dataset_id) if store.manifest is None else Manifest.load(folder)
     if revision not in (None, manifest.sha256):
-        raise ValueError(f"source {url}: its manifest is not the one of revision {revision}: it was rebuilt")
+        raise ValueError(f"source {url}: its manifest is not that of revision {revision}: it was rebuilt")
     return store, manifest
 
 
 def base_url(url: str, location: str) -> str:
-    """Where the base of the overlay at `url` is. Raises ValueError where a remote one names a local folder."""
+    """The URL of the base of the overlay at `url`. Raises ValueError if a remote overlay names a path elsewhere."""
     if "://" in location:
         return location
     if "://" not in url or url.startswith("file://"):
         return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
-    url, question, query = url.partition("?")  # a signature stays
+    url, question, query = url.partition("?")  # keep a signature
     scheme, _, path = url.partition("://")
-    parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # the repo, or the host or bucket, stays
+    parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # keep the repo, or the host or bucket
     for part in location.split("/"):
         if part == ".." and len(parts) > keep:
             parts.pop()
@@ -219,7 +219,7 @@ def repo_of(url: str) -> str:
 
 
 def check_overlay(base: Manifest, overlay: Manifest, url: str) -> None:
-    """Raises ManifestError where an overlay lacks the shards of its base."""
+    """Raises ManifestError if an overlay's shards do not match those of its base."""
     for what, a, b in (
         ("source", base.source, overlay.source),
         ("dataset id", base.dataset_id, overlay.dataset_id),
@@ -240,11 +240,11 @@ def check_overlay(base: Manifest, overlay: Manifest, url: str) -> None:
 
 
 def check_null(layer: Layer) -> dict[str, Tensor]:
-    """The embeddings of the empty prompt that go with a layer's texts. Raises ValueError, FileNotFoundError."""
+    """The embeddings of the empty prompt for a layer's texts. Raises ValueError, FileNotFoundError."""
     manifest = layer.manifest
     path = layer.store.fetch("null.safetensors", None, manifest.null_sha256)
     if files.sha256(path) != manifest.null_sha256:
-        raise ValueError(f"{path}: its sha256 is not the manifest's: it is damaged, or of another source")
+        raise ValueError(f"{path}: its sha256 is not the manifest's: it is damaged or from another source")
     try:
         null = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

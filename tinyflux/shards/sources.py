@@ -1,4 +1,4 @@
-"""The sources of a run: opened, and checked to go together."""
+"""Open the sources of a run and check that they are compatible."""
 
 from collections import Counter
 
@@ -11,14 +11,14 @@ from tinyflux.shards.source import Source, open_source
 from tinyflux.shards.store import open_store
 
 DEFAULT_GROUPS = ("latents", "text", "lune", "sol", "mask")
-"""What a run reads unless it is told otherwise."""
+"""The groups that a run reads by default."""
 
 
 def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str | None]:
-    """What pins each source's content now, for `open_sources` on all ranks; None for local ones.
+    """The revision of each source, for `open_sources` on all ranks; None for local sources.
 
-    recorded: {url: commit} of the run's checkpoint. A Hub source stays at its commit there, although the branch may
-    have moved on, unless its URL now names another revision. Raises ValueError, DownloadError.
+    recorded: {url: commit} of the run's checkpoint. A Hub source stays at this commit even if the branch has moved on,
+    unless its URL now names another revision. Raises ValueError, DownloadError.
     """
     cache = NodeCache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout)
     known = {without_revision(url): commit for url, commit in recorded.items()} | recorded
@@ -28,11 +28,11 @@ def resolve_revisions(config: DataConfig, recorded: dict[str, str]) -> list[str 
 def open_sources(
     config: DataConfig, groups: tuple[str, ...] = DEFAULT_GROUPS, revisions: list[str] | None = None
 ) -> list[Source]:
-    """Open the sources of a run and check that they go together.
+    """Open the sources of a run and check that they are compatible.
 
-    groups: those that the run reads (a loss that is off needs no group of its own); latents and texts are always read.
-    revisions: those of the sources as another rank or an earlier run opened them, to read the very same content.
-    Raises ValueError or OSError, saying which source and field.
+    groups: the groups that the run needs, besides latents and texts (a loss that is off needs no group). revisions:
+    revisions that another rank or an earlier run has opened, to read the same content.
+    Raises ValueError or OSError with the source and field.
     """
     if not config.sources:
         raise ValueError("data.sources is empty: name at least one source folder")
@@ -88,7 +88,7 @@ def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
 
 
 def usual_shape(sources: list[Source]) -> tuple[int, int]:
-    """The latent shape (h, w) that most samples have; the squarest of those that are as frequent."""
+    """The latent shape (h, w) that most samples have; of equally frequent ones, the squarest."""
     counts: Counter[tuple[int, int]] = Counter()
     for source in sources:
         counts.update(source.manifest.samples_of_shapes())

@@ -1,4 +1,4 @@
-"""Where the files of a source are: a folder, or a remote store behind the node's cache."""
+"""The files of a source: in a folder, or in a remote store behind the node's cache."""
 
 import hashlib
 import os
@@ -18,16 +18,16 @@ class Store(Protocol):
     """The files of a source."""
 
     url: str
-    """Where they are, without secrets."""
+    """The URL, without secrets."""
     cache: NodeCache | None
-    """Where copies of them go; None where they are read in place."""
+    """The cache for local copies; None if files are read in place."""
     manifest: bytes | None
-    """manifest.json; None where there is none."""
+    """The bytes of manifest.json, None if there is none."""
     revision: str | None
-    """What pins their content: a Hub commit, or the SHA-256 of manifest.json."""
+    """The version of the content: a Hub commit, or the SHA-256 of manifest.json."""
 
     def path(self, name: str) -> Path:
-        """Where a file is or will be on this machine."""
+        """A file's path on this machine, whether or not it exists."""
         ...
 
     def fetch(
@@ -39,11 +39,12 @@ class Store(Protocol):
         due: int | None = None,
         stopped: threading.Event = _NEVER,
     ) -> Path:
-        """A file on this machine. Raises FileNotFoundError where the store has no such file, or DownloadError."""
+        """A local copy of a file. Raises FileNotFoundError if the store has no such file, or DownloadError."""
         ...
 
     def heal(self, name: str, size: int, sha256: str) -> bool:
-        """Check a copy that proved damaged. If it is, drop it for the next `fetch` to replace. Returns whether."""
+        """Check a copy after a fault. If it is damaged, drop it, so that the next `fetch` replaces it. Returns whether
+        it was damaged."""
         ...
 
 
@@ -87,7 +88,7 @@ class LocalStore:
 
 
 def open_store(url: str | Path, cache: NodeCache | None = None, revision: str | None = None) -> Store:
-    """The store at a folder or URL. cache: where copies go. revision: of a store, to get the same content again.
+    """The store at a folder or URL. cache: for local copies. revision: of an earlier store, to get the same content.
 
     Raises ValueError, FileNotFoundError, DownloadError.
     """

@@ -1,7 +1,7 @@
 """Plan -> load -> collate -> pin -> prefetch: the batches of a run, from its step number alone.
 
-Threads, not worker processes: reading and zstd release the GIL, and samples are decoded straight into the batch's
-tensors. A batch's memory is reused once nothing refers to it, so a consumer may keep a batch for as long as it likes.
+It uses threads instead of worker processes: reading and zstd release the GIL, and samples are decoded directly into the
+batch's tensors. A batch's memory is reused when nothing refers to it, so a consumer may keep a batch.
 """
 
 import logging
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class _Pipeline:
     """The threads of a stream, from one position on.
 
-    A thread takes the next part of a micro-batch, and whoever loads its last part collates it too. The consumer waits
-    for whole micro-batches: that is the only hand-over.
+    A thread takes the next part of a micro-batch; the one that loads the last part also collates. The consumer waits
+    only for complete micro-batches.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class _Pipeline:
     ):
         self.reader, self.rank, self.world, self.collate = reader, rank, world, collate
         self.pid, self.stopped = os.getpid(), False
-        self.ended: BaseException | None = None  # why no more batches are begun
+        self.ended: BaseException | None = None  # why no more batches are started
         self.end = float("inf") if end_step is None else end_step * reader.config.accumulation(world)
-        self.patience = 1.1 * reader.config.timeout + 0.5  # after a download's own: that one says more
-        self.gpu = None  # that batches are pinned for
+        self.patience = 1.1 * reader.config.timeout + 0.5  # longer than a download's own timeout, whose error says more
+        self.gpu = None  # the GPU that batches are pinned for
         if device.type == "cuda":
             self.gpu = torch.cuda.current_device() if device.index is None else device.index
         self.ahead = reader.shards.look_ahead(
@@ -68,11 +68,11 @@ class _Pipeline:
             end_step=end_step,
         )
         B = reader.config.micro_batch_size
-        self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # micro-batches begun at a time
-        self._lock, self._planning = threading.RLock(), threading.Lock()  # the first: `close` may run in any line
-        self._ready = threading.Condition(self._lock)  # the consumer's: its next micro-batch is done
+        self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # most micro-batches in progress
+        self._lock, self._planning = threading.RLock(), threading.Lock()  # an RLock, because `close` may run at any line
+        self._ready = threading.Condition(self._lock)  # for the consumer: its next micro-batch is done
         self._space = threading.Condition(self._lock)  # for another micro-batch
-        self._begun: deque[MicroBatch] = deque()  # in order, until the consumer has them
+        self._begun: deque[MicroBatch] = deque()  # in order, until the consumer takes them
         self._parts = self._plan(position)
         reader.reading.clear()
         reader.progress = time.monotonic()
@@ -83,7 +83,7 @@ class _Pipeline:
             thread.start()
 
     def _plan(self, position: int) -> Iterator[tuple[MicroBatch, range]]:
-        """The micro-batches of the rank, each allocated here and cut into parts for the threads."""
+        """Allocate the micro-batches of the rank and cut each into parts for the threads."""
         reader, config, plan = self.reader, self.reader.config, self.reader.plan
         B, accumulation = config.micro_batch_size, config.accumulation(self.world)
         draws, first = None, 0
@@ -117,7 +117,7 @@ class _Pipeline:
             position += 1
 
     def _take(self) -> tuple[MicroBatch, range] | None:
-        """The next part to load, None once there is none."""
+        """The next part to load, None at the end."""
         with self._planning:
             if self.stopped or self.ended:
                 return None
@@ -132,7 +132,7 @@ class _Pipeline:
     def _work(self) -> None:
         me = threading.get_ident()
         if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # or pinning would open a context on the first GPU
+            torch.cuda.set_device(self.gpu)  # otherwise pinning opens a context on the first GPU
         while True:
             taken = self._take()
             if taken is None or self.stopped:
@@ -166,9 +166,9 @@ class _Pipeline:
         micro.done = True
 
     def next(self) -> tuple[list[int], Any]:
-        """The next batch with its samples of each source.
+        """Number of samples of each source in the next batch, and the batch.
 
-        Raises what went wrong in a thread, TimeoutError, and StopIteration behind the last step.
+        Raises errors of the threads, TimeoutError, and StopIteration after the last step.
         """
         began = time.monotonic()
         with self._lock:
@@ -189,8 +189,8 @@ class _Pipeline:
         return micro.result
 
     def close(self) -> None:
-        """End the threads. One that hangs in a read is left behind."""
-        if os.getpid() != self.pid:  # after a fork there are no threads here, and locks may be held for ever
+        """End the threads. A thread that hangs in a read is abandoned."""
+        if os.getpid() != self.pid:  # after a fork there are no threads, and locks may be held forever
             return
         self.stopped = True
         if self.ahead is not None:
@@ -198,18 +198,18 @@ class _Pipeline:
         with self._lock:
             self._ready.notify_all()
             self._space.notify_all()
-        if threading.current_thread() in self._threads:  # it collects a forgotten stream
+        if threading.current_thread() in self._threads:  # garbage collection of a stream may run in its own thread
             return
         deadline = time.monotonic() + min(30, self.patience)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                log.warning("a thread of the stream is still reading; it is left behind")
+                log.warning("a thread of the stream is still reading; it is abandoned")
                 return
 
 
 def _pinned(value: Any) -> Any:
-    """The same with its tensors in pinned memory."""
+    """The value with its tensors in pinned memory."""
     if isinstance(value, torch.Tensor):
         return value.pin_memory()
     if isinstance(value, dict):
@@ -220,16 +220,16 @@ def _pinned(value: Any) -> Any:
 
 
 class Stream:
-    """The micro-batches of one rank, in order, from `start_step` on and before `end_step`, or without end.
+    """The micro-batches of one rank, in order, from `start_step` until before `end_step`, or endless.
 
-    sources: of `open_sources`. collate: raw batch -> batch, called in a thread of the stream (default: the raw batch).
-    device: where the batches go next; they are pinned for "cuda". ranks_on_node: how many share the cache of remote
-    sources: each fetches ahead into its part. A raw batch has
-      latents [B,C,H,W], t5_embeds [B,L,D], clip_pooled [B,D] and, as far as the sources have them, lune [B,K,D],
-      sol_stats [B,K,3], sol_spatial [B,K,8,8], mask [B,H,W], all in the stored dtype; H and W are one shape a batch;
-      lune_mask, sol_mask, mask_mask bool [B] only where some source lacks that group (its rows are zero);
+    sources: from `open_sources`. collate: raw batch -> batch, called in the stream's threads (default: the raw batch).
+    device: where the batches go next; they are pinned for "cuda". ranks_on_node: ranks that share the cache of remote
+    sources; each may fill its part. A raw batch has
+      latents [B,C,H,W], t5_embeds [B,L,D], clip_pooled [B,D] and, if the sources have them, lune [B,K,D],
+      sol_stats [B,K,3], sol_spatial [B,K,8,8], mask [B,H,W], all in the stored dtype; one (H, W) per batch;
+      lune_mask, sol_mask, mask_mask bool [B], only if some source lacks that group (its rows are zero);
       source_index, dataset_ids, local_indices, sample_seeds, slots int64 [B]; keys list[str]; step int.
-    Iterating raises what went wrong in a thread, with shard and key; calling next again then tries the same batch.
+    Iterating raises errors of the threads, with shard and key; calling next again retries the same batch.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Stream:
         self._reader = Reader(sources, config, world)
         if len(self.plan.shapes) > 1:
             config.check_shapes(world)
-        self._position = start_step * self.accumulation  # micro-batches handed out since step 0
+        self._position = start_step * self.accumulation  # micro-batches returned since step 0
         self._pipeline: _Pipeline | None = None
         self._shut_down: weakref.finalize | None = None
 
@@ -262,7 +262,7 @@ class Stream:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Dtype and shape of the tensors that are read, where latents follow the largest shape."""
+        """Dtype and shape of the tensors that are read, with the largest latent shape."""
         return fields_at(self._reader.fields, max(self.plan.shapes, key=math.prod))
 
     @property
@@ -270,9 +270,9 @@ class Stream:
         return self._reader.stats
 
     def counts(self) -> dict[str, int]:
-        """What this stream did so far, to be summed over ranks: `samples/NAME` delivered of each source,
-        `bad_samples`, `replaced_samples`, and of remote shards `late_shards` that a reader had to wait for,
-        `cache_hits` that it found in the cache, `fetched_bytes`."""
+        """Counters so far, to be summed over ranks: delivered samples of each source (`samples/NAME`), `bad_samples`,
+        `replaced_samples`, and for remote shards `late_shards` (a reader had to wait), `cache_hits`,
+        `fetched_bytes`."""
         stats, shards = self.stats, self._reader.shards
         counts = {f"samples/{name}": n for name, n in zip(self.requested, stats.samples, strict=True)}
         counts |= {"bad_samples": stats.bad, "replaced_samples": stats.replaced, "late_shards": shards.late}
@@ -281,21 +281,21 @@ class Stream:
 
     @property
     def labels(self) -> list[str]:
-        """The sources' names, with the dataset id where two have the same."""
+        """The sources' names, with the dataset id if two have the same name."""
         names = [source.name for source in self.sources]
         return [s.name if names.count(s.name) == 1 else f"{s.name}-{s.dataset_id}" for s in self.sources]
 
     @property
     def requested(self) -> dict[str, float]:
-        """The share of each source in a batch that the weights ask for."""
+        """The share of each source in a batch, by the weights."""
         return dict(zip(self.labels, self.plan.weights(self.step), strict=True))
 
     def epoch(self, step: int) -> int:
-        """How often all samples were gone through before a step."""
+        """Completed epochs over all sources before a step."""
         return self.plan.epoch(step)
 
     def passes(self, step: int) -> list[float]:
-        """How often each source was gone through before a step, on all ranks together."""
+        """Passes over each source before a step, on all ranks together."""
         taken = zip(self.plan.start(step), self.plan.sources, strict=True)
         return [samples / source.total for samples, source in taken]
 
@@ -305,7 +305,7 @@ class Stream:
         return self._position // self.accumulation
 
     def state_dict(self) -> dict[str, int]:
-        """The position between steps; a step that was handed out in part begins again."""
+        """The position as a step; a step that was returned in part starts again."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -321,7 +321,7 @@ class Stream:
             raise RuntimeError("this stream was read before the process was forked: open a new one in the child")
         if self._pipeline is None:
             self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
-            # also when the stream is forgotten, and before the interpreter ends
+            # also when the stream is garbage collected, and before the interpreter ends
             self._shut_down = weakref.finalize(self, self._pipeline.close)
         done = False
         try:
@@ -337,7 +337,7 @@ class Stream:
         return batch
 
     def close(self) -> None:
-        """Stop the threads and drop what was loaded ahead. The stream may be iterated again, from where it was."""
+        """Stop the threads and drop prefetched batches. Iterating again continues at the same position."""
         if self._pipeline is not None:
             self._pipeline = None
             self._shut_down()
@@ -350,12 +350,12 @@ class Stream:
 
     @property
     def held_out(self) -> int:
-        """Samples that are held out for validation."""
+        """Number of samples held out for validation."""
         return sum(len(self._reader.held_out(s)) for s in range(len(self.sources)))
 
     def _held_out_order(self, samples: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Source and position of the first `samples` held-out samples, in an order keyed by the seed, sources evenly
-        mixed. Of a remote source those of a shard follow each other, so that a few shards have them."""
+        mixed. For a remote source, the order goes shard by shard, so that few shards are needed."""
         seed, places, positions = self.config.seed, [], []
         for s, opened in enumerate(self.sources):
             part = self._reader.held_out(s)
@@ -373,12 +373,12 @@ class Stream:
     def validation(
         self, batch_size: int, rank: int | None = None, world: int | None = None, *, samples: int | None = None
     ) -> Iterator[dict]:
-        """Raw batches of this rank's part of the held-out samples, of the first `samples` of them: the same samples and
-        seeds on any number of ranks, every time.
+        """Raw batches of this rank's part of the first `samples` held-out samples. Samples and seeds are always the
+        same, on any number of ranks.
 
-        A batch has one latent shape. Every rank gets equally many batches of equal size: `valid` bool [B] is False in
-        rows that only fill up a batch (they repeat a sample) and in rows that are bad (zero). `slots` is the place in
-        the order.
+        A batch has one latent shape. All ranks get the same number of batches of the same size: `valid` bool [B] is
+        False for rows that only fill a batch (they repeat a sample) and for bad rows (zero). `slots`: the place in the
+        order.
         """
         rank, world = self.rank if rank is None else rank, self.world if world is None else world
         reader, seed = self._reader, self.config.seed
@@ -390,7 +390,7 @@ class Stream:
             shard[mine], row[mine] = opened.manifest.locate(position[mine])
             numbers = np.array([shapes.index(wanted) for wanted in opened.shapes])
             shape[mine] = numbers[opened.manifest.index.shape[shard[mine]]]
-        batches = []  # (place among those of its shape, shape, slots), the shapes evenly mixed
+        batches = []  # (place within its shape, shape, slots), with shapes evenly mixed
         for b in np.unique(shape).tolist():
             slots = np.flatnonzero(shape == b)
             count = -(-len(slots) // batch_size)

@@ -1,4 +1,4 @@
-"""Tar files of samples: where the members of each sample lie, scanned straight from the headers."""
+"""Tar files of samples: finds the members of each sample by scanning the headers."""
 
 import os
 import struct
@@ -11,14 +11,14 @@ from tinyflux.shards.format import ShardError
 
 
 class Sample(NamedTuple):
-    """Where a sample lies in its shard: member extension -> (offset, size) in bytes."""
+    """A sample's place in its shard: member extension -> (offset, size) in bytes."""
 
     key: str
     members: dict[str, tuple[int, int]]
 
 
 def read_member(fd: int, offset: int, size: int) -> bytes:
-    """The bytes of a member; shorter only where the file is."""
+    """The bytes of a member; shorter if the file is truncated."""
     data = os.pread(fd, size, offset)
     while 0 < len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
@@ -27,8 +27,8 @@ def read_member(fd: int, offset: int, size: int) -> bytes:
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_LONGEST_END = 20 * _BLOCK  # bytes: writers pad an archive to a multiple
-_WINDOW = 1 << 20  # bytes read at once where a whole header is looked for
+_LONGEST_END = 20 * _BLOCK  # bytes: writers pad an archive to a multiple of this
+_WINDOW = 1 << 20  # bytes to read at once when searching for an intact header
 _USTAR = struct.Struct("100s24x12s12x8sc100x5s83x155s12x")  # name, size, checksum, type, magic, prefix
 
 
@@ -49,13 +49,13 @@ def _header(head: bytes) -> tuple[str, int, bytes]:
 
 
 class Damage(str):
-    """A fault at a place in a tar; any members may be lost there."""
+    """A fault in a tar; members may be lost there."""
 
 
 def _plain_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
-    """(name, offset, size) of each file of a ustar archive, or Damage where a header cannot be read.
+    """(name, offset, size) of each file of a ustar archive, or Damage for an unreadable header.
 
-    Raises LookupError where a header needs the tarfile module.
+    Raises LookupError if a header needs the tarfile module.
     """
     offset, end = 0, os.fstat(fd).st_size
     while True:
@@ -106,7 +106,7 @@ def _next_header(fd: int, offset: int, end: int) -> int | None:
 
 
 def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
-    """The same through tarfile, for archives with pax or GNU headers. Ends at the first damage."""
+    """The same with tarfile, for archives with pax or GNU headers. Ends at the first damage."""
     end = 0
     try:
         with os.fdopen(os.dup(fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -125,7 +125,7 @@ def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
 
 
 class Scan(NamedTuple):
-    """What a tar holds: `samples` in file order, and the first `fault` that was found.
+    """The content of a tar: `samples` in file order, and the first `fault`.
 
     `gaps`: indices of samples before which others may be lost, ascending; len(samples) means after the last.
     """
@@ -162,9 +162,9 @@ def _group(members: Iterable[tuple[str, int, int] | Damage], shard: str) -> Scan
 
 
 def scan(fd: int, shard: str) -> Scan:
-    """The samples of an open tar. Plain ustar headers are read directly, other tars through tarfile.
+    """The samples of an open tar. Plain ustar headers are read directly, other tars with tarfile.
 
-    After a damaged header it continues at the next whole one. `shard` names the file in the fault.
+    After a damaged header it continues at the next intact one. `shard` names the file in the fault.
     """
     try:
         return _group(_plain_members(fd), shard)
@@ -173,7 +173,7 @@ def scan(fd: int, shard: str) -> Scan:
 
 
 def scan_tar(path) -> list[Sample]:
-    """Samples of a tar file in file order. Raises ShardError where it is cut short, damaged or no tar."""
+    """Samples of a tar file in file order. Raises ShardError if it is truncated, damaged or not a tar."""
     fd = os.open(path, os.O_RDONLY)
     try:
         found = scan(fd, os.fspath(path))

@@ -1,4 +1,4 @@
-"""Whether a source is whole, and what is done where it is not."""
+"""Check a source, set bad shards aside, and rebuild a manifest."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from tinyflux.util import files
 
 
 class Check:
-    """The check of one source, or of one overlay against its base; shards are checked by `workers` threads.
+    """Checks one source, or one overlay against its base, with `workers` threads.
 
-    deep: also hash every shard and decode every tensor. `faults` has a line for each, `bad` the names of the shards
-    that have one. Raises as `open_layers` where there is nothing to check.
+    deep: also hash every shard and decode every tensor. `faults` has one line per fault, `bad` the names of the shards
+    with faults. Raises as `open_layers` if the source cannot be opened.
     """
 
     def __init__(self, url: str, *, deep: bool = False, workers: int = 1):
@@ -32,10 +32,10 @@ class Check:
         self.manifest, self.deep, self.workers = layers[-1].manifest, deep, workers
         self.faults: list[str] = []
         self.bad: set[str] = set()
-        self._keys: list[np.ndarray] = []  # of each shard the indices in its keys
+        self._keys: list[np.ndarray] = []  # for each shard, the indices in its keys
 
     def around(self) -> None:
-        """Check what lies beside the shards: the empty prompt, shards that are not listed, an overlay's index."""
+        """Check everything besides the shards: the empty prompt, unlisted shards, an overlay's index."""
         layer = self.source.layers[-1]
         if self.manifest.null_sha256:
             try:
@@ -71,7 +71,7 @@ class Check:
         self.bad.add(shard.name)
 
     def _repeated(self) -> None:
-        """Keys that are in two shards, which a shard that is there twice has."""
+        """Find keys that occur in two shards, for example in a shard that was copied."""
         keys = np.concatenate([np.empty(0, np.int64), *self._keys])
         owner = np.repeat(np.arange(len(self._keys)), [len(part) for part in self._keys])
         order = np.argsort(keys, kind="stable")
@@ -83,7 +83,7 @@ class Check:
 
 
 def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarray, str]:
-    """(the faults of one shard, each with what it is about; the indices in its keys, int64; a fault of its base)."""
+    """(the faults of one shard, each with its place; the indices in its keys, int64; a fault of its base)."""
     nothing, file, of_base = np.empty(0, np.int64), None, ""
     for layer, shard in source.files(k):
         of_base = of_base or (f"{file.path}, of the base: {file.fault.why}" if file is not None and file.fault else "")
@@ -97,7 +97,7 @@ def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarr
                 return [f": {why}"], nothing, of_base
             return [], nothing, f"{layer.url}/{shard.path}, of the base: {why}"
     if file.base is not None and file.count and not (file.fault or of_base or any(file.samples)):
-        return [": has none of the samples that its base has in it"], nothing, ""
+        return [": has none of the samples of its base's shard"], nothing, ""
     faults, indices = [f": {file.fault.why}"] if file.fault else [], []
     for row in range(file.count):
         try:
@@ -112,8 +112,7 @@ def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarr
 
 
 def check_sample(file: ShardFile, row: int, manifest: Manifest, deep: bool) -> int:
-    """The index in a row's key. Raises ShardError if it lacks a member or has one too many, or, `deep`, if one cannot
-    be used."""
+    """The index in a row's key. Raises ShardError for a missing or extra member, or, if `deep`, for a bad one."""
     key, members = file.sample(row)
     captions = int(file.shard.captions[row])
 
@@ -145,14 +144,14 @@ def check_sample(file: ShardFile, row: int, manifest: Manifest, deep: bool) -> i
         if meta.get("index") != index:
             raise fault(f"its .json has index {meta.get('index')!r:.40}")
         if "text" in manifest.groups and len(meta["prompts"]) != captions:
-            raise fault(f"its .json has {len(meta['prompts'])} prompts, the manifest says {captions}")
+            raise fault(f"its .json has {len(meta['prompts'])} prompts, the index says {captions}")
         if origin_hash(meta["origin"]) != int(file.origins[row]):
             raise fault("the index has another origin hash for it")
     return index
 
 
 def set_aside(folder: Path, bad: set[str]) -> None:
-    """Move bad shards to `bad/` and take them out of the manifest; an overlay's stays as its base needs it."""
+    """Move bad shards to `bad/` and remove them from the manifest; an overlay's manifest keeps them, like its base."""
     manifest = Manifest.load(folder)
     (folder / "bad").mkdir(exist_ok=True)
     for shard in manifest.shards:
@@ -163,11 +162,11 @@ def set_aside(folder: Path, bad: set[str]) -> None:
 
 
 def rebuild(folder: Path) -> Manifest:
-    """Write the manifest again from the shards that can be read.
+    """Write the manifest again from the readable shards.
 
-    Fingerprints, timesteps and an overlay's base are those of manifest.json, where only the index is lost, else those
-    that the notes of the build name. Raises ValueError where there is no whole shard, or an overlay's base cannot be
-    opened; FileNotFoundError without null.safetensors.
+    Fingerprints, timesteps and an overlay's base come from manifest.json if only the index is lost, else from the
+    build's notes in `.build/`. Raises ValueError if there is no intact shard, or an overlay's base cannot be opened;
+    FileNotFoundError without null.safetensors.
     """
     known, base = _known(folder)
     found: list[Found] = []
@@ -178,10 +177,10 @@ def rebuild(folder: Path) -> Manifest:
         except (ValueError, OSError) as error:
             unreadable.append(f"{path.name} ({error})")
     if not found:
-        raise ValueError(f"{folder}: no manifest can be rebuilt: no whole shard; {', '.join(unreadable) or 'no tar'}")
+        raise ValueError(f"{folder}: no manifest can be rebuilt: no intact shard; {', '.join(unreadable) or 'no tar'}")
     if base is not None:
         below = open_layers(base_url(os.fspath(folder), base.location))[0].manifest
-        shapes = {shard.name: shard.shape for shard in below.shards}  # few groups follow the latents
+        shapes = {shard.name: shard.shape for shard in below.shards}  # few groups depend on the latent shape
         for entry in found:
             entry.shard = replace(entry.shard, shape=shapes.get(entry.shard.name, entry.shard.shape))
     try:
@@ -189,8 +188,8 @@ def rebuild(folder: Path) -> Manifest:
     except ManifestError as error:
         if base is None and "text" not in found[0].groups:
             raise ValueError(
-                f"{folder}: no manifest can be rebuilt: its shards are an overlay's, and neither manifest.json nor the "
-                "notes of the build name its base: run the build's command again, or copy its manifest.json back"
+                f"{folder}: no manifest can be rebuilt: this is an overlay, and neither manifest.json nor .build/ names"
+                " its base: run the build command again, or restore manifest.json from a copy"
             ) from error
         raise
     manifest.save(folder)
@@ -198,7 +197,7 @@ def rebuild(folder: Path) -> Manifest:
 
 
 def _known(folder: Path) -> tuple[dict[str, Group], Base | None]:
-    """Groups and base of a source whose manifest cannot be used."""
+    """Groups and base of a source without a usable manifest."""
     try:
         data = parse(read_small(folder / "manifest.json"), str(folder / "manifest.json"))
         return groups_of(data), base_of(data)

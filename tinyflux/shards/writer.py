@@ -1,4 +1,4 @@
-"""Crash-safe writing of shards: a file appears under its name whole and on disk, or not at all."""
+"""Crash-safe writing of shards: files are written under a temporary name and renamed when complete."""
 
 import base64
 import hashlib
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from tinyflux.util import files
 
-_CAPTION = "text."  # what the member of a caption begins with
+_CAPTION = "text."  # prefix of a caption's member
 _ARRAYS = {"origins": "<u4", "captions": "u1"}
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A finished shard: its file `name`, samples, bytes, SHA-256 in hex, latent `shape` (h, w), and of each sample the
-    hash of its image's origin (uint32) and how many captions it has (uint8)."""
+    """A finished shard: its file `name`, samples, bytes, SHA-256 in hex, latent `shape` (h, w), and for each sample the
+    hash of its image's origin (uint32) and its number of captions (uint8)."""
 
     name: str
     count: int
@@ -30,7 +30,7 @@ class Shard:
     origins: np.ndarray
     captions: np.ndarray
     folder: str = ""
-    """The subfolder of the source that it lies in."""
+    """Its subfolder of the source."""
 
     @property
     def path(self) -> str:
@@ -38,7 +38,7 @@ class Shard:
         return f"{self.folder}/{self.name}" if self.folder else self.name
 
     def to_dict(self) -> dict:
-        """As JSON holds it; `folder` is not in it."""
+        """Plain values for JSON, without `folder`."""
         arrays = {name: _to_text(getattr(self, name), dtype) for name, dtype in _ARRAYS.items()}
         values = {name: getattr(self, name) for name in ("name", "count", "bytes", "sha256")}
         return values | {"shape": list(self.shape)} | arrays
@@ -55,7 +55,7 @@ def _to_text(values: np.ndarray, dtype: str) -> str:
 
 
 class _Hashing:
-    """The stream that TarWriter writes to: counts and hashes what goes into the file."""
+    """The stream that TarWriter writes to: counts and hashes the file's bytes."""
 
     def __init__(self, file):
         self.file, self.bytes, self.sha256 = file, 0, hashlib.sha256()
@@ -67,19 +67,19 @@ class _Hashing:
 
 
 def write_shard(path: str | Path, samples: Iterable[dict], shape: tuple[int, int] | None = None) -> Shard:
-    """Write samples (of `encode_sample`) to a tar and return its entry in the manifest.
+    """Write samples (from `encode_sample`) to a tar and return its entry for the manifest.
 
-    shape: (h, w) of the latents of all its samples, if the samples don't have it. The same samples give the same bytes,
-    in any process. Only one process may write a shard at a time: the temporary file `.NAME.tmp` is named after it, so
-    that what a killed writer left is overwritten. Raises OSError if the disk is full, ValueError if there are no
-    samples or they differ in shape; finished shards are not touched either way.
+    shape: latent (h, w) of all samples, if the samples don't have it. The same samples give the same bytes in any
+    process. Only one process may write a shard at a time: the temporary file is always `.NAME.tmp`, so that remains of
+    a killed writer are overwritten. Raises OSError if the disk is full, ValueError if there are no samples or they
+    differ in shape; an existing shard is then not changed.
     """
     path = Path(path)
     path.parent.mkdir(exist_ok=True)  # a subfolder of the source
     origins, captions = [], []
     with files.replaced(path, path.with_name(f".{path.name}.tmp")) as temporary, open(temporary, "wb") as file:
         target = _Hashing(file)
-        # mtime as an int: with a float tarfile adds pax headers, without one the clock gets in
+        # mtime must be an int: a float makes tarfile add pax headers, and the default is the current time
         writer = webdataset.TarWriter(target, user="tinyflux", group="tinyflux", mode=0o644, encoder=False, mtime=0)
         try:
             for sample in samples:
@@ -88,7 +88,7 @@ def write_shard(path: str | Path, samples: Iterable[dict], shape: tuple[int, int
                     raise ValueError(f"{path}: {sample['__key__']} has latents {sample['__shape__']}, others {shape}")
                 origins.append(sample["__origin__"])
                 captions.append(sum(member.startswith(_CAPTION) for member in sample))
-                writer.write(sample)  # leaves out what begins with "_"
+                writer.write(sample)  # skips keys that start with "_"
         finally:
             writer.close()  # the end-of-archive blocks
         if not origins:

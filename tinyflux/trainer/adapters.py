@@ -1,4 +1,4 @@
-"""Adapters (LoRA) of a network by name: loaded, scaled and taken out again."""
+"""LoRA adapters of a network, by name: load, scale and unload."""
 
 from pathlib import Path
 
@@ -11,31 +11,31 @@ from tinyflux.model.lora import Lora, linear_layers, read_lora
 
 
 class Adapters:
-    """The adapters that are added to a network, and its weights from before."""
+    """The adapters that are merged into a network, and a copy of its original weights."""
 
     def __init__(self):
         self._loras: dict[str, tuple[Lora, float]] = {}  # by name, with their scales
         self._plain: dict[str, Tensor] = {}  # by layer
 
     def load(self, network: nn.Module, source: str | Path, name: str, scale: float) -> None:
-        """Add an adapter: PEFT's folder, a file, or `user/repo`. FileNotFoundError; ValueError where it is not a plain
-        LoRA of this network."""
+        """Add an adapter: a PEFT folder, a file, or `user/repo`. Raises FileNotFoundError; ValueError if it is not a
+        plain LoRA of this network."""
         path = Path(source)
         if not path.exists() and REPO.fullmatch(str(source)):
             path = Path(snapshot_download(str(source), allow_patterns=["adapter_config.json", "*.safetensors"]))
         self._set(network, self._loras | {name: (read_lora(path, network), scale)})
 
     def scale(self, network: nn.Module, names: str | list[str], scales: float | list[float] | None) -> None:
-        """The scales of these adapters, 1 unless given; 0 for those that are not named. ValueError for unknown ones."""
+        """Set the scales of these adapters (default 1), and 0 for all others. Raises ValueError for unknown names."""
         names = [names] if isinstance(names, str) else list(names)
         given = scales if isinstance(scales, list | tuple) else [scales] * len(names)
         chosen = {name: 1.0 if scale is None else scale for name, scale in zip(names, given, strict=True)}
         if unknown := [name for name in names if name not in self._loras]:
-            raise ValueError(f"no adapter {', '.join(unknown)}; loaded are {', '.join(self._loras) or 'none'}")
+            raise ValueError(f"no adapter {', '.join(unknown)}; loaded adapters: {', '.join(self._loras) or 'none'}")
         self._set(network, {name: (lora, chosen.get(name, 0.0)) for name, (lora, _) in self._loras.items()})
 
     def unload(self, network: nn.Module) -> None:
-        """The weights from before, bit for bit."""
+        """Restore the original weights, bit for bit."""
         self._set(network, {})
 
     @torch.no_grad()

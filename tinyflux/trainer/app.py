@@ -1,6 +1,6 @@
-"""A page to draw with in the browser: a form, a gallery, and the checkpoints of a run side by side.
+"""The browser page to draw with: a form, a gallery, and the checkpoints of a run side by side.
 
-This module imports no torch before something is drawn, and no gradio before the page is made.
+torch is imported when something is drawn, gradio when the page is built.
 """
 
 import json
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import gradio
 
 KEPT = 4
-"""Checkpoints that stay in memory."""
+"""Checkpoints to keep in memory."""
 WAITING = 16
 """Requests that may wait in the queue."""
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
-"""The browser fetches nothing from elsewhere, whatever the page's libraries ask for."""
+"""The browser loads nothing from other hosts, whatever the page's libraries request."""
 
 
 @dataclass
@@ -33,24 +33,24 @@ class AppOptions:
     checkpoint: str
     """A run folder, whose checkpoints can be compared; or a .safetensors or .pt file, or user/repo[:sub/folder]."""
     zoo: str | None = None
-    """Encoders and decoder: flux, tiny, or a directory. Default: that of the run's training_config.json, else flux."""
+    """Encoders and decoder: flux, tiny, or a folder. Default: the zoo in the run's training_config.json, else flux."""
     host: str = "127.0.0.1"
-    """The address to listen on. Whoever reaches it can draw: on another machine, use an SSH tunnel."""
+    """The address to listen on. There is no login: for access from another machine, use an SSH tunnel."""
     port: Annotated[int, Within(1, 65535)] = 7860
     """The port to listen on."""
     out: Path | None = None
-    """Folder that keeps the pictures. Default: they are deleted when the page is closed."""
+    """Folder to keep the pictures in. Default: they are deleted when the page is closed."""
     batch_size: Annotated[int, AtLeast(1)] = 8
-    """Pictures that are drawn at once."""
+    """Pictures to draw at once."""
 
     def __post_init__(self):
         check(self, "--")
 
 
 def weights_of(checkpoint: str) -> dict[str, tuple[str, bool]]:
-    """The weights that a checkpoint offers: what each is called -> (path, averaged?), newest first.
+    """The weights in a checkpoint: label -> (path, averaged?), newest first.
 
-    Of a run these are the trained and the averaged weights of each step, and the best ones.
+    For a run: the trained and the averaged weights of each step, and the best ones.
     """
     from tinyflux.model.dcp import METADATA
 
@@ -61,7 +61,7 @@ def weights_of(checkpoint: str) -> dict[str, tuple[str, bool]]:
         if name := re.fullmatch(r"(?:step_(\d+)|best)(_ema)?\.safetensors", path.name):
             found[int(name[1]) if name[1] else -1, bool(name[2])] = str(path)
         elif (name := re.fullmatch(r"step_(\d+)", path.name)) and (path / METADATA).is_file():
-            for averaged in (True, False):  # weights that were exported are read faster
+            for averaged in (True, False):  # exported weights load faster, so they come first
                 found.setdefault((int(name[1]), averaged), str(path))
     if not found:
         return {"averaged": (checkpoint, True), "trained": (checkpoint, False)}
@@ -75,7 +75,7 @@ def weights_of(checkpoint: str) -> dict[str, tuple[str, bool]]:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The settings that a PNG of `sample` or of this page keeps. ValueError where it keeps none."""
+    """The settings stored in a PNG by `sample` or by this page. Raises ValueError if there are none."""
     from PIL import Image
 
     try:
@@ -83,11 +83,11 @@ def read_settings(path: str | Path) -> dict:
             found = json.loads(getattr(image, "text", {})["parameters"])
         return {**found, "prompts": list(map(str, found["prompts"])), "seed": int(found["seed"])}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{Path(path).name} keeps no settings: draw it here, or with the command sample") from error
+        raise ValueError(f"{Path(path).name} has no settings: open a PNG drawn here or by `sample`") from error
 
 
 class Page:
-    """What the page does; `blocks` makes it."""
+    """The page's actions; `blocks` builds its user interface."""
 
     def __init__(self, options: AppOptions, folder: Path):
         self.options, self.folder, self.drawn = options, folder, 0
@@ -98,18 +98,18 @@ class Page:
         return self.first.other(path, averaged)
 
     def artist(self, name: str) -> Artist:
-        """Some weights by what they are called. ValueError where they are gone."""
+        """The weights with this label. Raises ValueError if they no longer exist."""
         known = weights_of(self.options.checkpoint)
         if name not in known:
-            raise ValueError(f"{name}: no longer there; there are {', '.join(known)}")
+            raise ValueError(f"{name}: these weights no longer exist; choose one of {', '.join(known)}")
         path, averaged = known[name]
         return self.load(path, averaged, os.stat(path).st_mtime if Path(path).exists() else 0.0)
 
     def draw(self, form: dict, on_step) -> Iterator[tuple[list[tuple[str, str]], list[str], int]]:
-        """Draw what the form asks for, a row a picture and a column a checkpoint.
+        """Draw what the form asks for: one row per picture, one column per checkpoint.
 
-        Yields, batch by batch, the pictures so far as (path, caption), what the network never saw in its training, and
-        the columns. on_step(done, all) is called after each step. ValueError.
+        Yields after each batch: the pictures so far as (path, caption), warnings about what training never saw, and the
+        number of columns. on_step(done, all) is called after each step. Raises ValueError.
         """
         from tinyflux.trainer.sampling import save_samples
 
@@ -156,7 +156,7 @@ class Page:
 
 
 def caption(kept: dict) -> str:
-    """The settings of a picture in a line."""
+    """The settings of a picture in one line."""
     return (
         f"seed {kept['seed']}, picture {kept['picture']} · {kept['solver']}, {kept['steps']} steps"
         f" · guidance {kept['guidance']:g}"
@@ -169,13 +169,13 @@ def free_name(folder: Path) -> int:
 
 
 class Headers:
-    """ASGI middleware that sends `POLICY` with each answer."""
+    """ASGI middleware that sends `POLICY` with each response."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        """Pass the request on."""
+        """Forward the request."""
 
         async def sent(message):
             if message["type"] == "http.response.start":
@@ -186,7 +186,7 @@ class Headers:
 
 
 def blocks(page: Page) -> "gradio.Blocks":
-    """The page: what it shows, and what its buttons do."""
+    """The page's user interface."""
     import gradio as gr
 
     usual, (height, width) = page.first.recipe, page.first.size()
@@ -197,16 +197,16 @@ def blocks(page: Page) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
                 form = {
-                    "prompts": gr.Textbox(label="Prompts, one a line", lines=4, elem_id="prompts"),
+                    "prompts": gr.Textbox(label="Prompts, one per line", lines=4, elem_id="prompts"),
                     "negative": gr.Textbox(label="Negative prompt"),
                     "weights": gr.Dropdown(names, value=names[:1], multiselect=True, label="Checkpoints, side by side"),
                 }
                 with gr.Row():
                     draw, stop = gr.Button("Draw", variant="primary", elem_id="draw"), gr.Button("Stop")
                 with gr.Row():
-                    form["count"] = gr.Number(1, label="Pictures a prompt", precision=0, minimum=1, maximum=64)
+                    form["count"] = gr.Number(1, label="Pictures per prompt", precision=0, minimum=1, maximum=64)
                     form["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                    form["first"] = gr.Number(0, label="First picture's number", precision=0, minimum=0)
+                    form["first"] = gr.Number(0, label="Number of the first picture", precision=0, minimum=0)
                 with gr.Row():
                     form["steps"] = gr.Slider(1, 100, 28, step=1, label="Steps")
                     form["solver"] = gr.Dropdown(list(SOLVERS), value="euler", label="Solver")
@@ -214,7 +214,7 @@ def blocks(page: Page) -> "gradio.Blocks":
                     form["guidance"] = gr.Slider(1, 15, usual.guidance, step=0.1, label="Guidance")
                     form["rescale"] = gr.Slider(0, 1, 0, step=0.05, label="Guidance rescale")
                 with gr.Row():
-                    form["interval_from"] = gr.Slider(0, 1, 0, step=0.01, label="Guides from t")
+                    form["interval_from"] = gr.Slider(0, 1, 0, step=0.01, label="Guidance from t")
                     form["interval_to"] = gr.Slider(0, 1, 1, step=0.01, label="to t (0 is noise)")
                 with gr.Row():
                     form["height"] = gr.Number(height, label="Height", precision=0, minimum=1)
@@ -243,7 +243,7 @@ def blocks(page: Page) -> "gradio.Blocks":
                 raise gr.Error(str(error), print_exception=False) from error
 
         def filled(path: str) -> list:
-            """Values for the form out of a picture's file."""
+            """Form values from a picture's file."""
             try:
                 kept = read_settings(path)
             except ValueError as error:
@@ -281,8 +281,8 @@ def blocks(page: Page) -> "gradio.Blocks":
 
 
 def serve(options: AppOptions, folder: Path) -> tuple["gradio.Blocks", str]:
-    """Start the page in threads of this process. Returns it, to be closed, and its URL. OSError for a taken port."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    """Start the page in threads. Returns the page, for closing it, and its URL. Raises OSError if the port is taken."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     os.environ["GRADIO_TEMP_DIR"] = str(folder / ".served")
     import gradio as gr
     from starlette.middleware import Middleware
@@ -307,7 +307,7 @@ def serve(options: AppOptions, folder: Path) -> tuple["gradio.Blocks", str]:
 
 
 def app(options: AppOptions) -> None:
-    """Serve the page until Ctrl-C. ValueError without gradio; errors as of `Artist.load` and `serve`."""
+    """Serve the page until Ctrl-C. Raises ValueError without gradio, else as `Artist.load` and `serve`."""
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -316,5 +316,5 @@ def app(options: AppOptions) -> None:
         folder = Path(options.out or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         made, url = serve(options, folder)
-        print(f"draw at {url} (Ctrl-C ends it); pictures go to {folder}", flush=True)
+        print(f"open {url} to draw (Ctrl-C to stop); pictures are saved in {folder}", flush=True)
         made.block_thread()

@@ -1,15 +1,14 @@
-"""Caches of encodings and teacher features for notebooks: views of shards, read as they are asked for.
+"""Caches of encodings and teacher features for notebooks: views of shards, read on access.
 
     cache = DatasetCache.build(zoo, images, prompts, name="portraits")
-    cache.save("cache/portraits")                  # a source: launch/train.py and sharding.verify take it too
+    cache.save("cache/portraits")                  # a source, also for launch/train.py and sharding.verify
     cache = DatasetCache.load("cache/portraits")   # or a URL, or the folder of a legacy cache (encodings.pt, ...)
     lune = cache.get_lune(indices, t)
 
-Random access opens and scans a shard for samples of shards that are not open; the stream of launch/train.py goes
-through shards in order and is what large sources are for.
+Random access has to open and scan many shards. For large sources use launch/train.py, which reads shards in order.
 
-Of a sample with several captions the first is read. In a source of several shapes a batch has samples of one, as
-`tinyflux.trainer.data.ShapeBatches` gives them.
+If a sample has several captions, the first one is read. In a source of several shapes, each batch must have one shape:
+see `tinyflux.trainer.data.ShapeBatches`.
 """
 
 import os
@@ -34,12 +33,12 @@ from tinyflux.shards.source import Source, open_source
 from tinyflux.util.buckets import interpolate
 from tinyflux.util.files import atomic_write
 
-if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and reading a cache never needs them
+if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and reading a cache does not need them
     from tinyflux.model.zoo import ModelZoo
 
 
 class ShardRows:
-    """The rows of a shard source. Any number of threads and of forked or spawned processes may read them."""
+    """The rows of a shard source. Safe to read from several threads and from forked or spawned processes."""
 
     def __init__(self, source: Source):
         self.source, self.shards = source, OpenShards([source])
@@ -59,7 +58,7 @@ class ShardRows:
     def read(self, group: str, indices: np.ndarray) -> dict[str, Tensor]:
         """The fields of a group at rows `indices` int64 [B]: [B, ...] each, in the stored dtype.
 
-        Raises ShardError with shard and key where one is damaged, ValueError where the latents' shapes differ.
+        Raises ShardError with shard and key for a damaged sample, ValueError if the latent shapes differ.
         """
         fields, manifest = self.source.groups[group].fields, self.source.manifest
         shards, places = manifest.locate(indices)
@@ -67,8 +66,8 @@ class ShardRows:
         if len(shapes) > 1 and any(isinstance(n, str) for field in fields.values() for n in field.shape):
             found = ", ".join("x".join(map(str, shape)) for shape in shapes)
             raise ValueError(
-                f"cache {self.name!r}: these samples have latents of the shapes {found}, a batch has one: take "
-                "batch_sampler=tinyflux.trainer.data.ShapeBatches(dataset, batch_size), or group them by cache.shapes"
+                f"cache {self.name!r}: these samples have latents of the shapes {found}, but a batch must have one: use"
+                " batch_sampler=tinyflux.trainer.data.ShapeBatches(dataset, batch_size) or group them by cache.shapes"
             )
         fields = fields_at(fields, shapes[0])
         tensors = {name: torch.empty(len(indices), *f.shape, dtype=DTYPES[f.dtype]) for name, f in fields.items()}
@@ -108,8 +107,8 @@ class _View:
         array = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices).reshape(-1)
         if not len(array):
             raise ValueError(f"cache {self.rows.name!r}: no indices were given")
-        if array.dtype.kind not in "iu":  # a mask would be read as rows 0 and 1, fractions would be cut
-            raise TypeError(f"cache {self.rows.name!r}: indices are whole numbers, not {array.dtype}")
+        if array.dtype.kind not in "iu":  # a mask would be read as rows 0 and 1, fractions would be truncated
+            raise TypeError(f"cache {self.rows.name!r}: indices must be integers, not {array.dtype}")
         array = array.astype(np.int64)
         if len(wrong := array[(array < 0) | (array >= len(self))]):
             raise IndexError(f"index {wrong[0]} is out of range: cache {self.rows.name!r} has {len(self)} samples")
@@ -121,7 +120,7 @@ class _View:
             raise ValueError(f"cache {self.rows.name!r}: t is NaN")
         features = self._read(indices)
         if t.ndim > 1 or t.ndim == 1 and len(t) != len(features[0]):
-            raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: one t each, or one for all")
+            raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: give one t or one per index")
         t = t.expand(len(features[0]))
         return tuple(interpolate(values.to(t.device), t, self.rows.timesteps) for values in features)
 
@@ -162,9 +161,9 @@ class SolFeatureCache(_View):
 
 
 class DatasetCache:
-    """A source's samples: `encodings`, and `lune` and `sol`, which are None where the source has none.
+    """A source's samples: `encodings`, `lune` and `sol` (None if the source has no such features).
 
-    fields: dtype and shape of a sample's tensors; "h" and "w" stand for the latents' sizes, see `shapes`.
+    fields: dtype and shape of a sample's tensors; "h" and "w" stand for the latent's height and width, see `shapes`.
     """
 
     def __init__(self, rows: Rows):
@@ -203,13 +202,14 @@ class DatasetCache:
         seed: int = 0,
         shard_size: int = 256,
     ) -> "DatasetCache":
-        """Extract everything from images and prompts; the zoo loads what it has not.
+        """Compute all encodings and features from images and prompts; the zoo loads missing models.
 
-        images: PIL images, paths, uint8 arrays [H, W, 3] or tensors [3, H, W]. checkpoint_dir: the folder that shards
-        are written to as they are done; after an interruption the same call resumes there. Without it they go to a
-        temporary folder that lasts as long as the cache: `save` it. dataset_id: what the sample keys begin with.
-        Samples are those that `sharding.build` makes of the same images, prompts, id and seed.
-        Raises ValueError naming the image that cannot be read, or how checkpoint_dir differs from what is asked for.
+        images: PIL images, paths, uint8 arrays [H, W, 3] or tensors [3, H, W]. checkpoint_dir: the folder for the
+        shards; after an interruption, the same call resumes there. Without it, shards go to a temporary folder that is
+        deleted with the cache: call `save`. dataset_id: prefix of the sample keys.
+        The samples are the same as those of `sharding.build` for the same images, prompts, id and seed.
+        Raises ValueError with the image that cannot be read, or with the differences between this call and the build in
+        checkpoint_dir.
         """
         from tinyflux.precache.cache_build import build_cache  # its libraries take seconds to import
         from tinyflux.precache.config import BuildConfig
@@ -240,9 +240,9 @@ class DatasetCache:
 
     @classmethod
     def load(cls, location: str | Path) -> "DatasetCache":
-        """A source's folder or URL, or the folder of a legacy cache. Reads no sample yet.
+        """Open a source's folder or URL, or the folder of a legacy cache. Samples are read later, on access.
 
-        Raises FileNotFoundError, ValueError saying what is wrong with which file.
+        Raises FileNotFoundError; ValueError with the bad file and its fault.
         """
         if is_legacy(location):
             return cls(LegacyCache(location))
@@ -251,9 +251,9 @@ class DatasetCache:
     def save(self, folder: str | Path, *, dataset_id: int = 0) -> Path:
         """Write the cache as a source. Returns the folder.
 
-        Shards are linked where the file system can, else copied; a base and its overlays become one source, whose
-        shards are written. dataset_id: of a legacy cache's samples, which have none of their own. Raises
-        FileExistsError where the folder holds another source; one with overlays is not compared.
+        Shards are hard-linked if possible, else copied; a base and its overlays are merged into new shards.
+        dataset_id: for a legacy cache, whose samples have none. Raises FileExistsError if the folder has another
+        source, or any source if this one is a legacy cache or has overlays.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ class DatasetCache:
         return self.encodings.get_batch(indices)
 
     def get_lune(self, indices: Tensor | Sequence[int], t: Tensor | float) -> Tensor:
-        """Lune's features float32 [B, D] at t [B]. Raises ValueError where the cache has none, IndexError."""
+        """Lune's features float32 [B, D] at t [B]. Raises ValueError if the cache has none, IndexError."""
         if self.lune is None:
             raise ValueError(f"cache {self.name!r} has no Lune features: build it with build_lune=True")
         return self.lune.get(indices, t)
@@ -304,14 +304,14 @@ class DatasetCache:
 
 
 def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked worker's copy of the cache goes before the cache does
+    if os.getpid() == owner:  # not when a forked worker drops its copy of the cache
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_other(folder: Path, manifest: Manifest | None) -> None:
     found = folder / "manifest.json"
     if found.exists() and (manifest is None or found.read_bytes() != manifest.to_json().encode()):
-        raise FileExistsError(f"{folder}: holds another source; remove it, or save to another folder")
+        raise FileExistsError(f"{folder}: contains another source; remove it, or save to another folder")
 
 
 def _place(file: Path, target: Path) -> None:
@@ -321,13 +321,13 @@ def _place(file: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.link(file, temporary)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(file, temporary)
     os.replace(temporary, target)
 
 
 class MultiSourceCache:
-    """Several caches, told apart by dataset id; every batch lookup is [B] local indices with [B] dataset ids."""
+    """Several caches, identified by dataset id. Batch lookups take [B] local indices and [B] dataset ids."""
 
     def __init__(self):
         self.caches: dict[int, DatasetCache] = {}
@@ -339,7 +339,7 @@ class MultiSourceCache:
         return f"MultiSourceCache({', '.join(f'{i}: {cache!r}' for i, cache in self.caches.items())})"
 
     def add(self, cache: DatasetCache, dataset_id: int) -> None:
-        """Add a cache. Raises ValueError where the id is taken, or tensors or buckets differ from the others'."""
+        """Add a cache. Raises ValueError if the id is taken, or its tensors or timesteps differ from the others'."""
         if dataset_id in self.caches:
             raise ValueError(f"dataset id {dataset_id} is taken by {self.caches[dataset_id].name!r}")
         for other in self.caches.values():
@@ -385,8 +385,8 @@ class MultiSourceCache:
 
 
 def _of_each(t: Tensor | float, indices: Tensor | Sequence[int]) -> Tensor:
-    """t [B] of the samples, which may be given as one for all. Raises ValueError."""
+    """t [B] of the samples; one t is used for all. Raises ValueError."""
     t = torch.as_tensor(t, dtype=torch.float32)
     if t.ndim and t.shape != (len(indices),):
-        raise ValueError(f"t has shape {list(t.shape)} for {len(indices)} indices: one t each, or one for all")
+        raise ValueError(f"t has shape {list(t.shape)} for {len(indices)} indices: give one t or one per index")
     return t.expand(len(indices))

@@ -1,4 +1,4 @@
-"""Training batches out of a DataLoader, for notebooks: the draws of the shard stream, one device."""
+"""Training batches from a DataLoader, for notebooks: random draws like those of the shard stream, on one device."""
 
 from collections.abc import Iterator
 
@@ -21,12 +21,12 @@ FORMAT = (*TENSORS, "local_indices", "dataset_ids")
 
 
 class CacheCollate(StreamCollate):
-    """The stream's collate for batches of `collate_fn`: the teachers' features come out of the caches."""
+    """The stream's collate for batches of `collate_fn`: the teachers' features come from the caches."""
 
     def __init__(self, config: TrainerConfig, cache: DatasetCache | MultiSourceCache | None, **options):
         if wanting := [term for term in terms.enabled(config) if term.group not in (None, "lune", "sol")]:
             raise ValueError(
-                f"trainer.enable_{wanting[0].name} needs shards with the group {wanting[0].group}: train on them by"
+                f"trainer.enable_{wanting[0].name} needs shards with the group {wanting[0].group}: train with"
                 " launch/train.py"
             )
         self.cache = cache
@@ -40,11 +40,11 @@ class CacheCollate(StreamCollate):
                     )
         self.ids = sorted(cache.caches) if isinstance(cache, MultiSourceCache) else []
         nulls = [cache.caches[i].null() for i in self.ids] if self.ids else [one.null() for one in caches]
-        nothing = {"t5_embeds": torch.zeros(1, 1), "clip_pooled": torch.zeros(1)}  # text dropout is off then
+        nothing = {"t5_embeds": torch.zeros(1, 1), "clip_pooled": torch.zeros(1)}  # only without text dropout
         super().__init__(config, nulls or [nothing], **options)
 
     def source_index(self, dataset_ids: Tensor) -> Tensor:
-        """Which cache each sample is of. Raises ValueError."""
+        """Index of each sample's cache. Raises ValueError."""
         if not self.ids:
             return torch.zeros_like(dataset_ids)
         if unknown := sorted(set(dataset_ids.tolist()) - set(self.ids)):
@@ -64,12 +64,12 @@ class CacheCollate(StreamCollate):
 class CacheLoader:
     """The `Batches` of a DataLoader of `CachedDataset` or `MultiCachedDataset`.
 
-    A step is `gradient_accumulation` batches; epochs follow each other without end. Timesteps, text dropout and every
-    seed are keyed by (seed, step, slot), as the stream's. The loader's random sampler is seeded again in each epoch,
-    from (seed, epoch), so that a resumed run has the samples that the unbroken one would have had; the batches
-    of the epoch that were trained on are read once more and dropped. With a sampler of your own that holds only if its
-    order depends on nothing but its `generator` or `set_epoch`. A last batch that is smaller weighs as much as another.
-    Raises ValueError where the loader or the cache is not fit for that.
+    A step is `gradient_accumulation` batches; epochs follow each other endlessly. Timesteps, text dropout and all seeds
+    are keyed by (seed, step, slot), as in the stream. The loader's sampler is seeded from (seed, epoch) in each epoch,
+    so a resumed run gets the same samples as an uninterrupted one: it reads the epoch's used batches again and drops
+    them. Your own sampler must take its order only from its `generator` or `set_epoch`. A smaller last batch has the
+    same weight as the others.
+    Raises ValueError if the loader or the cache is unsuitable.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class CacheLoader:
     ):
         if cache is None and (config.enable_lune or config.enable_sol or config.text_dropout):
             raise ValueError(
-                "setup(loader, cache): the cache is missing. Without one set enable_lune = False, enable_sol = False"
-                " and text_dropout = 0: the teachers' features and the empty prompt come out of it"
+                "setup(loader, cache): the cache is missing. It has the teachers' features and the empty prompt;"
+                " without it, set enable_lune = False, enable_sol = False and text_dropout = 0"
             )
         try:
             self.batches = len(loader)
         except TypeError as error:
-            raise ValueError("the DataLoader's dataset has no length, so that no step could be sought in it") from error
+            raise ValueError("the DataLoader's dataset needs a length (__len__): resuming seeks in it") from error
         if not self.batches:
             raise ValueError("the DataLoader is empty: its dataset has no samples, or fewer than a batch (drop_last)")
         self.loader, self.cache, self.seed = loader, cache, seed
@@ -103,7 +103,7 @@ class CacheLoader:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Dtype and shape of the samples' tensors. Raises ValueError where a batch has another format."""
+        """Dtype and shape of the samples' tensors. Raises ValueError if a batch has another format."""
         batch = self.loader.collate_fn([self.loader.dataset[0]])
         if not isinstance(batch, dict) or (missing := [name for name in FORMAT if name not in batch]):
             what = f"lacks {', '.join(missing)}" if isinstance(batch, dict) else f"is a {type(batch).__name__}"
@@ -117,7 +117,7 @@ class CacheLoader:
         return {"seed": self.seed, "batches": self.batches, "global_batch_size": self.global_batch_size}
 
     def epoch(self, step: int) -> int:
-        """How often the loader was gone through before a step."""
+        """Completed passes over the loader before a step."""
         return step * self.accumulation // self.batches
 
     def _caches(self) -> dict[int, DatasetCache]:
@@ -137,13 +137,13 @@ class CacheLoader:
         }
 
     def counts(self) -> dict[str, int]:
-        """Samples of each cache that were handed out, and zeros for what only a stream can meet with."""
+        """Number of samples returned from each cache, and zeros for counters that only a stream has."""
         samples = {f"samples/{name}": n for name, n in self.taken.items()}
         others = ("bad_samples", "replaced_samples", "late_shards", "cache_hits", "fetched_bytes")
         return samples | dict.fromkeys(others, 0)
 
     def passes(self, step: int) -> list[float]:
-        """How often each cache was gone through before a step."""
+        """Passes over each cache before a step."""
         return [step * self.accumulation / self.batches] * len(self.requested)
 
     def state_dict(self) -> dict[str, int]:

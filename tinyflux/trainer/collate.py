@@ -1,4 +1,4 @@
-"""From stored samples to a training batch: timestep, teacher features at that timestep, text dropout."""
+"""Stored samples -> a training batch: timesteps, teacher features at these timesteps, text dropout."""
 
 import math
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS, interpolate
 
 VALIDATION_TIMESTEPS = 8
-KEPT = 1 << 30  # bytes of validation batches that a rank keeps
-ALONE = 1 << 15  # elements up to which torch works in the calling thread
+KEPT = 1 << 30  # bytes of validation batches that a rank keeps in memory
+ALONE = 1 << 15  # up to this many elements, torch works in the calling thread
 COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids", "sample_seeds", "keys")
 
 
 class StreamCollate:
-    """Collate of the shard stream: its raw batches become a `Batch` each; every draw is keyed by the sample's seed.
+    """Collate function of the shard stream: raw batch -> `Batch`. Every draw is keyed by the sample's seed.
 
     nulls: for each source, `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt.
     """
@@ -58,7 +58,7 @@ class StreamCollate:
         return keyed_timesteps(seeds, strata, self.global_batch_size, **self.distribution)
 
     def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
-        """What the terms read of the teachers, at t where they have a grid of timesteps."""
+        """The teacher features that the terms use; those on the timestep grid are interpolated at t."""
         found = {}
         for name, stored in (pair for term in self.terms for pair in term.fields.items()):
             on_grid = SCHEMA[GROUP_OF[stored]].on_grid
@@ -66,8 +66,8 @@ class StreamCollate:
         return found
 
     def _interpolated(self, features: Tensor, t: Tensor) -> Tensor:
-        """Features [B, K, ...] at t [B], a few samples at a time: torch would share the work with threads that wait for
-        each other, and the stream has as many threads as it was given."""
+        """Features [B, K, ...] at t [B], a few samples at a time, so that torch stays in this thread: thread
+        synchronisation costs more than it saves."""
         out = torch.empty(len(t), *features.shape[2:])
         rows = max(1, ALONE // max(1, out[0].numel()))
         for some in (slice(first, first + rows) for first in range(0, len(t), rows)):
@@ -75,7 +75,7 @@ class StreamCollate:
         return out
 
     def at(self, raw: dict, t: Tensor) -> Batch:
-        """The batch at given timesteps [B], with all prompts."""
+        """The batch at the given timesteps [B], without text dropout."""
         others = [group for group in EXTRAS if group != "mask"]
         names = [*COPIED, "valid", *(name for group in others for name in SCHEMA[group].fields)]
         names += [f"{group}_mask" for group in (*others, *(term.group for term in self.terms if term.group))]
@@ -83,7 +83,7 @@ class StreamCollate:
         return {**batch, "masks": self.masks(raw), "t": t, **self.features(raw, t)}
 
     def masks(self, raw: dict) -> Tensor | None:
-        """Masks float32 [B, H, W], NaN for samples that have none; None where no source has any."""
+        """Masks float32 [B, H, W], NaN for samples without a mask; None if no source has masks."""
         if "mask" not in raw:
             return raw.get("masks")
         masks = raw["mask"].float()
@@ -94,29 +94,29 @@ class StreamCollate:
         batch = self.at(raw, self.timesteps(seeds, raw["step"], raw["slots"]))
         drop = rng.uniform(seeds, "text_dropout") < self.config.text_dropout
         for name, null in (("t5_embeds", self.null_t5), ("clip_pooled", self.null_clip)):
-            # in place, since the text is most of the batch, and by numpy, which does it in this thread
+            # in place because the text is most of the batch, with numpy because it stays in this thread
             bits(batch[name])[drop.numpy()] = bits(null.to(batch[name].dtype))[source[drop].numpy()]
         return batch
 
 
 class HeldOut:
     """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
-    distribution evenly; the same samples on any number of ranks, every time. `valid` bool [B] says which rows count.
+    distribution evenly. The samples are always the same, on any number of ranks. `valid` bool [B]: which rows count.
 
-    What is read is kept in memory, pinned for a GPU, up to KEPT bytes; the next batch is read while one is used.
-    Raises ValueError where nothing is held out: its loss would be 0, and the best for ever.
+    Up to KEPT bytes are kept in memory, pinned for a GPU; the next batch is read while one is used.
+    Raises ValueError if no sample is held out: the loss would always be 0, and thus the best.
     """
 
     def __init__(self, stream: Stream, collate: StreamCollate, samples: int, device: torch.device | str = "cpu"):
         if not stream.held_out:
             raise ValueError(
-                f"data.val_fraction is {stream.config.val_fraction}: none of the {stream.plan.total:,} samples is held"
-                " out; raise it, or set it to 0 for no validation"
+                f"data.val_fraction is {stream.config.val_fraction}, which holds out none of the {stream.plan.total:,}"
+                " samples: raise it, or set it to 0 for no validation"
             )
         self.stream, self.collate, self.samples = stream, collate, samples
         self.pins = torch.device(device).type == "cuda"
         self.kept: list[dict] = []
-        self.complete = False  # whether all batches are kept
+        self.complete = False  # whether `kept` has all batches
         u = (torch.arange(VALIDATION_TIMESTEPS) + 0.5) / VALIDATION_TIMESTEPS
         self.timesteps = shape_timesteps(u, **collate.distribution)
 
@@ -126,7 +126,7 @@ class HeldOut:
                 yield self.collate.at(raw, t.expand(len(raw["keys"])))
 
     def _read(self) -> Iterator[dict]:
-        """The raw batches, read in a thread one ahead."""
+        """The raw batches; a thread reads one ahead."""
         batches = self.stream.validation(self.stream.config.micro_batch_size, samples=self.samples)
         self.kept, size = [], 0
         with ThreadPoolExecutor(1, "validation") as thread:

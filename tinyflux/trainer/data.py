@@ -1,4 +1,4 @@
-"""Caches in a DataLoader: their samples, and batches of them."""
+"""Datasets, batch sampler and collate function of caches, for a DataLoader."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tinyflux.util import rng
 
 
 class MultiCachedDataset(Dataset):
-    """The samples of several caches, one after the other; a sample carries the id of its cache.
+    """The samples of several caches, concatenated; each sample has the dataset id of its cache.
 
     dtype: of the samples' tensors. Add caches with `add`.
     """
@@ -27,7 +27,7 @@ class MultiCachedDataset(Dataset):
         self.ends.append(len(self.sources))
 
     def get_multi_source_cache(self) -> MultiSourceCache:
-        """The same caches, to look up the teachers' features of a batch in."""
+        """The same caches, for lookups of teacher features."""
         return self.sources
 
     def __len__(self) -> int:
@@ -58,10 +58,10 @@ class CachedDataset(MultiCachedDataset):
 
 
 class ShapeBatches(Sampler[list[int]]):
-    """Batches of samples of one latent shape each, for `DataLoader(dataset, batch_sampler=...)`.
+    """Batches with one latent shape each, for `DataLoader(dataset, batch_sampler=...)`.
 
-    Every sample is in one batch of an epoch; the last batch of a shape may be smaller. The order is keyed by
-    (seed, epoch), see `set_epoch`; with shuffle=False it is that of the samples.
+    Every sample is in one batch per epoch; the last batch of a shape may be smaller. The order is keyed by
+    (seed, epoch), see `set_epoch`; with shuffle=False it is the samples' order.
     """
 
     def __init__(self, dataset: MultiCachedDataset, batch_size: int, *, shuffle: bool = True, seed: int = 0):
@@ -72,7 +72,7 @@ class ShapeBatches(Sampler[list[int]]):
         self.rows = [torch.from_numpy(np.flatnonzero(number.ravel() == k)) for k in range(len(shapes))]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order."""
+        """Choose the order of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -91,11 +91,11 @@ class ShapeBatches(Sampler[list[int]]):
 
 def collate_fn(samples: list[dict]) -> dict:
     """Samples of a `CachedDataset` as a batch: `latents` [B, C, H, W], `t5_embeds` [B, L, D], `clip_pooled` [B, D],
-    `local_indices` and `dataset_ids` int64 [B], `masks` None. Raises ValueError where the latents' shapes differ."""
+    `local_indices` and `dataset_ids` int64 [B], `masks` None. Raises ValueError if the latent shapes differ."""
     if len(shapes := {tuple(sample["latent"].shape[1:]) for sample in samples}) > 1:
         found = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
         raise ValueError(
-            f"the samples have latents of the shapes {found}, a batch has one: give the DataLoader "
+            f"the samples have latents of the shapes {found}, but a batch must have one: pass the DataLoader "
             "batch_sampler=ShapeBatches(dataset, batch_size) of tinyflux.trainer.data, without batch_size and shuffle"
         )
     return {

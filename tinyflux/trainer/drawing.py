@@ -1,6 +1,6 @@
-"""Pictures out of a checkpoint with what its run says it is best drawn with: shared by sample, app and evaluate.
+"""Draw pictures from a checkpoint with the settings of its run. Shared by sample, app and evaluate.
 
-This module imports no torch before something is drawn, so that the commands' help appears at once.
+torch is imported when something is drawn, so that --help is fast.
 """
 
 import logging
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Artist:
     """A checkpoint and its zoo, ready to draw.
 
-    model, the network; zoo, its encoders and decoder; recipe, what the run said; checkpoint, weights and zoo_name, the
-    names of the run, of its file and of the zoo.
+    model: the network; zoo: its encoders and decoder; recipe: the run's settings; checkpoint, weights, zoo_name: the
+    names of the run, of the weights file and of the zoo.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class Artist:
     ) -> "Artist":
         """Load a checkpoint: a file, a run or one of its `checkpoints/step_N`, or user/repo[:sub/folder].
 
-        zoo: instead of the run's own. device: this machine's GPU unless given. Errors as of `load_model` and
-        `ModelZoo`.
+        zoo: default, that of the run. device: default, the GPU if there is one. Raises as `load_model` and `ModelZoo`.
         """
         from tinyflux.model.locate import find_training_config
         from tinyflux.model.zoo import ModelZoo
@@ -51,25 +50,25 @@ class Artist:
         device = device or local_device()
         recipe = Recipe.read(find_training_config(checkpoint, ema))
         model, weights = _load(checkpoint, ema, device)
-        # names, no paths: a picture is passed on, and where its weights lay is nobody's business
+        # names without paths: pictures are shared, and must not tell where the weights were stored
         local = Path(checkpoint)
         name = local.resolve().name if local.exists() else checkpoint
         zoo = zoo or recipe.zoo
         return cls(name, model, ModelZoo(device, zoo=zoo), recipe, weights, Path(zoo).name)
 
     def other(self, checkpoint: str, ema: bool) -> "Artist":
-        """Other weights, drawn with as these are, by the same zoo. Errors as of `load_model`."""
+        """Other weights with the same settings and zoo. Raises as `load_model`."""
         model, weights = _load(checkpoint, ema, next(self.model.parameters()).device)
         return Artist(self.checkpoint, model, self.zoo, self.recipe, weights, self.zoo_name)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths in pixels that the network was trained on, the most frequent first; [] if not known."""
+        """Heights and widths in pixels that the network was trained on, most frequent first; [] if unknown."""
         factor = self.zoo.factor
         return [(h * factor, w * factor) for h, w in self.recipe.latent_shapes]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width of a picture: the ones given, else the most frequent of the training, else the zoo's."""
+        """Height and width of a picture. Default: the most frequent size in training, else the zoo's."""
         usual = [*self.sizes, (self.zoo.image_size,) * 2][0]
         return height or usual[0], width or usual[1]
 
@@ -83,7 +82,7 @@ class Artist:
         guidance: float | None = None,
         **settings,
     ) -> "Sampler":
-        """A Sampler of pictures of that size; shift and guidance are the run's unless given. ValueError."""
+        """A Sampler for pictures of this size; shift and guidance default to the run's. Raises ValueError."""
         from tinyflux.trainer.sampling import Sampler
 
         return Sampler(
@@ -96,7 +95,7 @@ class Artist:
         )
 
     def parameters(self, sampler: "Sampler", **more) -> dict:
-        """What a picture of that sampler keeps in its file; more: its prompt, seed and the like."""
+        """The parameters that are stored in a picture's file; more: its prompt, seed and so on."""
         _, h, w = sampler.latent_shape
         return {
             "checkpoint": self.checkpoint,
@@ -109,19 +108,19 @@ class Artist:
         }
 
     def doubts(self, prompts: Sequence[str], height: int, width: int) -> list[str]:
-        """What the network never saw in its training, a sentence each: this size, words of these prompts."""
+        """Warnings about a size, or words of the prompts, that training never saw; one sentence each."""
         found = []
         if self.sizes and (height, width) not in self.sizes:
             known = ", ".join(f"{h}x{w}" for h, w in self.sizes)
-            found.append(f"no picture of the training was {height}x{width} (height x width); these were: {known}")
+            found.append(f"no training image was {height}x{width} (height x width); sizes in training: {known}")
         for prompt in dict.fromkeys(prompts):
             if words := self.recipe.unseen(prompt):
-                found.append(f"no caption of the training has {', '.join(words)}, in the prompt {prompt[:60]!r}")
+                found.append(f"no training caption has {', '.join(words)}, in the prompt {prompt[:60]!r}")
         return found
 
 
 def _load(checkpoint: str, ema: bool, device: "torch.device") -> tuple["TinyFluxDeep", str]:
-    """A network, and the name of the file with its weights."""
+    """A network, and the name of its weights file."""
     from tinyflux.model.loader import load_model
     from tinyflux.model.locate import locate
 
@@ -133,49 +132,49 @@ class SampleOptions:
     checkpoint: str
     """A .safetensors or .pt file, a run folder or one of its checkpoints/step_N, or user/repo[:sub/folder]."""
     prompt: list[str] = field(default_factory=list)
-    """One picture for each."""
+    """Prompts; one picture is drawn for each."""
     prompt_file: Path | None = None
-    """A text file of more prompts, one a line."""
+    """A text file with more prompts, one per line."""
     out: Path = Path("samples.png")
-    """The PNG to write: a grid where there are several prompts."""
+    """The PNG to write; several pictures make a grid."""
     grid: bool = True
-    """One picture of all, or one each: out-0.png, out-1.png, ..."""
+    """Write all pictures as one grid; otherwise one file each: out-0.png, out-1.png, ..."""
     columns: int | None = None
-    """Columns of the grid; by default it is as near a square as can be."""
+    """Columns of the grid. Default: nearly square."""
     negative_prompt: str = ""
-    """What guidance moves away from."""
+    """Prompt that guidance moves away from."""
     steps: int = 28
     """Steps of the solver."""
     solver: Literal[*SOLVERS] = "euler"
-    """euler and ab2 call the network once a step, heun and midpoint twice; all but euler are of second order."""
+    """euler and ab2 call the network once per step, heun and midpoint twice; all except euler are second order."""
     guidance: float | None = None
-    """Classifier-free guidance; 1 is none. Default: that of the run's training_config.json; 5 where there is none."""
+    """Classifier-free guidance; 1 is none. Default: guidance_scale in the run's training_config.json, else 5."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Timesteps between which guidance applies; 0 is noise, 1 data."""
     guidance_rescale: float = 0.0
-    """Against the overexposure of strong guidance: 0 is none, 0.7 usual, 1 most."""
+    """Reduces the overexposure of strong guidance: 0 is off, 0.7 is usual, 1 is the most."""
     shift: float | None = None
-    """Flux shift of the timesteps. Default: that of the run's training_config.json; 3 where there is none."""
+    """Flux shift of the timesteps. Default: shift in the run's training_config.json, else 3."""
     seed: int = 0
-    """Picture k has noise keyed by (seed, k)."""
+    """The noise of picture k is keyed by (seed, k)."""
     first: int = 0
-    """Number of the first picture: with the `picture` of a PNG's parameters, that one is drawn again."""
+    """Number of the first picture. To draw a picture again, give the `picture` of its PNG's parameters."""
     height: int | None = None
-    """Height of a picture, in pixels. Default: what the run was mostly trained on, else what the zoo is made for."""
+    """Height of a picture in pixels. Default: the most frequent height in training, else the zoo's."""
     width: int | None = None
-    """Width of a picture, in pixels; the same default."""
+    """Width of a picture in pixels; same default."""
     batch_size: int = 8
-    """Pictures that are drawn at once."""
+    """Pictures to draw at once."""
     lora: Path | None = None
-    """An adapter to draw with: a folder of PEFT's, or a file in the original's layout (lora_A and lora_B)."""
+    """An adapter: a PEFT folder, or a file in the original package's layout (lora_A and lora_B)."""
     lora_scale: float = 1.0
-    """How strongly: 0 is not at all, 1 as it was trained."""
+    """Strength of the adapter: 0 is off, 1 as trained."""
     zoo: str | None = None
-    """Encoders and decoder: flux, tiny, or a directory. Default: that of the run's training_config.json, else flux."""
+    """Encoders and decoder: flux, tiny, or a folder. Default: the zoo in the run's training_config.json, else flux."""
     ema: bool = True
-    """Averaged weights, or those that were trained."""
+    """Use the averaged weights; otherwise the trained ones."""
     compile: bool = False
-    """Compile the network first: worth it for many pictures."""
+    """Compile the network first; pays off for many pictures."""
 
     def __post_init__(self):
         if self.prompt_file is not None:
@@ -191,7 +190,7 @@ class SampleOptions:
 
 
 def sample(options: SampleOptions) -> list[Path]:
-    """Load, sample, save, and say on the way which settings are used and where each is from. Returns the paths."""
+    """Load, draw, save, and log each setting with its origin. Returns the paths."""
     artist = Artist.load(options.checkpoint, zoo=options.zoo, ema=options.ema)
     from tinyflux.trainer.sampling import save_samples
 
@@ -237,7 +236,7 @@ def sample(options: SampleOptions) -> list[Path]:
 
 
 def _told(options: SampleOptions, artist: Artist, sampler: "Sampler") -> list[str]:
-    """A line for each setting that may come from the run."""
+    """One log line for each setting that may come from the run."""
     origin, (height, width) = artist.recipe.origin, artist.size(options.height, options.width)
     usual = origin if artist.sizes else "the zoo's own"
     rows = [

@@ -1,4 +1,4 @@
-"""What a run would be, before it is started: config, sizes, memory, the first batch, and whether the data keep up."""
+"""The dry run: config, sizes, memory, the first batch, and whether data loading keeps up with training."""
 
 import json
 import os
@@ -17,23 +17,23 @@ from tinyflux.trainer.optim.registry import OPTIMIZERS
 from tinyflux.trainer.parallel import DTYPES, freeze
 from tinyflux.util import devices
 
-EXPECTED_MFU = 0.4  # of a GPU whose peak is known
-COMPILED = 0.7  # activations of compiled or selectively checkpointed blocks, of those of plain ones: at least
-MOST_KEPT = 100  # values of a token and hidden unit that autograd keeps of a block: never more
-SECONDS = 3.0  # that the data are read for
+EXPECTED_MFU = 0.4  # of a GPU with a known peak
+COMPILED = 0.7  # least activation memory of compiled or selectively checkpointed blocks, relative to plain ones
+MOST_KEPT = 100  # upper bound of the values per token and hidden unit that autograd keeps of a block
+SECONDS = 3.0  # time to measure the data speed
 
 
 def activation_bytes(
     config: TinyFluxConfig, B: int, grid: tuple[int, int], text_tokens: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that autograd keeps of a micro-batch for the backward, counted on tensors without memory."""
+    """Bytes that autograd keeps for the backward of a micro-batch, counted with fake tensors."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
-    # fake CPU tensors: on the meta device attention would keep its whole matrix
+    # fake CPU tensors, because on the meta device attention would keep its whole matrix
     with FakeTensorMode():
         model = TinyFluxDeep(config)
         for module in model.modules():  # Module.to cannot swap fake tensors
@@ -48,7 +48,7 @@ def activation_bytes(
 
 
 def network(config: RunConfig) -> TinyFluxDeep:
-    """The network that a run trains, without memory."""
+    """The network that a run trains, on the meta device."""
     with torch.device("meta"):
         model = TinyFluxDeep(config.model)
     c = config.trainer
@@ -61,16 +61,16 @@ def network(config: RunConfig) -> TinyFluxDeep:
 def memory(
     config: RunConfig, grid: tuple[int, int], text_tokens: int, world: int, rough: bool = False
 ) -> dict[str, float]:
-    """Estimated GiB on each device: `state` (weights, gradients, optimizer, EMA) in shards, `gathered` blocks,
-    `activations` of a micro-batch. rough: at most so much, without a pass through the network."""
+    """Estimated GiB on each device: sharded `state` (weights, gradients, optimizer, EMA), `gathered` blocks,
+    `activations` of a micro-batch. rough: an upper bound, without running the network."""
     model = network(config)
     blocks = [sum(p.numel() for p in b.parameters()) for b in (*model.double_blocks, *model.single_blocks)]
     total, trained = model.num_parameters(), model.num_parameters(trainable_only=True)
     dtype = DTYPES[config.trainer.dtype]
-    # weights and EMA of all; gradients and the optimizer's moments of what is trained
+    # weights and EMA of all parameters; gradients and the optimizer's moments of the trained ones
     moments = OPTIMIZERS[config.trainer.optimizer].state_bytes
     state = (8 * total + (4 + moments) * trained) / (config.parallel.shard_size or world)
-    # what is outside the blocks stays gathered; of the blocks two at a time, or all of them
+    # parameters outside the blocks stay gathered; of the blocks, two at a time or all
     gathered = (
         total - sum(blocks) + (2 * max(blocks, default=0) if config.parallel.reshard_after_forward else sum(blocks))
     )
@@ -80,19 +80,19 @@ def memory(
         activations = MOST_KEPT * len(blocks) * of_block
     else:
         activations = activation_bytes(config.model, B, grid, text_tokens, dtype)
-    if config.trainer.gradient_checkpointing == "full":  # the input of each block, and one block's own
+    if config.trainer.gradient_checkpointing == "full":  # the input of each block, and one block's activations
         activations = len(blocks) * of_block + activations / len(blocks)
     parts = {"state": state, "gathered": gathered * dtype.itemsize, "activations": activations}
     return {name: value / 2**30 for name, value in parts.items()}
 
 
 def largest(stream: Stream) -> tuple[int, int]:
-    """The latent shape of the sources that has most tokens."""
+    """The latent shape with the most tokens in the sources."""
     return max((shape for source in stream.sources for shape in source.shapes), key=lambda shape: shape[0] * shape[1])
 
 
 def available(device: torch.device) -> float:
-    """GiB of memory that a rank can use: of its GPU, or its share of what the machine has free."""
+    """GiB of memory that a rank can use: its GPU's, or its share of the machine's free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
     free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
@@ -100,10 +100,10 @@ def available(device: torch.device) -> float:
 
 
 def check_memory(config: RunConfig, stream: Stream, device: torch.device) -> None:
-    """Raises ValueError where a micro-batch does not fit the device by the estimate of `memory`, with one that does.
+    """Raises ValueError if a micro-batch does not fit the device by the estimate of `memory`; names a size that fits.
 
-    The estimate is that of blocks without compilation; compiled ones keep about a third less, so they are let through
-    up to COMPILED times of it.
+    The estimate is for blocks without compilation; compiled blocks keep about a third less, so their activations count
+    COMPILED times.
     """
     c, shape, tokens = config.trainer, largest(stream), stream.fields["t5_embeds"].shape[0]
     if sum(memory(config, shape, tokens, dist.get_world_size(), rough=True).values()) <= available(device):
@@ -115,20 +115,20 @@ def check_memory(config: RunConfig, stream: Stream, device: torch.device) -> Non
     if fixed + parts["activations"] <= room:
         return
     fits = int(max(0.0, room - fixed) / parts["activations"] * B)
-    what = f"data.micro_batch_size = {fits} would" if fits else "not even 1 would: shard over more ranks"
+    what = f"data.micro_batch_size = {fits} would fit" if fits else "not even 1 would fit: shard over more ranks"
     raise ValueError(
         f"data.micro_batch_size is {B}: with latents of {shape[0]} x {shape[1]} it needs about"
         f" {fixed + parts['activations']:.1f} GiB on each device, which has {room:.1f}; {what}, and"
-        " trainer.gradient_checkpointing = selective or full takes less"
+        " trainer.gradient_checkpointing = selective or full needs less"
     )
 
 
 def measure(stream: Stream) -> tuple[dict, float, float]:
-    """The first batch, and samples and megabytes of tensors a second that this rank's stream delivers."""
+    """The first batch, and the samples and megabytes of tensors per second that this rank's stream delivers."""
     first, samples, size, started = None, 0, 0, time.perf_counter()
     for batch in stream:
         if first is None:
-            first, started = batch, time.perf_counter()  # the start is paid once a run
+            first, started = batch, time.perf_counter()  # do not count the stream's start
             continue
         samples += len(batch["keys"])
         size += sum(x.nbytes for x in batch.values() if isinstance(x, torch.Tensor))
@@ -139,7 +139,7 @@ def measure(stream: Stream) -> tuple[dict, float, float]:
 
 
 def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
-    """The text of a dry run. Reads the first batches of this rank; nothing is trained or written."""
+    """The text of a dry run. Reads the first batches of this rank; does not train or write anything."""
     world, (height, width) = dist.get_world_size(), largest(stream)
     text_tokens = stream.fields["t5_embeds"].shape[0]
     model = network(config)
@@ -153,14 +153,14 @@ def describe(config: RunConfig, stream: Stream, device: torch.device) -> str:
     G, B = config.data.global_batch_size, config.data.micro_batch_size
     estimate = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
     if config.trainer.gradient_checkpointing == "selective":
-        estimate += " (as without checkpointing: an upper bound)"
-    verdict = "the data keep up" if rate > needed else "THE DATA DO NOT KEEP UP: raise data.threads, use faster storage"
+        estimate += " (without checkpointing: an upper bound)"
+    verdict = "fast enough" if rate > needed else "THE DATA ARE TOO SLOW: raise data.threads, use faster storage"
     rows = {
-        "parameters": f"{model.num_parameters():,}, of which {model.num_parameters(trainable_only=True):,} are trained",
+        "parameters": f"{model.num_parameters():,}, {model.num_parameters(trainable_only=True):,} of them trained",
         "devices": f"{world} x {device.type}",
         "memory of each": f"{sum(parts.values()):.2f} GiB: {estimate}",
-        "sources": f"{sources}; {stream.plan.total:,} are trained on, {stream.plan.total / G:.1f} steps an epoch",
-        "a step": f"{G} samples, on each rank {stream.accumulation} micro-batches of {B}",
+        "sources": f"{sources}; {stream.plan.total:,} samples to train on, {stream.plan.total / G:.1f} steps per epoch",
+        "a step": f"{G} samples, {stream.accumulation} micro-batches of {B} on each rank",
         "data": f"{rate:.0f} samples/s, {megabytes:.1f} MB/s on this rank",
         "needed": f"{needed:.0f} samples/s, {needed * megabytes / rate:.1f} MB/s, at {basis}: {verdict}",
         "first batch": " ".join(first["keys"]),

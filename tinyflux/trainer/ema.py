@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, kept in float32 and sharded as the parameters are."""
+"""Exponential moving average of the weights, in float32, sharded like the parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +18,18 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _full(x: Tensor) -> Tensor:
-    """The whole of a tensor. Must be called on all ranks where it is sharded."""
+    """The unsharded tensor. If it is sharded, must be called on all ranks."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-CHUNK = 64  # tensors that are updated at a time: the difference of all of them would be another copy of the model
+CHUNK = 64  # tensors to update at a time: the differences of all at once would need another copy of the model
 
 
 class EMA:
     """Shadow weights: shadow += (1 - d) (weights - shadow), with d = min(decay, (1 + n) / (10 + n)) after n updates.
 
-    The rising d lets the first updates forget the random start. `apply_shadow` exchanges weights and shadow in
-    place, one tensor at a time: no second copy of the model is ever held.
+    The rising d makes the first updates forget the random initialisation. `apply_shadow` swaps weights and shadow in
+    place, one tensor at a time, without another copy of the model.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999):
@@ -37,7 +37,7 @@ class EMA:
             raise ValueError(f"ema_decay is {decay}: it must be in [0, 1)")
         self.model, self.decay, self.swapped = model, decay, False
         self.device = next(model.parameters()).device
-        self.count = torch.zeros((), dtype=torch.float64, device=self.device)  # of updates
+        self.count = torch.zeros((), dtype=torch.float64, device=self.device)  # number of updates
         self.shadow = {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -46,7 +46,7 @@ class EMA:
 
     @property
     def updates(self) -> int:
-        """How many there were. Waits for the device."""
+        """Number of updates. Waits for the device."""
         return int(self.count)
 
     @updates.setter
@@ -55,7 +55,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """One update, after an optimizer step. skip: 0-d, 1 where the step was not taken; the host need not know."""
+        """One update, after an optimizer step. skip: 0-d on the device, 1 if the step was skipped."""
         if self.swapped:
             raise RuntimeError("the shadow weights are in the model: call restore() before update()")
         taken = 1.0 if skip is None else 1 - skip.double()
@@ -73,7 +73,7 @@ class EMA:
     def _swap(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # drops gathered weights: the next forward gathers the exchanged ones
+                module.reshard()  # free gathered weights, so that the next forward gathers the swapped ones
         for shadow, weight in zip(*self._pairs(), strict=True):
             kept = weight.clone()
             weight.copy_(shadow)
@@ -81,7 +81,7 @@ class EMA:
         self.swapped = not self.swapped
 
     def apply_shadow(self) -> None:
-        """Put the averaged weights into the model; `restore` takes them out again."""
+        """Put the averaged weights into the model; `restore` swaps back."""
         if not self.swapped:
             self._swap()
 
@@ -92,7 +92,7 @@ class EMA:
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """The model with the averaged weights for the length of a `with` block."""
+        """Use the averaged weights in the model within a `with` block."""
         self.apply_shadow()
         try:
             yield
@@ -101,8 +101,8 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the averaged weights into another model of the same names. Must be called on all ranks where they are
-        sharded."""
+        """Copy the averaged weights into another model with the same parameter names. If they are sharded, must be
+        called on all ranks."""
         parameters = dict(model.named_parameters())
         if missing := sorted(self.shadow.keys() ^ parameters.keys()):
             raise ValueError(f"the models differ in {', '.join(missing)}")
@@ -110,12 +110,12 @@ class EMA:
             parameters[name].copy_(_full(shadow))
 
     def state_dict(self) -> dict:
-        """`shadow`: name -> tensor, sharded as the model is; `decay` and `updates`."""
+        """`shadow`: name -> tensor, sharded like the model; `decay` and `updates`."""
         return {"decay": self.decay, "updates": self.updates, "shadow": self.shadow}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Load what `state_dict` gave; shapes and names must agree. The configured decay stays."""
+        """Load the result of `state_dict`; names and shapes must match. The configured decay is kept."""
         if differ := sorted(self.shadow.keys() ^ state["shadow"].keys()):
             raise ValueError(f"the EMA state differs from the model in {', '.join(differ)}")
         self.updates = int(state["updates"])

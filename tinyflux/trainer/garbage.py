@@ -1,10 +1,10 @@
-"""Garbage collection at fixed steps: a collection that one rank starts on its own makes all others wait."""
+"""Garbage collection at fixed steps on all ranks: a collection on one rank makes all others wait."""
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-YOUNG, ALL = 50, 5000  # steps between collections of young objects and of all
+YOUNG, ALL = 50, 5000  # steps between collections of young objects and of all objects
 
 
 @contextmanager
@@ -12,7 +12,7 @@ def collected_by_steps() -> Iterator[Callable[[int], None]]:
     """Turn automatic collections off for a `with` block. Yields a function to call after each step."""
     was_enabled = gc.isenabled()
     gc.collect()
-    gc.freeze()  # objects that exist now stay: collections need not visit them
+    gc.freeze()  # exclude all existing objects from collections: they stay alive anyway
     gc.disable()
 
     def after(step: int) -> None:

@@ -1,4 +1,4 @@
-"""Which steps are not taken: those whose loss or gradient is not finite, and, on request, loss spikes."""
+"""Decides which steps are skipped: those whose loss or gradient is not finite and, if configured, loss spikes."""
 
 import json
 import math
@@ -11,24 +11,24 @@ from torch import Tensor
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util.log import say
 
-WINDOW, FEWEST = 100, 20  # steps whose median loss a spike is measured against, and without which none is
+WINDOW, FEWEST = 100, 20  # a spike is measured against the median loss of the last 100 steps, at least 20
 
 
 class Guard:
-    """Judges each step on the device, by numbers that are the same on all ranks, so that all skip it or none.
+    """Judges each step on the device, from numbers that are the same on all ranks, so that all ranks decide the same.
 
-    median: of the losses that the last step was compared with, 0-d, NaN where there were too few.
+    median: of the losses that the last step was compared with, 0-d; NaN if there were too few.
     """
 
     def __init__(self, config: TrainerConfig, run_dir: Path, device: torch.device):
         self.spike, self.limit = config.max_loss_spike, config.max_nonfinite_steps
         self.run_dir, self.device = run_dir, device
-        self.window = torch.full((WINDOW,), float("nan"), device=device)  # losses of steps that were taken, newest last
+        self.window = torch.full((WINDOW,), float("nan"), device=device)  # losses of the taken steps, newest last
         self.median = torch.full((), float("nan"), device=device)
         self.in_a_row = 0
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 where a step of this loss and gradient norm (0-d) must be skipped, else 0.0."""
+        """1.0 if a step with this loss and gradient norm (0-d) must be skipped, else 0.0."""
         fault = ~(loss.isfinite() & grad_norm.isfinite())
         if self.spike:
             count = self.window.isfinite().sum()
@@ -42,7 +42,7 @@ class Guard:
 
     @property
     def losses(self) -> list[float]:
-        """Those of the last steps that were taken, for a checkpoint."""
+        """The losses of the last taken steps, for a checkpoint."""
         return [loss for loss in self.window.tolist() if not math.isnan(loss)]
 
     @losses.setter
@@ -57,8 +57,8 @@ class Guard:
         return f"loss {loss:.4g} is more than {self.spike:g} times the median {median:.4g}"
 
     def count(self, step: int, fault: str | None, keys: list[str]) -> str | None:
-        """Count skipped steps. After too many in a row the samples' keys are written down and the reason to stop is
-        returned. keys: of this rank. Must be called on all ranks."""
+        """Count skipped steps. After too many in a row, write the samples' keys to a file and return the reason to
+        stop. keys: of this rank. Must be called on all ranks."""
         if fault is None:
             self.in_a_row = 0
             return None
@@ -76,6 +76,6 @@ class Guard:
             except OSError as error:
                 say(f"WARNING: {path}: {error}; the keys are {' '.join(keys)}")
         return (
-            f"{self.in_a_row} steps in a row were skipped, the last because: {fault}. Its samples are in {path}; lower"
-            " trainer.learning_rate, or look at them with `python -m sharding.inspect`"
+            f"{self.in_a_row} steps in a row were skipped, the last because: {fault}. The keys of its samples are in"
+            f" {path}; lower trainer.learning_rate, or check the samples with `python -m sharding.inspect`"
         )

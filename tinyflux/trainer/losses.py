@@ -24,8 +24,8 @@ def huber_loss(pred: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
 def min_snr_weight(t: Tensor, gamma: float = 5.0, form: str = "noise") -> Tensor:
     """Min-SNR weights with snr = (t / (1 - t))^2 (Hang et al., 2023, arXiv:2303.09556).
 
-    form: "noise", min(snr, gamma) / snr, that of noise prediction, as published, or "velocity",
-    min(snr, gamma) / (snr + 1), its section 3.4 for v prediction. t [B] in [0, 1], 1 is data. Returns [B].
+    form: "noise", min(snr, gamma) / snr, for noise prediction, as published; or "velocity",
+    min(snr, gamma) / (snr + 1), for v prediction (section 3.4). t [B] in [0, 1], 1 is data. Returns [B].
     """
     snr = (t / (1 - t).clamp(min=1e-5)) ** 2
     match form:
@@ -52,9 +52,9 @@ def compute_main_loss(
 ) -> Tensor:
     """Velocity loss: mean squared error, or Huber loss, times the given weights.
 
-    pred, target [B, N, C]; mask [B, H, W]: weight fg_weight where it is over 0.5, bg_weight elsewhere, 1 where it is
-    NaN (the sample has none); spatial_weights [B, h, w], resized to the token grid and divided by their mean;
-    snr_weights [B]. The grid is square unless `grid` (height, width) says otherwise.
+    pred, target [B, N, C]; mask [B, H, W]: the weight is fg_weight where it is over 0.5, bg_weight elsewhere, and 1
+    where it is NaN (the sample has no mask); spatial_weights [B, h, w], resized to the token grid and divided by their
+    mean; snr_weights [B]. grid: (height, width) in tokens; default: square.
     """
     B, N, _ = pred.shape
     pred, target = pred.float(), target.float()
@@ -78,7 +78,7 @@ def compute_lune_loss(
 ) -> Tensor:
     """Distance of the predicted Lune features [B, D] from the teacher's.
 
-    cosine: 1 - cosine; huber; hard: mean squared error; soft: the same with both divided by 10.
+    cosine: 1 - cosine; huber; hard: mean squared error; soft: mean squared error of both divided by 10.
     """
     pred, target = pred.float(), target.float()
     match mode:

@@ -1,4 +1,4 @@
-"""What is minimised: a batch, the network and the terms, put together."""
+"""The objective: the losses of a batch, computed with the network and the terms."""
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from tinyflux.util.predictions import flow_velocity, flow_x_t
 
 
 class Objective:
-    """The losses of a batch on the model's device: of the terms that are enabled and that the network can learn."""
+    """The losses of a batch on the model's device, for the enabled terms that the network has heads for."""
 
     def __init__(self, model: nn.Module, config: TrainerConfig):
         self.model, self.config = model, config
@@ -19,18 +19,18 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a call gives, in order: `loss`, then the terms."""
+        """The names of a call's results, in order: `loss`, then the terms."""
         return ("loss", *self.terms)
 
     def weights(self, step: int) -> dict[str, float]:
-        """Each term's factor in the loss of a step."""
+        """Each term's factor in the total loss of a step."""
         return {name: term.weight(self.config, step) for name, term in self.terms.items()}
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The training losses of a step, of each sample, float32 [B]: `loss`, the weighted sum, and each term.
+        """The per-sample training losses of a step, float32 [B]: `loss`, the weighted sum, and each term.
 
-        Draws keyed by the samples' seeds: the noise, which samples see their own predictions instead of the
-        teachers' (always those that have none), and the Lune head's dropout.
+        Keyed by the samples' seeds: the noise, which samples use the network's own predictions instead of the
+        teachers' features (always if they have none), and the Lune head's dropout.
         """
         seeds, model, inputs = batch["sample_seeds"], self.model.config, {}
         for name, term in self.terms.items():
@@ -44,7 +44,7 @@ class Objective:
         return self._losses(batch, inputs, step)
 
     def validate(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The same losses of the network on its own, as it is when it samples: no teachers, no dropout."""
+        """The same losses as in sampling: no teacher features, no dropout."""
         return self._losses(batch, {}, step)
 
     def _losses(self, batch: Batch, inputs: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -8,22 +8,22 @@ from tinyflux.util.log import say
 
 
 class Profiler:
-    """Records the steps from `first` on, `count` of them; first 0: none."""
+    """Records `count` steps, starting with step `first`; first 0: none."""
 
     def __init__(self, first: int, count: int, run_dir: Path):
         self.first, self.end, self.run_dir = first, first + count, run_dir
         self.profile: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Start or end the recording; called before each step."""
+        """Start or end the recording. Call it before each step."""
         if self.first and step == self.first:
-            self.profile = torch.profiler.profile()  # whatever this device has: CPU, and CUDA where there is one
+            self.profile = torch.profiler.profile()  # all activities of this device: CPU, and CUDA if available
             self.profile.start()
         if step == self.end:
             self.finish()
 
     def finish(self) -> None:
-        """End the recording, if one is running, and write it."""
+        """End a running recording and write its file."""
         if self.profile is None:
             return
         profile, self.profile = self.profile, None

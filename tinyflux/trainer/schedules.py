@@ -1,4 +1,4 @@
-"""What changes with the step or the sample: timesteps, learning rate, warm-ups. Pure functions, no state."""
+"""Timesteps, learning rate and warm-ups, as pure functions of the step or the sample."""
 
 import math
 
@@ -33,10 +33,10 @@ def shape_timesteps(
 
 
 def keyed_timesteps(sample_seeds: Tensor, strata: Tensor | None = None, strata_count: int = 0, **shape) -> Tensor:
-    """The training timestep of each sample, a function of its seed alone.
+    """The training timestep of each sample, which depends only on its seed.
 
-    sample_seeds int64 [B]; `strata` int64 [B], each sample's own one of the `strata_count` equal parts of (0, 1),
-    makes the global batch stratified; `shape` goes to `shape_timesteps`. Returns float32 [B].
+    sample_seeds int64 [B]; strata int64 [B]: for stratified batches, which of the `strata_count` equal parts of (0, 1)
+    each sample gets; shape: options of `shape_timesteps`. Returns float32 [B].
     """
     u = rng.uniform(sample_seeds, "t")
     if strata is not None:
@@ -55,7 +55,7 @@ def sample_timesteps(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Timesteps drawn from a torch generator, for loops that key nothing. Returns float32 [batch_size]."""
+    """Timesteps drawn from a torch generator, for hand-written loops. Returns float32 [batch_size]."""
     u = torch.rand(batch_size, device=device, generator=generator)
     if stratified:
         u = (torch.randperm(batch_size, device=device, generator=generator) + u) / batch_size
@@ -77,9 +77,9 @@ def learning_rate(
     schedule: str = "cosine",
     warmup: str = "linear",
 ) -> float:
-    """Learning rate of the step-th optimizer step, counted from 0.
+    """Learning rate of an optimizer step; steps count from 0.
 
-    The warm-up rises from base/N to base over N steps; then the schedule falls to `min_lr`, at the last step.
+    It rises from base/N to base over N warm-up steps, then falls to `min_lr` at the last step.
     """
     if step < warmup_steps:
         x = (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: it saves itself at the end of a step."""
+"""Signals that ask a run to stop: it saves a checkpoint at the end of a step."""
 
 import os
 import signal
@@ -10,11 +10,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Whether this rank was told to stop, by a signal or because the torchrun that started it has ended."""
+    """Whether this rank was told to stop: by a signal, or because its torchrun has ended."""
 
     def __init__(self):
-        self.number = 0  # of the signal that came last
-        # a killed torchrun leaves its workers behind: they see that their parent has changed, save and stop
+        self.number = 0  # of the last signal
+        # workers survive a killed torchrun: they notice that their parent has changed, save and stop
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     @property
@@ -23,16 +23,16 @@ class StopSignals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note stop signals instead of dying from them, within a `with` block. A second Ctrl-C ends the process at
+        """Record stop signals instead of dying from them, within a `with` block. A second Ctrl-C ends the process at
         once."""
 
         def note(number: int, _frame) -> None:
             if number == self.number == signal.SIGINT:
                 os.write(2, b"\nstopped at once: resuming repeats the steps since the last checkpoint\n")
-                os._exit(130)  # threads that save or fetch would keep the process
+                os._exit(130)  # sys.exit would wait for threads that save or download
             self.number = number
 
-        main = threading.current_thread() is threading.main_thread()  # no other may take signals
+        main = threading.current_thread() is threading.main_thread()  # other threads cannot set signal handlers
         before = {number: signal.signal(number, note) for number in STOP_SIGNALS if main}
         try:
             yield

@@ -1,4 +1,4 @@
-"""From the settings of a run to a trainer at work."""
+"""Start a run: settings -> stream, model and trainer."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ from tinyflux.util.log import say
 def start(config: RunConfig, given: set[str]) -> int:
     """Join the other ranks and train. Returns the exit status. given: the keys that the user set.
 
-    Ends the process where another rank is lost: threads may wait for that rank too.
+    Ends the process if another rank is lost, because threads may wait for that rank forever.
     """
     device = local_device()
     with process_group(device, config.parallel.timeout):
@@ -44,7 +44,7 @@ def start(config: RunConfig, given: set[str]) -> int:
             print(
                 f"error: rank {dist.get_rank()} lost another rank, which died, hangs or did not answer for"
                 f" parallel.timeout = {config.parallel.timeout} s: {str(error).splitlines()[0]}\n"
-                "  its own error, if it told one, is above; run the same command to resume from the last checkpoint",
+                "  its own error, if it printed one, is above; run the same command to resume from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -59,11 +59,11 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
     groups = (*(term.group for term in terms.enabled(c) if term.group), *EXTRAS)
     sources = open_run_sources(config.data, groups, checkpoints)
-    usual = usual_shape(sources)  # what previews are drawn in
+    usual = usual_shape(sources)  # the shape of previews
     shapes = {name: f.at(usual).shape for source in sources for name, f in source.fields.items()}
     weights = None
     if c.lora_rank and not c.init_from:
-        raise ValueError(f"trainer.lora_rank is {c.lora_rank}: give trainer.init_from, the weights that are adapted")
+        raise ValueError(f"trainer.lora_rank is {c.lora_rank}: give trainer.init_from, the weights to adapt")
     if c.init_from:
         config.model, weights = starting_weights(c.init_from, checkpoints)
         given = given | {f"model.{key}" for key in config.model.to_dict()}
@@ -131,8 +131,8 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
 def build(
     config: RunConfig, shapes: dict[str, tuple[int, ...]], weights: dict[str, Tensor] | None
 ) -> tuple[TinyFluxDeep, dict[str, Tensor] | None]:
-    """The network on the meta device, and the weights for it: where they are given, with those of the heads that only
-    training has. Raises ValueError as the terms that make these heads."""
+    """The network on the meta device, and its weights: if given, with new ones for the heads that are used in training
+    only. Raises ValueError as the terms that make these heads."""
     c, enabled = config.trainer, terms.enabled(config.trainer)
     with torch.device("meta"):
         heads = {term.name: term.training_head(c, config.model, shapes) for term in enabled if term.training_head}
@@ -147,7 +147,7 @@ def build(
 
 
 def _sampler(config: TrainerConfig, latent_shape: tuple[int, int, int]) -> Sampler:
-    """Draws with the run's settings; its zoo loads what it needs, on the CPU."""
+    """A Sampler with the run's settings; its zoo loads models when they are needed, on the CPU."""
     from tinyflux.model.zoo import ModelZoo  # its libraries take seconds to import
 
     return Sampler(

@@ -1,4 +1,4 @@
-"""One optimizer step. The host launches it and does not wait: its numbers are read while the next one runs."""
+"""One optimizer step. The host launches it and does not wait; its metrics are read while the next step runs."""
 
 import time
 from collections.abc import Iterator
@@ -17,14 +17,16 @@ from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.objective import Objective
 from tinyflux.trainer.optim.optimizer import set_learning_rate, take_step
 
-T_BINS = 10  # parts of t that the main loss is recorded for
+T_BINS = 10  # equal parts of t for which the main loss is recorded
 
 
 @dataclass
 class Pending:
-    """A step that was launched. samples: of all ranks; keys: of this rank; tokens, flops: of a sample's forward, means;
-    waited: seconds for its batches; seconds: from the step before to this one, once both are done; extra: what else its
-    record says."""
+    """A launched step.
+
+    samples: of all ranks; keys: of this rank; tokens, flops: means per sample's forward; waited: seconds spent waiting
+    for batches; seconds: from the end of the previous step to the end of this one; extra: more entries of its record.
+    """
 
     step: int
     lr: float
@@ -41,7 +43,7 @@ class Pending:
 
 
 def by_timestep(main: Tensor, t: Tensor) -> Tensor:
-    """Sums of the main loss in T_BINS equal parts of t, then the numbers of samples there, [2 * T_BINS]."""
+    """Sums of the main loss in T_BINS equal parts of t, then the sample counts of the parts, [2 * T_BINS]."""
     part = (t * T_BINS).long().clamp(max=T_BINS - 1)
     sums = torch.zeros(2 * T_BINS, device=main.device)
     return sums.index_add_(0, part, main).index_add_(0, part + T_BINS, torch.ones_like(main))
@@ -50,9 +52,9 @@ def by_timestep(main: Tensor, t: Tensor) -> Tensor:
 class Stepper:
     """Takes the optimizer steps of a run.
 
-    All that a step has to agree on between ranks is one vector, summed once: the losses, the main loss by timestep, the
-    squared gradient norm, whether a rank was told to stop, whether rank 0 wants a save, and of each rank how late it
-    began and waited for data.
+    Everything that ranks exchange in a step is one vector, summed by one all-reduce: the losses, the main loss by
+    timestep, the squared gradient norm, whether a rank was told to stop, whether rank 0 wants a save, and for each rank
+    how late it started and how long it waited for data.
     """
 
     def __init__(
@@ -70,13 +72,13 @@ class Stepper:
         self.keep_gathered = keep_gathered
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.parts = [len(objective.names), 2 * T_BINS, 1, 1, 1, self.world, self.world]
-        self.read_at = time.perf_counter()  # when the step before was read, which all ranks do at about the same time
+        self.read_at = time.perf_counter()  # when the previous step was read: about the same time on all ranks
 
     def __call__(
         self, batches: Iterator[Batch], step: int, accumulation: int, *, lr: float, told: bool, save: bool
     ) -> Pending:
-        """Launch the step that is counted from 0. told: whether this rank was told to stop; save: whether it wants a
-        save. Must be called on all ranks."""
+        """Launch a step; steps count from 0. told: whether this rank was told to stop; save: whether it wants a save.
+        Must be called on all ranks."""
         packed = torch.zeros(sum(self.parts), device=self.device)
         losses, by_t, squared_norm, stop, wanted, late, wait = packed.split(self.parts)
         keys, tokens, flops, waited, began = [], 0.0, 0.0, 0.0, None
@@ -92,13 +94,13 @@ class Stepper:
             parallel.set_last_micro_batch(self.model, i == accumulation - 1, keep_gathered=self.keep_gathered)
             batch = to_device(batch, self.device)
             found = self.objective(batch, step)
-            # FSDP averages over ranks and every rank has as many samples: this makes it the global batch's mean
+            # FSDP averages over ranks, and all ranks have the same number of samples: the mean over the global batch
             found["loss"].mean().div(accumulation).backward()
             losses += torch.stack([x.detach().sum() for x in found.values()])
             by_t += by_timestep(found["main"].detach(), batch["t"])
         gradients = parallel.local_gradients(self.model)
         squared_norm += parallel.squared_norm(self.model, gradients)
-        # numbers as arguments of kernels: a tensor of them would be copied from pageable memory, which waits
+        # pass numbers as kernel arguments: a new tensor would be copied from pageable memory, and the host would wait
         stop.fill_(float(told))
         wanted.fill_(float(save))
         late[self.rank].fill_(began - self.read_at)
@@ -115,7 +117,7 @@ class Stepper:
         numbers, copied = self._to_host(torch.cat((packed, norm, skip.view(1), self.guard.median.view(1))))
         work = tokens / len(keys), flops / len(keys)
         pending = Pending(step + 1, lr, self.objective.weights(step), samples, keys, *work, waited, numbers, copied)
-        if copied is None:  # a CPU is done by now
+        if copied is None:  # on a CPU the step is already done
             self.wait(pending)
         return pending
 
@@ -129,7 +131,7 @@ class Stepper:
         return host, event
 
     def wait(self, pending: Pending) -> float:
-        """Wait until the device has finished a step. Returns the seconds that it took."""
+        """Wait until the device has finished a step. Returns the step's seconds."""
         if pending.seconds is None:
             if pending.copied is not None:
                 pending.copied.synchronize()
@@ -138,8 +140,7 @@ class Stepper:
         return pending.seconds
 
     def read(self, pending: Pending) -> tuple[dict, bool, bool]:
-        """The record of a step, whether a rank was told to stop, whether one wants a save. Waits for the device to
-        finish it."""
+        """A step's record, whether a rank was told to stop, and whether one wants a save. Waits for the device."""
         seconds = self.wait(pending)
         numbers = iter(pending.numbers.tolist())
         losses, by_t, _, stop, wanted, late, wait, rest = ([*islice(numbers, n)] for n in (*self.parts, 3))
@@ -157,5 +158,5 @@ class Stepper:
         return record | pending.extra, stop[0] > 0, wanted[0] > 0
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step was finished out of the next one's time."""
+        """Do not count the time since the last step as part of the next one."""
         self.read_at = time.perf_counter()

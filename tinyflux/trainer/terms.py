@@ -1,7 +1,7 @@
-"""The losses of a run, a `Term` each. To add one: a term here and its settings in `TrainerConfig`.
+"""The losses of a run, one `Term` each. To add one: a term here and its settings in `TrainerConfig`.
 
-The settings of a term NAME that is optional: enable_NAME, NAME_weight, NAME_warmup_steps and, where the network has a
-head for it, NAME_dropout.
+The settings of an optional term NAME: enable_NAME, NAME_weight, NAME_warmup_steps and, if the network has a head for
+it, NAME_dropout.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from tinyflux.util.settings import require
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a loss is computed from: the network's velocity and its target [B, N, C], what else the network gave, the
-    batch, and the token grid (height, width)."""
+    """The inputs of a loss: the network's velocity and its target [B, N, C], the network's other outputs, the batch,
+    and the token grid (height, width)."""
 
     velocity: Tensor
     target: Tensor
@@ -32,13 +32,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Term:
-    """A loss of each sample, float32 [B].
+    """A per-sample loss, float32 [B].
 
-    name: in metrics. optional: whether it has settings of its own and can be turned off. group: the group of the shards
-    that it needs. fields: of the batch, and the shards' field that each is read from. head: the network's setting that
-    gives it the head which learns this; the teacher's values then steer the network too, except for the samples that
-    `NAME_dropout` draws. training_head: makes a head that only training has, from the settings, the network's and the
-    shapes of the shards' fields.
+    name: its name in metrics. optional: it has its own settings and can be turned off. group: the group of the shards
+    that it needs. fields: fields of the batch -> the shards' field that each is read from. head: the model setting that
+    adds the head for this loss; the network then also gets the teacher's values as input, except for samples drawn by
+    `NAME_dropout`. training_head: makes a head that is used in training only, from the trainer settings, the model
+    settings and the shapes of the shards' fields.
     """
 
     name: str
@@ -50,26 +50,26 @@ class Term:
     training_head: Callable[[TrainerConfig, TinyFluxConfig, dict[str, tuple[int, ...]]], nn.Module] | None = None
 
     def enabled(self, config: TrainerConfig) -> bool:
-        """Is it part of a run with these settings?"""
+        """Whether a run with these settings has this term."""
         return not self.optional or getattr(config, f"enable_{self.name}")
 
     def learnt(self, config: TrainerConfig, model: TinyFluxConfig) -> bool:
-        """Is it, with this network?"""
+        """Whether it is enabled and this network has its head."""
         return self.enabled(config) and (self.head is None or getattr(model, self.head))
 
     def weight(self, config: TrainerConfig, step: int) -> float:
-        """Its factor in the sum at a step, counted from 0."""
+        """Its factor in the total loss at a step; steps count from 0."""
         if not self.optional:
             return 1.0
         return getattr(config, f"{self.name}_weight") * loss_warmup(step, getattr(config, f"{self.name}_warmup_steps"))
 
     def dropout(self, config: TrainerConfig) -> float:
-        """Probability that a sample hides the teacher's values from the network."""
+        """Probability that the teacher's values of a sample are hidden from the network."""
         return getattr(config, f"{self.name}_dropout")
 
 
 def main(p: Prediction, config: TrainerConfig) -> Tensor:
-    """The velocity's squared error, with the weights that are configured."""
+    """The velocity's squared error, with the configured weights."""
     t = p.batch["t"]
     return losses.compute_main_loss(
         p.velocity,
@@ -103,12 +103,12 @@ def sol(p: Prediction, config: TrainerConfig) -> Tensor:
 
 
 def align(p: Prediction, config: TrainerConfig) -> Tensor:
-    """1 - cosine of a block's features, through a head that only training has, and the teacher's grid."""
+    """1 - cosine between the align head's output and the teacher's grid."""
     return align_loss(p.info["align_pred"], p.batch["align_features"])
 
 
 def align_head(config: TrainerConfig, model: TinyFluxConfig, shapes: dict[str, tuple[int, ...]]) -> AlignHead:
-    """The head of `align`. Raises ValueError for a block that the network has not."""
+    """The head of `align`. Raises ValueError if the network has no such block."""
     place, blocks = config.align_block, model.num_double_layers + model.num_single_layers
     require(place < blocks, "trainer.align_block", place, f"less than the number of blocks, {blocks}")
     return AlignHead(model.hidden_size, place, shapes["align"])

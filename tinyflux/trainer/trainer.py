@@ -1,4 +1,4 @@
-"""The training loop: one state, the step; everything random or ordered follows from it."""
+"""The training loop. Its only position is the step: data order and random draws are functions of it."""
 
 import json
 import time
@@ -43,14 +43,14 @@ from tinyflux.util import cli, devices
 from tinyflux.util.log import say
 
 STOP_PATIENCE = 20.0
-"""Seconds that a run which was told to stop, and is saved, waits for pictures, scores and exports in all."""
+"""Seconds that a stopped run waits, after its save, for pictures, scores and exports together."""
 
 
 class Trainer:
     """Trains a TinyFluxDeep on one device or, under torchrun, on all ranks together.
 
-    model: with weights, or on the meta device: then it gets `weights`, a full state dict on rank 0 and {} elsewhere,
-    or, with None, an initialisation keyed by `seed`. It is sharded in place.
+    model: with weights, or on the meta device. Then it gets `weights` (a full state dict on rank 0, {} on other ranks)
+    or, if None, an initialisation keyed by `seed`. It is sharded in place.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Trainer:
             keep_gathered=not parallel_config.reshard_after_forward,
         )
         self.step, self.last_step, self.best_loss = 0, config.total_steps, float("inf")
-        self.pending: Pending | None = None  # the step that was launched and not read yet
-        # what all ranks agreed on
+        self.pending: Pending | None = None  # the step that was launched but not read yet
+        # all ranks agree on these
         self.stopping = self.save_wanted = False
-        self.owed: set[str] = set()  # reasons for a checkpoint that wait for the next one
-        self.saved_step = -1  # of the save that was begun last
+        self.owed: set[str] = set()  # reasons to save that wait for the next checkpoint
+        self.saved_step = -1  # step of the last save that was started
         self.signals = StopSignals()
         self.profiler = Profiler(config.profile_at if self.rank == 0 else 0, config.profile_steps, self.run_dir)
-        # what `setup` gives
+        # set by `setup`
         self.loader: Batches | None = None
         self.val_loader: Iterable[Batch] | None = None
         self.identity: dict = {}
@@ -133,21 +133,21 @@ class Trainer:
         start_over: bool = False,
         scoreboard: Scoreboard | None = None,
     ) -> None:
-        """Give the trainer its data, and resume the newest checkpoint of the run folder if there is one.
+        """Set the data, and resume from the newest checkpoint of the run folder if there is one.
 
-        train_loader: a shard `Stream` whose collate is a `StreamCollate`, or, on one device, a DataLoader of a
-        `CachedDataset` with `cache`, where the teachers' features are (see `CacheLoader`). sampler: draws
-        `config.sample_prompts`. tensorboard_dir: instead of the config's. val_loader: batches of `HeldOut`, the same
-        number on every rank; the best checkpoint is by their main loss.
-        identity: what the data order depends on; where a resumed run has another one, it says what changed.
-        training_config: written beside the checkpoints. start_over: begin at step 0 in a folder that has what remains
-        of a run but no checkpoint; ValueError otherwise, and where ranks have different data. scoreboard: evaluates
-        every `config.evaluate_every` steps.
+        train_loader: a shard `Stream` with a `StreamCollate`, or, on one device, a DataLoader of a `CachedDataset`
+        with `cache`, which has the teachers' features (see `CacheLoader`). sampler: draws `config.sample_prompts`.
+        tensorboard_dir: overrides the config's. val_loader: batches of `HeldOut`, the same number on every rank; their
+        main loss selects the best checkpoint.
+        identity: what the data order depends on; if a resumed run has another one, the changes are logged.
+        training_config: written beside the checkpoints. start_over: start at step 0 in a folder that has remains of a
+        run but no checkpoint. scoreboard: evaluates every `config.evaluate_every` steps.
+        Raises ValueError if ranks have different data, or the folder has such remains without start_over.
         """
         c = self.config
         if isinstance(train_loader, DataLoader):
             if self.world > 1:
-                raise ValueError("a DataLoader feeds one device: train on several with shards, by launch/train.py")
+                raise ValueError("a DataLoader feeds one device: to train on several, use shards and launch/train.py")
             train_loader = CacheLoader(train_loader, cache, c, seed=self.seed)
             identity = identity or train_loader.identity
         self.loader, self.identity = train_loader, identity or {}
@@ -181,7 +181,8 @@ class Trainer:
             found = self.preview.prompts.t5.shape[-1]
             if found != text_width:
                 raise ValueError(
-                    f"trainer.zoo = {c.zoo} encodes prompts in width {found}, the shards have {text_width}"
+                    f"trainer.zoo = {c.zoo} gives T5 states of width {found}, but the shards have width {text_width}:"
+                    " set trainer.zoo to the zoo that built the shards"
                 )
 
     def state_dict(self) -> dict:
@@ -191,10 +192,10 @@ class Trainer:
         return {"model": self.model.state_dict(), "optimizer": optimizer, "ema": self.ema.shadow}
 
     def load_checkpoint(self, start_over: bool = False) -> bool:
-        """Resume the newest sound checkpoint of the run folder; `setup` does so. Returns whether there was one. Raises
-        as `Checkpointer.load_newest`."""
+        """Resume from the newest valid checkpoint of the run folder; called by `setup`. Returns whether there was one.
+        Raises as `Checkpointer.load_newest`."""
         if self.checkpointer is None:
-            raise RuntimeError("call setup() first: it opens the run folder, and resumes what is there")
+            raise RuntimeError("call setup() first: it opens the run folder and resumes the run")
         metadata = self.checkpointer.load_newest(self.state_dict(), start_over=start_over)
         if metadata is None:
             return False
@@ -204,12 +205,12 @@ class Trainer:
         say(f"resuming at step {self.step} from {self.checkpointer.root}")
         for key, value in self.identity.items():
             if (before := metadata["identity"].get(key)) != json.loads(json.dumps(value)):
-                say(f"WARNING: {key} was {before}, is now {value}: the data order from here on is the new plan's")
+                say(f"WARNING: {key} was {before}, is now {value}: the new plan gives the data order from here on")
         return True
 
     def save_checkpoint(self, reasons: set[str]) -> None:
-        """Begin to save the state of this step; training may continue at once."""
-        self._read()  # a run that is resumed here has the record of each step before
+        """Start to save the state of this step; training may continue at once."""
+        self._read()  # so that a run resumed from here has the records of all earlier steps
         metadata = {
             "seed": self.seed,
             "identity": self.identity,
@@ -228,10 +229,10 @@ class Trainer:
         return self.step >= self.last_step
 
     def train(self) -> int:
-        """Train to the end, or until a signal asks to stop. Returns the exit status: 0, or 75 for a requeue."""
+        """Train to the end, or until a signal asks to stop. Returns the exit status: 0 when finished, 75 to requeue."""
         c = self.config
         if self.finished:
-            say(f"finished: step {self.step} of {self.last_step} was saved in {self.checkpointer.root}")
+            say(f"finished already: step {self.step} of {self.last_step} is saved in {self.checkpointer.root}")
             self.close()
             if self.uploader:
                 self.uploader.finish(c.upload_wait)
@@ -255,7 +256,7 @@ class Trainer:
         return self._conclude()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """Launch an optimizer step over one global batch, then record the one before."""
+        """Launch an optimizer step over one global batch, then record the previous one."""
         launched = self.stepper(
             batches,
             self.step,
@@ -281,17 +282,17 @@ class Trainer:
         )
 
     def _read(self, last: bool = False) -> None:
-        """Record the step that was launched last, once the device has finished it. last: no step follows it."""
+        """Record the last launched step when the device has finished it. last: no step follows it."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
         record, told, wanted = self.stepper.read(pending)
-        self.save_wanted |= wanted and pending.step > self.saved_step  # rank 0 asks until it sees the save
-        self.stopping = self.stopping or told  # as soon as one rank was told, all stop at the same step
+        self.save_wanted |= wanted and pending.step > self.saved_step  # rank 0 repeats its request until the save
+        self.stopping = self.stopping or told  # if one rank was told to stop, all stop at the same step
         if reason := self.guard.count(pending.step, record.get("fault"), pending.keys):
             self.close()
             raise RuntimeError(reason)
-        # a save or samples of the last step have read it before the loop ends
+        # a save or samples of the last step may read it before the loop ends
         ends = last or (self.finished and pending.step == self.step)
         shown = pending.step % self.config.log_every == 0 or ends
         if shown:
@@ -304,10 +305,10 @@ class Trainer:
             )
 
     def _after_step(self) -> None:
-        """What happens between steps: validation, checkpoints and samples."""
+        """Between steps: validation, checkpoints and samples."""
         c, reasons = self.config, set()
         epoch = self.loader.epoch(self.step)
-        begun = epoch > self.loader.epoch(self.step - 1)  # with this step
+        begun = epoch > self.loader.epoch(self.step - 1)  # whether an epoch starts with this step
 
         def due(steps: int, epochs: int = 0) -> tuple[bool, bool]:
             return steps > 0 and self.step % steps == 0, begun and epochs > 0 and epoch % epochs == 0
@@ -339,8 +340,8 @@ class Trainer:
             self.stepper.restart_clock()
 
     def _save_the_end(self) -> None:
-        """Save the last step if it is not saved, then finish what threads are at: little where the run was told to
-        stop, for it may be killed soon."""
+        """Save the last step if it is not saved yet, then wait for background threads: only briefly if the run was
+        told to stop, because it may be killed soon."""
         self.checkpointer.wait()
         if self.checkpointer.newest != self.step:
             self.save_checkpoint({"step"})
@@ -365,7 +366,7 @@ class Trainer:
             except (OSError, ValueError) as error:
                 say(f"WARNING: no report: {error}")
         if self.checkpointer.newest != self.step:
-            say(f"error: step {self.step} could not be saved; run the same command again once that is put right")
+            say(f"error: step {self.step} could not be saved; fix the cause and run the same command again")
             return cli.FAILED
         if self.uploader:
             if self.finished:
@@ -373,12 +374,12 @@ class Trainer:
             self.uploader.finish(c.upload_wait if self.finished else 0)
         if self.finished:
             return cli.DONE
-        say(f"stopped by a signal at step {self.step} of {self.last_step}: saved; run the same command to resume")
+        say(f"stopped by a signal at step {self.step} of {self.last_step}, saved: run the same command to resume")
         return cli.SAVED
 
     def close(self, patience: float | None = None) -> None:
-        """Finish the checkpoint in flight, wait for exports for at most `patience` seconds, and let go of the run
-        folder."""
+        """Finish the checkpoint in flight, wait at most `patience` seconds for exports, and release the run folder's
+        lock."""
         self.checkpointer.close(patience)
         if self.lock:
             self.lock.close()

@@ -21,7 +21,7 @@ def validate(objective: Objective, ema: EMA, batches: Iterable[Batch], device: t
             batch = to_device(batch, device)
             losses = objective.validate(batch, step)
             counted = torch.stack([*(losses[name] for name in names), torch.ones_like(losses["main"])])
-            sums += torch.where(batch["valid"], counted, 0).sum(1)  # no boolean index: its size would be waited for
+            sums += torch.where(batch["valid"], counted, 0).sum(1)  # a boolean index would wait for its size
     dist.all_reduce(sums)
     *losses, count = sums.tolist()
     keys = ["val_loss" if name == "main" else f"val_{name}" for name in names]
