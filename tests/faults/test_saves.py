@@ -111,10 +111,10 @@ def test_what_remains_of_a_run_is_not_begun_at_0_unasked(model, tmp_path):
         save(checkpointer, model, 1)
     damage(tmp_path / "checkpoints" / "step_1")
     with opened(tmp_path) as checkpointer:
-        with pytest.raises(RuntimeError, match="none of the checkpoints"):
+        with pytest.raises(RuntimeError, match="all checkpoints in"):
             checkpointer.load_newest(state(model))
         for left, gone in (("step_1.damaged", "*.damaged"), ("step_1_ema", "*.safetensors"), ("metrics.jsonl", None)):
-            with pytest.raises(ValueError, match=rf"what remains of a run: .*{left}.* --start-over"):
+            with pytest.raises(ValueError, match=rf"has remains of a run but no checkpoint: .*{left}.* --start-over"):
                 checkpointer.load_newest(state(model))
             for path in (tmp_path / "checkpoints").glob(gone or "nothing"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -275,5 +275,5 @@ def test_a_file_of_another_step_is_no_checkpoint(model, tmp_path):
         save(checkpointer, model, 1)
     folder = tmp_path / "checkpoints" / "step_1"
     write_metadata(folder, checkpoint.read_metadata(folder) | {"files": {"__0_0.distcp": [1, 1]}})
-    with opened(tmp_path) as checkpointer, pytest.raises(RuntimeError, match="none of the checkpoints"):
+    with opened(tmp_path) as checkpointer, pytest.raises(RuntimeError, match="all checkpoints in"):
         checkpointer.load_newest(state(model))

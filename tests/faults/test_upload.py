@@ -76,7 +76,7 @@ def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
     status, said = run(argv, nobody, tmp_path / "hf")
     assert status == 0 and len(curve(tmp_path / "run")) == 8, said
     assert f"WARNING: upload to {REPO} failed (1 in a row)" in said, said
-    assert "WARNING: not uploaded" in said and "the same command sends them" in said
+    assert "WARNING: not uploaded" in said and "run the same command to send them" in said
     with dataset_hub() as hub:
         status, said = run(argv, hub.url, tmp_path / "hf")
         assert status == 0 and "finished already: step 8" in said, said

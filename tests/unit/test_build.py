@@ -388,8 +388,8 @@ def test_one_clear_line(tmp_path, monkeypatch, capsys, args, message):
         (("--limit", "x"), "--limit"),
         (("--batch-size", "0"), "--batch-size is 0: it must be at least 1"),
         (("--max-rejected", "5"), "--max-rejected is 5.0: it must be in [0, 1]"),
-        (("--compile", "--low-memory"), "choose one"),
-        (("--shapes", "auto", "64x64"), "square and auto stand alone"),
+        (("--compile", "--low-memory"), "use only one"),
+        (("--shapes", "auto", "64x64"), "square and auto cannot be combined"),
         (("--shapes", "64"), "it must be square, auto or WIDTHxHEIGHT"),
         (("--zoo", "tiny"), "--source NAME is missing; --list shows the names"),
     ],
@@ -407,9 +407,9 @@ def test_list_and_estimate(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["source", "photos", "drawn"]
     assert run(tmp_path, "--estimate", source="drawn") == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^drawn: [\d.]+ images/s a rank, from 12 of them; 0.0% rejected$", printed, re.M)
+    assert re.search(r"^drawn: [\d.]+ images/s per rank, measured on 12 images; 0.0% rejected$", printed, re.M)
     for count in ("all 20 inputs", "a million inputs"):
-        assert re.search(rf"^  {count}: [\d.]+ CPU-hours, [\d.]+ GB at [\d.]+ kB a sample$", printed, re.M)
+        assert re.search(rf"^  {count}: [\d.]+ CPU-hours, [\d.]+ GB at [\d.]+ kB per sample$", printed, re.M)
     shares = re.findall(r"(vae|sd_vae|clip|t5|lune|sol) ([\d.]+)%", printed)
     assert len({name for name, _ in shares}) == 6 and abs(sum(float(share) for _, share in shares) - 100) < 0.5
     assert not (tmp_path / "out").exists()

@@ -159,7 +159,7 @@ def test_images_of_any_kind_are_the_same(zoo, cache, tmp_path):
 def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
     images = [*IMAGES[:8], torch.zeros(4, 4), IMAGES[9]]
     options = {"checkpoint_dir": tmp_path / "work", "dataset_id": 7}
-    with pytest.raises(ValueError, match=r"input 8 of 'portraits': Tensor torch.float32 4 4 is no PIL image"):
+    with pytest.raises(ValueError, match=r"input 8 of 'portraits': Tensor torch.float32 4 4 is not a PIL image"):
         build_cache(zoo, images, **options)
     first = tmp_path / "work" / "portraits-000000.tar"
     stamp = first.stat().st_mtime_ns
@@ -171,9 +171,9 @@ def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
 
     with pytest.raises(ValueError, match=r"the inputs are not those that it was built of: 1 \(portraits/0\) changed"):
         build_cache(zoo, prompts=["changed", *PROMPTS[1:]], **options)
-    with pytest.raises(ValueError, match=r"(?s)begun with other settings.*batch_size: 4 against 2"):
+    with pytest.raises(ValueError, match=r"(?s)started with other settings.*batch_size: 4 against 2"):
         build_cache(zoo, batch_size=2, **options)
-    with pytest.raises(ValueError, match="holds a finished source but not the notes of its build"):
+    with pytest.raises(ValueError, match="contains a finished source without the notes of its build"):
         build_cache(zoo, checkpoint_dir=make_source(tmp_path / "other"))
 
 
@@ -282,9 +282,9 @@ class Bomb:
         ({"lune": torch.zeros(7, 9, 6)}, r"has shape \[7, 9, 6\], must be \[N, K, D\] with K = 10"),
         ({"lune": torch.zeros(7, 10, 6, dtype=torch.float64)}, "is torch.float64, must be one of float16"),
         ({"lune": {"features": torch.zeros(7, 10, 6), "t_buckets": torch.arange(10)}}, "its timesteps are"),
-        ({"sol": [1, 2]}, "sol.pt: holds a list"),
+        ({"sol": [1, 2]}, "sol.pt: contains a list"),
         ({"sol": {"stats": "no", "spatial": "no"}}, "stats is a str, must be a tensor"),
-        ({"lune": Bomb()}, "lune.pt is refused: it holds more than tensors"),
+        ({"lune": Bomb()}, "lune.pt is refused: it contains more than tensors"),
     ],
 )  # fmt: skip
 def test_bad_old_caches(tmp_path, changes, message):

@@ -180,9 +180,9 @@ def test_lists_of_urls(tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
     assert found["good.png"] == found["shaky.png"] == "red"
-    assert found["gone.png"].startswith("rejected: cannot be fetched: ") and "HTTP Error 404" in found["gone.png"]
+    assert found["gone.png"].startswith("rejected: cannot be downloaded: ") and "HTTP Error 404" in found["gone.png"]
     assert asked.count("/gone.png") == 1 and asked.count("/broken.png") > 3 < asked.count("/cut.png")
-    assert "500" in found["broken.png"] and found["cut.png"].startswith("rejected: cannot be fetched: ")
+    assert "500" in found["broken.png"] and found["cut.png"].startswith("rejected: cannot be downloaded: ")
 
 
 @pytest.fixture

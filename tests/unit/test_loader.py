@@ -236,7 +236,7 @@ def test_pickle_bomb_is_refused(tmp_path, monkeypatch):
     torch.save({"model": published(), "step": Bomb()}, "step_1.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
     for path in ("step_1.pt", "raw.pt"):
-        with pytest.raises(CheckpointError, match=f"{path} is refused: it holds more than tensors"):
+        with pytest.raises(CheckpointError, match=f"{path} is refused: it contains more than tensors"):
             load_checkpoint(path)
     assert not os.path.exists("exploded")
 

@@ -220,7 +220,7 @@ def test_it_resumes_where_it_was_stopped(mine, capsys):
     (mine / "new" / f".{last.name}.tmp").write_bytes(b"half a shard")
     capsys.readouterr()
     assert build_to(mine, "new", "--no-sol") == 2
-    assert "was begun with --only: finish it by the same command" in capsys.readouterr().err
+    assert "this build was started with --only: finish it with the same command" in capsys.readouterr().err
     assert redo(mine, "new", "bare", "--only", "sol") == 2
     assert "only.groups: ['lune'] against ['sol']" in capsys.readouterr().err
     assert redo(mine, "new", "bare", "--only", "lune") == 0
@@ -252,7 +252,7 @@ def test_it_is_repaired(mine, capsys):
         (("--from", "nowhere"), "nowhere: no finished source is there"),
         (("--from", "hf://datasets/a/b"), "must be a folder here"),
         (("--from", "bare", "--out", "bare"), "is the base itself"),
-        (("--from", "bare", "--out", "full"), "was begun"),
+        (("--from", "bare", "--out", "full"), "was started with"),
         (("--from", "bare", "--only", "latents"), "--only latents: Accepted here: lune, prompt, sol"),
         (("--from", "bare", "--seed", 3), "seed: 0 against 3"),
         (("--from", "bare", "--dtype", "bfloat16"), "dtype: 'float16' against 'bfloat16'"),

@@ -138,7 +138,7 @@ def test_without_locks_each_rank_keeps_to_its_share(tmp_path, monkeypatch, capsy
         ledger.parts = range(5)
         shares.append(list(ledger.claim()))
     assert shares == [[0, 2, 4], [1, 3]]
-    assert capsys.readouterr().out.count("has no locks: each of the 2 ranks keeps to its share") == 2
+    assert capsys.readouterr().out.count("has no locks: each of 2 ranks builds only its share") == 2
 
 
 def test_tars_of_many_shapes(tmp_path, capsys):

@@ -207,7 +207,7 @@ LAYERED = {
     "base changed": (lambda r: rebased(r, sha256="0" * 64), "a-lune", 2, "has changed since the overlay", False),
     "base itself": (lambda r: rebased(r, location="."), "a-lune", 2, "its overlays have no base", False),
     "base of other images": (of_other_images, "a-lune", 1, "other origin hashes for it than the base's", True),
-    "manifest lost": (lambda r: (r / "a-lune/manifest.json").unlink(), "a-lune", 2, "this is an overlay, and nei", False),
+    "manifest lost": (lambda r: (r / "a-lune/manifest.json").unlink(), "a-lune", 2, "this is an overlay", False),
 }
 
 

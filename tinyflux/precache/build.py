@@ -1,4 +1,4 @@
-"""One build, whatever its recipe: check, list, load, run, merge."""
+"""The steps of every build, for any recipe: check, list inputs, load models, run, write the manifest."""
 
 import tempfile
 import time
@@ -19,9 +19,10 @@ from tinyflux.shards.writer import write_null
 
 
 def recipe_of(source: Source, only: tuple[str, ...] = ()) -> type[Recipe]:
-    """What a source, or with `only` an overlay of it, is built by. Raises ValueError where it has no images for one."""
+    """The recipe that builds a source, or with `only` an overlay of it. Raises ValueError for `only` if the source has
+    no images."""
     if only and not isinstance(source, ImageSource):
-        raise ValueError(f"[{source.name}] is of kind {source.kind!r}: it has no images, so leave out --only")
+        raise ValueError(f"[{source.name}] is of kind {source.kind!r}, which has no images: leave out --only")
     module, _, cls = ("overlay:Overlay" if only else source.recipe).partition(":")
     return getattr(import_module(f"tinyflux.precache.{module}"), cls)
 
@@ -36,13 +37,13 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
     asked = recipe.asked(begun.get("settings", {}))
     if begun:
         if "only" in begun and "only" not in asked:
-            raise LedgerError(f"{ledger.out}: was begun with --only: finish it by the same command")
+            raise LedgerError(f"{ledger.out}: this build was started with --only: finish it with the same command")
         ledger.check(asked)
         recipe.check(begun)
         if not config.append and ledger.complete():
             return say_complete(ledger, config.max_rejected, "" if place.rank else recipe.changes(), quiet=quiet)
     recipe.probe()
-    ledger.out.mkdir(parents=True, exist_ok=True)  # before the models: a folder that can't be written is quickly told
+    ledger.out.mkdir(parents=True, exist_ok=True)  # before loading models, so that an unwritable folder fails fast
     producers = recipe.load(begun)
     with ledger.lock():
         ledger.begin(asked | {"producers": producers}, recipe.base)
@@ -62,7 +63,7 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
 
 
 def estimate(recipe: FromImages, world: int) -> int:
-    """Build a few batches into a folder that is thrown away, and print what the whole build would take."""
+    """Build a few batches into a temporary folder, and print the time and space of the whole build."""
     config = recipe.config
     batch = config.shard_size if config.low_memory else config.batch_size
     recipe.asked({})
@@ -86,20 +87,20 @@ def estimate(recipe: FromImages, world: int) -> int:
     if not made:
         reason = notes[0]["rejected"][0]["reason"] if notes else "there are none"
         raise LedgerError(f"all of the first {engine.images} inputs are rejected: {reason}, ...")
-    (start, warm, before), (end, images, after) = marks[0], marks[-1]  # the first batch pays for warming up
+    (start, warm, before), (end, images, after) = marks[0], marks[-1]  # the first batch is the warm-up
     if images == warm:
         option = "--shard-size" if config.low_memory else "--batch-size"
         raise LedgerError(f"--estimate needs more than {batch} inputs, or a smaller {option}")
     rate = (images - warm) / (end - start)
     each, kept = sum(shard["bytes"] for shard in shards) / made, made / engine.images
     device = recipe.zoo.device.type.upper()
-    print(f"{name}: {rate:.1f} images/s a rank, from {images - warm} of them; {1 - kept:.1%} rejected")
+    print(f"{name}: {rate:.1f} images/s per rank, measured on {images - warm} images; {1 - kept:.1%} rejected")
     for inputs, n in ((f"all {count} inputs", count), ("a million inputs", 10**6)):
         if n is not None:
             hours, size = n / rate / 3600, n * kept * each / 1e9
             on = f", {hours / world:.2f} hours on {world} ranks" if world > 1 else ""
-            print(f"  {inputs}: {hours:.2f} {device}-hours{on}, {size:.2f} GB at {each / 1e3:.1f} kB a sample")
+            print(f"  {inputs}: {hours:.2f} {device}-hours{on}, {size:.2f} GB at {each / 1e3:.1f} kB per sample")
     spent = after - before
     print(f"  time by model: {shares(spent)}; {sum(spent.values()) / (end - start):.0%} of the whole")
-    print(f"  feed: a trainer reads {each / 1e3:.1f} MB/s for every 1000 samples/s that it takes")
+    print(f"  reading: training at 1000 samples/s reads {each / 1e3:.1f} MB/s")
     return 0

@@ -1,4 +1,4 @@
-"""Shards of what a notebook holds, through the engine of `sharding.build`: images and prompts, or a legacy cache."""
+"""Build shards from a notebook, with the engine of `sharding.build`: from images and prompts, or a legacy cache."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ _loading = Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class InMemory(ImageSource):
-    """Images and prompts that are at hand, a sample each, in their order.
+    """Images and prompts in memory, one sample each, in their order.
 
     images: PIL images, paths, arrays uint8 [H, W, 3] or tensors [3, H, W] (float in [-1, 1], or uint8).
     """
@@ -46,7 +46,7 @@ class InMemory(ImageSource):
         super().__post_init__()
         images, prompts = self.images, self.texts
         if len(images) != len(prompts) or not len(prompts):
-            raise ValueError(f"{len(images)} images and {len(prompts)} prompts: one of each per sample, at least one")
+            raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one prompt per image")
         wrong = next((i for i, text in enumerate(prompts) if not isinstance(text, str)), None)
         if isinstance(prompts, str) or wrong is not None:
             kind = "one text" if wrong is None else f"{type(prompts[wrong]).__name__} at number {wrong}"
@@ -68,12 +68,11 @@ class InMemory(ImageSource):
 
 
 def build_cache(folder: Path, zoo: "ModelZoo", images: Sequence, prompts: Sequence[str], config: BuildConfig) -> None:
-    """Build the shards of images and prompts into a folder; a folder that has some of them gets the others.
+    """Build the shards of images and prompts into a folder; shards that exist are kept.
 
-    Raises ValueError where images and prompts don't go together, an image cannot be read, or the folder was begun
-    with something else.
+    Raises ValueError if images and prompts do not match, an image cannot be read, or the folder has another build.
     """
-    shard_name(config.source, 0)  # refuses a name that is no file name
+    shard_name(config.source, 0)  # refuses a name that is not a plain file name
     source = InMemory(
         name=config.source,
         kind="memory",
@@ -104,20 +103,20 @@ def _describe(image) -> list:
 
 
 def _readable(image) -> bytes | Image.Image:
-    """An image of any accepted kind as `prepare` takes it. Raises TypeError, OSError."""
+    """An image of any accepted kind, for `prepare`. Raises TypeError, OSError."""
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
     if isinstance(image, Image.Image):
-        with _loading:  # one object may stand for several samples, and Pillow loads it in one thread only
+        with _loading:  # several samples may share an object, and Pillow must load it in one thread
             image.load()
         return image
     if isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3:
         if image.is_floating_point():
-            if not image.isfinite().all():  # as uint8 it would be a black picture
+            if not image.isfinite().all():  # converting it to uint8 would give a black picture
                 raise TypeError("the tensor has NaN or infinity")
             image = to_uint8(image)
         image = image.permute(1, 2, 0).contiguous().cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
     kind = f"{type(image).__name__} {' '.join(map(str, _describe(image)))}"
-    raise TypeError(f"{kind} is no PIL image, path, uint8 array [H, W, 3] or tensor [3, H, W] of uint8 or in [-1, 1]")
+    raise TypeError(f"{kind} is not a PIL image, path, uint8 array [H, W, 3] or tensor [3, H, W], uint8 or in [-1, 1]")

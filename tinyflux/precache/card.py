@@ -1,4 +1,4 @@
-"""The dataset card of a Hub repo of sources: one config a source for `datasets`, and what each source holds."""
+"""The dataset card of a Hub repo of sources: one `datasets` config per source, and what each source contains."""
 
 import io
 import json
@@ -21,10 +21,10 @@ COLUMNS, ROWS, SIDE = 8, 3, 128  # of the sheet of previews, pixels a side
 def render(
     old: str, repo: str, manifests: dict[str, Manifest], with_preview: set[str], license_id: str | None = None
 ) -> str:
-    """The text of README.md: `old` with its configs and its marked part brought up to date, the rest as it is.
+    """The text of README.md: `old` with its configs and its marked section updated, and the rest unchanged.
 
-    manifests: by the folder of the repo that they are in. with_preview: those folders that have a `PREVIEW`.
-    license_id: as the Hub knows it; without one, that of `old` stays.
+    manifests: by their folder in the repo. with_preview: folders that have a `PREVIEW`. license_id: the Hub's
+    identifier; without one, that of `old` is kept.
     """
     card = DatasetCard(cards.begun(old, repo))
     data = card.data.to_dict()
@@ -44,7 +44,7 @@ def render(
 
 
 def size_category(count: int) -> str:
-    """The Hub's name for how many samples there are."""
+    """The Hub's name for this number of samples."""
     edges = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
     at = sum(count >= 10**power for power in range(3, 13))
     if at == 0:
@@ -62,7 +62,7 @@ def joined(name: str, dtype: str) -> str:
 
 
 def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
-    """What the card says of one source."""
+    """The card's section about one source."""
     fields = flat(manifest.groups)
     rows = [f"| `{name}` | {field.dtype} | {', '.join(map(str, field.shape))} |" for name, field in fields.items()]
     producers = {name: group.producer for name, group in manifest.groups.items()}
@@ -86,8 +86,8 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
             "",
             *_counts(manifest),
             "A sample is a few members of a WebDataset tar: its tensors as zstd-compressed safetensors, a `.json` with "
-            "the prompts and the image's origin, maybe a `.jpg` preview. The elements of a tensor are stored as planes "
-            "of bytes, the lowest first; one line of numpy joins them:",
+            "the prompts and the image's origin, and optionally a `.jpg` preview. Tensors are stored as byte planes, "
+            "the lowest byte first; one line of numpy joins them:",
             "",
             f"    x = safetensors.numpy.load(zstandard.decompress(data))     # data: a member {member}*{SUFFIX}",
             f"    {joined(first, field.dtype)}",
@@ -97,7 +97,7 @@ def section(repo: str, folder: str, manifest: Manifest, preview: bool) -> str:
             "",
             "Produced by:",
             "",
-            *("    " + line for line in produced.splitlines()),  # indented: no text in it can end the block
+            *("    " + line for line in produced.splitlines()),  # indented, so that no text in it can end the block
         ]
     )
 
@@ -107,11 +107,11 @@ def _of_base(manifest: Manifest) -> list[str]:
         return []
     groups = ", ".join(f"`{name}`" for name in manifest.groups)
     base = manifest.base.location.replace("`", "")
-    return ["", f"An overlay: it has {groups} of the samples of its base, `{base}`. Naming it names both."]
+    return ["", f"An overlay: it adds {groups} to the samples of its base, `{base}`. Name it to read both."]
 
 
 def _counts(manifest: Manifest) -> list[str]:
-    """How many samples have which latent shape, and how many captions, where they are not all alike."""
+    """Samples per latent shape, and numbers of captions, unless all samples are alike."""
     index, lines = manifest.index, []
     if len(manifest.shapes) > 1:
         shapes = ", ".join(f"{h} x {w}: {n}" for (h, w), n in manifest.samples_of_shapes().items())
@@ -123,9 +123,9 @@ def _counts(manifest: Manifest) -> list[str]:
 
 
 def contact_sheet(source: Source) -> bytes | None:
-    """A JPEG of previews of samples from all over the source; None where it has none.
+    """A JPEG of previews of samples spread over the source; None if it has none.
 
-    Equal sources give equal bytes. Raises ShardError where a shard is damaged.
+    Equal sources give equal bytes. Raises ShardError if a shard is damaged.
     """
     manifest = source.manifest
     step = max(1, manifest.count / (COLUMNS * ROWS))

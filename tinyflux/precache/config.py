@@ -1,4 +1,4 @@
-"""What to build and how: the options of `sharding.build`, and a process's place among the ranks that share a build."""
+"""The options of `sharding.build`, and a process's rank among those that share a build."""
 
 import os
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ class BuildConfig:
     sources: str | None = None
     """The sources file; default: ./sources.toml if there is one, else the packaged one."""
     kind: str | None = None
-    """What --source is where no sources file lists it: imagefolder, webdataset, jsonl, csv, hf or cache (see the
-    packaged sources.toml); --source is its location then."""
+    """Kind of a source that is not in a sources file: imagefolder, webdataset, jsonl, csv, hf or cache (see the
+    packaged sources.toml). --source is then its location."""
     dataset_id: int = 0
-    """The id of such a source; others have theirs in the sources file."""
+    """The id of such a source; other sources have theirs in the sources file."""
     list: bool = False
     """Show the known sources and stop."""
     estimate: bool = False
@@ -31,33 +31,33 @@ class BuildConfig:
     zoo: str = "flux"
     """The models: flux (from the Hub), tiny (packaged, offline), or a folder laid out like tiny."""
     revision: dict[str, str] = field(default_factory=dict)
-    """Commits or branches of the Hub's models: `--revision t5 0f1e2d... vae main`. Default: those that the build was
-    begun with, else main; what they stand for is resolved once and recorded."""
+    """Commits or branches of models on the Hub: `--revision t5 0f1e2d... vae main`. Default: those that the build
+    started with, else main; branches are resolved once and the commits recorded."""
     model_dtype: dict[str, Literal["float32", "float16", "bfloat16"]] = field(default_factory=dict)
-    """Precision that models compute in: `--model-dtype lune bfloat16 sol bfloat16`; float32 unless given."""
+    """Precision of models: `--model-dtype lune bfloat16 sol bfloat16`. Default: float32."""
     limit: Annotated[int, AtLeast(1)] | None = None
     """Take only the first N inputs."""
     only: tuple[str, ...] = ()
-    """Make only these, for all samples of a source that is finished: `lune` and `sol` also where the source has none
-    yet; `prompt` takes the captions as they are now, with their T5 states and CLIP vectors (the teachers saw the
-    first ones: `--only prompt lune sol` makes all of them). The source stays as it is: --out becomes an overlay of
-    it, a folder with these fields alone, and naming that folder names both."""
+    """Build only these for all samples of a finished source. `lune`, `sol`: add or recompute a teacher's features.
+    `prompt`: read the captions again and encode them with T5 and CLIP (the teachers saw the old first captions; to
+    recompute all: `--only prompt lune sol`). The source does not change: --out becomes its overlay, a folder with only
+    these fields that names the source as its base."""
     old: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """The folder of the source that --only starts from; default: data/SOURCE."""
     append: bool = False
-    """Take in inputs that are new since the source was built, or a larger --limit; they go last, in new shards."""
+    """Add inputs that are new since the source was built, or a larger --limit; they go last, in new shards."""
     shapes: Annotated[tuple[str, ...], Match(r"square|auto|\d+x\d+", "square, auto or WIDTHxHEIGHT")] = ("square",)
-    """What images are cut to: `square`; `auto`, the nearest of nine shapes of the same area from 1:2 to 2:1; or the
-    nearest of those that are named, in pixels: `--shapes 512x512 448x576`. A shard holds one shape."""
+    """Shapes that images are cropped to: `square`; `auto`, the nearest of nine shapes of the same area from 1:2 to 2:1;
+    or the nearest of your own shapes, in pixels: `--shapes 512x512 448x576`. A shard has one shape."""
     shard_size: Annotated[int, AtLeast(1)] = 256
-    """Inputs a shard."""
+    """Inputs per shard."""
     dtype: Literal["float16", "bfloat16"] = "float16"
     """Stored precision."""
     teacher_input: Literal["image", "noise"] = "image"
-    """What Lune and Sol look at: the noised image, or pure noise."""
+    """Input of Lune and Sol: the noised image, or pure noise."""
     timesteps: Annotated[int, Within(2, 100)] | None = None
-    """Timesteps that the teachers' features are kept at, evenly spaced from 0.05 to 0.95: fewer take less time and
-    room, training interpolates between them. Default: 10, or as many as the base of --only has."""
+    """Number of timesteps for the teachers' features, evenly spaced from 0.05 to 0.95. Fewer take less time and space;
+    training interpolates between them. Default: 10, or the number in the base of --only."""
     lune: bool = True
     """Keep Lune's features."""
     sol: bool = True
@@ -67,29 +67,29 @@ class BuildConfig:
     device: str | None = None
     """cpu, cuda, ...; default: cuda if there is one, else cpu. Ranks of a node take one device each."""
     low_memory: bool = False
-    """Have one model in memory at a time: each runs over a whole shard, then makes room for the next. The result is
-    the same; a GPU keeps the others in the CPU's memory, the CPU reads them from disk again."""
+    """Keep one model in memory at a time: each runs over a whole shard, then the next is loaded. The result is the
+    same. On a GPU the other models wait in CPU memory; on a CPU they are read from disk again."""
     compile: bool = False
-    """Compile the UNets and the VAEs' encoders: minutes at the start, faster then; it changes the last bits."""
+    """Compile the UNets and the VAEs' encoders: takes minutes to start, then runs faster; changes the last bits."""
     batch_size: Annotated[int, AtLeast(1)] | None = None
-    """Images encoded at once; it changes the last bits of the result. Default: 16, or 64 with the tiny zoo, where a
-    call of a model costs more than an image."""
+    """Images to encode at once; changes the last bits of the result. Default: 16, or 64 with the tiny zoo, where a
+    model call costs more than an image."""
     threads: Annotated[int, AtLeast(1)] | None = None
-    """Threads of the CPU's kernels; they change the last bits too. Default: the cores of this rank, but 1 on a GPU or
-    with the tiny zoo, where thread synchronisation costs more than it saves."""
+    """Threads of CPU kernels; also changes the last bits. Default: the cores of this rank, but 1 on a GPU or with the
+    tiny zoo, where thread synchronisation costs more than it saves."""
     workers: Annotated[int, AtLeast(1)] | None = None
     """Threads that read images, and as many that compress. Default: the cores of this rank, at most 16."""
     seed: int = 0
-    """Everything random in a build is keyed by it, the dataset id and the input's number."""
+    """Every random draw of a build is keyed by this seed, the dataset id and the input's number."""
     max_rejected: Annotated[float, Within(0, 1)] = 0.01
-    """Exit with status 1 if a larger fraction of the inputs was left out."""
+    """Exit with status 1 if a larger fraction of the inputs is rejected."""
 
     def __post_init__(self):
         if self.batch_size is None:
             self.batch_size = 64 if self.zoo == "tiny" else 16
         check(self, "--")
         if self.compile and self.low_memory:
-            raise ValueError("--compile with --low-memory would compile each model again for each shard: choose one")
+            raise ValueError("--compile with --low-memory would compile each model again for each shard: use only one")
         if self.only and not self.out:
             raise ValueError("--only needs --out, the folder of the overlay: the source stays as it is")
         if self.old and not self.only:
@@ -103,9 +103,9 @@ class BuildConfig:
             "--kind cache": self.kind == "cache",
         }
         if self.only and (wrong := [name for name, given in unfit.items() if given]):
-            raise ValueError(f"--only takes the source as it is: leave out {', '.join(wrong)}")
+            raise ValueError(f"--only uses the inputs of the finished source: leave out {', '.join(wrong)}")
         if len(self.shapes) > 1 and {"square", "auto"} & {*self.shapes}:
-            raise ValueError(f"--shapes {' '.join(self.shapes)}: square and auto stand alone")
+            raise ValueError(f"--shapes {' '.join(self.shapes)}: square and auto cannot be combined with other shapes")
         if not 1 <= len(self.shapes) <= 64:
             raise ValueError("--shapes takes 1 to 64 shapes")
         if not self.source and not self.list:
@@ -113,17 +113,17 @@ class BuildConfig:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of tensors that are made of each image."""
+        """The groups of tensors to build for each image."""
         return sample_groups(self.lune, self.sol)
 
 
 def sample_groups(lune: bool, sol: bool) -> tuple[str, ...]:
-    """The groups of a whole sample, with or without its teachers'."""
+    """All groups of a sample, with or without the teachers'."""
     return ("latents", "text", *["lune"] * lune, *["sol"] * sol)
 
 
 class Place(NamedTuple):
-    """A process among those that share a build."""
+    """A process's rank among those that share a build."""
 
     rank: int = 0
     world: int = 1
@@ -151,5 +151,5 @@ class Place(NamedTuple):
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise ValueError(f"environment variable {name} must be a whole number, not {text!r}")
+        raise ValueError(f"environment variable {name} must be an integer, not {text!r}")
     return int(text)

@@ -1,7 +1,7 @@
-"""The one pass of a build: read in threads, encode on the device, pack and write in threads.
+"""The build engine: read in threads, encode on the device, pack and write in threads.
 
-Batches hold the accepted inputs of one shard in order and never cross into the next, so their composition, and with
-it every bit of the result, depends neither on ranks nor on restarts.
+A batch has accepted inputs of one shard only, in order. So batches, and thus all bits of the result, do not depend on
+ranks or restarts.
 """
 
 import time
@@ -53,17 +53,17 @@ class Engine:
     """Encode all batches of a shard in one call: for models that are loaded one at a time."""
     stages: Stages = field(default_factory=Stages)
     images: int = 0
-    """Inputs done with so far, rejects included."""
+    """Inputs processed so far, including rejected ones."""
     rejects: int = 0
-    """Inputs left out of the shards written so far."""
+    """Rejected inputs of the shards written so far."""
     _expected: dict[str, Field] = field(default_factory=dict)
-    """Fields that all samples have: those of the first."""
+    """The first sample's fields, which all samples must have."""
 
     def run(self, progress: Callable[[], None]) -> None:
         """Build the parts that this process can claim. `progress` is called after each batch and each shard.
 
-        Raises OSError where a shard cannot be written, ValueError where the recipe accepts no rejects and there is
-        one; the finished shards stay.
+        Raises OSError if a shard cannot be written, ValueError for a rejected input if the recipe allows none. Finished
+        shards are kept.
         """
         decode, compress = (ThreadPoolExecutor(self.workers, name) for name in ("decode", "compress"))
         lister, writer = ThreadPoolExecutor(1, "list"), ThreadPoolExecutor(1, "write")
@@ -87,7 +87,7 @@ class Engine:
                     progress()
                 done = writer.submit(self._finish, work, pending, rejected, contents, part if last else None)
                 writing.append(done)
-                while len(writing) > 1:  # only one shard is written while the next is encoded
+                while len(writing) > 1:  # write at most one shard while the next is encoded
                     with self.stages.time("wait for write"):
                         writing.popleft().result()
                 progress()
@@ -100,7 +100,7 @@ class Engine:
                 pool.shutdown(cancel_futures=True)
 
     def _works(self, lister: ThreadPoolExecutor) -> Iterator[tuple[int, Work, bool]]:
-        """(part, shard to be made, whether it is the part's last); the next part is listed while one is built."""
+        """(part, shard to build, whether it is the part's last). The next part is listed while one is built."""
         parts = self.ledger.claim()
 
         def following() -> tuple[int, list[Work]] | None:
@@ -124,7 +124,7 @@ class Engine:
         self.ledger.release(part)
 
     def _ahead(self, pool: ThreadPoolExecutor, lister: ThreadPoolExecutor) -> Iterator[tuple]:
-        """(shard, (part, work, last), task, Ready or Rejected) in order, two batches and more read ahead."""
+        """(shard, (part, work, last), task, Ready or Rejected) in order; reads at least two batches ahead."""
         queue: deque[tuple] = deque()
         window = 2 * self.batch_size + 2 * self.workers
         for place in self._works(lister):
@@ -149,7 +149,7 @@ class Engine:
             return *place, future.result()
 
     def _batches(self, entries: Iterable[tuple], rejected: list[dict]) -> Iterator[list[Ready]]:
-        """Batches of the accepted inputs, the last one maybe short; the others are added to `rejected`."""
+        """Batches of the accepted inputs, the last one may be smaller; rejected inputs are added to `rejected`."""
 
         def accepted():
             for _, _, task, result in entries:
@@ -164,14 +164,14 @@ class Engine:
             yield batch
 
     def _groups(self, batches: Iterator[list[Ready]]) -> Iterator[list[list[Ready]]]:
-        """The batches of a shard that are encoded in one call."""
+        """The batches of a shard, grouped by call of `encode`."""
         if not self.whole_shards:
             yield from ([batch] for batch in batches)
         elif group := list(batches):
             yield group
 
     def _pack(self, ready: Ready, tensors: dict[str, Tensor], shape: tuple[int, int] | None):
-        """(shape, members) of a sample, in a thread; Rejected where its tensors are not fit to be trained on."""
+        """(shape, members) of a sample, in a thread; Rejected if its tensors are unfit for training."""
         with self.stages.time("compress"):
             try:
                 found = check_tensors(tensors, self._expected, shape)
@@ -217,7 +217,7 @@ def check_tensors(
 ) -> tuple[int, int] | None:
     """The latent shape (h, w) of a sample's tensors, if they have one.
 
-    Raises Rejected where they have NaN or infinity, other fields or another shape, or latents that are all equal.
+    Raises Rejected for NaN or infinity, for other fields or another shape, or if all latents are equal.
     """
     found_shape = shape_of(tensors)
     if shape is not None and found_shape not in (None, shape):

@@ -1,4 +1,4 @@
-"""Images and captions -> the tensors of a sample, a function a group; a teacher is added by one more of them."""
+"""Images and captions -> the tensors of a sample, with one function per group. To add a teacher, add its function."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from tinyflux.util.predictions import flow_x_t
 
 TEACHER_INPUTS = ("image", "noise")
 SOL_SIZE = 8
-TOKENS = {"cpu": 1 << 14, "accelerator": 1 << 18}  # latent pixels that go through a teacher at once
+TOKENS = {"cpu": 1 << 14, "accelerator": 1 << 18}  # latent pixels per call of a teacher
 
 Tensors = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Images and their captions. `pixels`: float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3], None where no group
+    """Images and their captions. `pixels`: float32 [B, 3, H, W] in [-1, 1] or uint8 [B, H, W, 3], None if no group
     needs them; `seeds` int64 [B] key the teachers' noise."""
 
     pixels: Tensor | None
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     seeds: Tensor
 
     def on(self, device: torch.device) -> Tensor:
-        """float32 [B, 3, H, W] in [-1, 1] on a device; bytes are moved, and converted there."""
+        """float32 [B, 3, H, W] in [-1, 1] on a device; uint8 pixels are converted there."""
         if self.pixels.dtype != torch.uint8:
             return self.pixels.to(device)
         pixels = self.pixels.pin_memory() if device.type == "cuda" else self.pixels
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Extraction:
-    """One call of `extract_batches`: its batches, and what several groups need of them, which is computed once."""
+    """One call of `extract_batches`: its batches, and intermediate results that several groups share."""
 
     zoo: ModelZoo
     batches: list[Batch]
@@ -57,7 +57,7 @@ class Extraction:
         return self._clip
 
     def teacher_inputs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What a UNet sees of each batch: latents [B, K, 4, h, w], timesteps [K] and context [B, 77, D]."""
+        """A UNet's inputs for each batch: latents [B, K, 4, h, w], timesteps [K] and context [B, 77, D]."""
         contexts = [hidden for _, hidden in self.clip()]
         if not self._sd_latents:
             with self.zoo.using("sd_vae"):
@@ -83,14 +83,14 @@ def text(run: Extraction) -> list[Tensors]:
 
 
 def lune(run: Extraction) -> list[Tensors]:
-    """`lune` [B, K, D], K the timesteps."""
+    """`lune` [B, K, D] at K timesteps."""
     inputs = run.teacher_inputs()
     with run.zoo.using("lune") as unet:
         return [_in_chunks(lambda *x: {"lune": lune_features(unet, *x)}, unet, *each) for each in inputs]
 
 
 def sol(run: Extraction) -> list[Tensors]:
-    """`sol_stats` [B, K, 3] and `sol_spatial` [B, K, 8, 8], K the timesteps."""
+    """`sol_stats` [B, K, 3] and `sol_spatial` [B, K, 8, 8] at K timesteps."""
     inputs = run.teacher_inputs()
 
     def statistics(*x: Tensor) -> Tensors:
@@ -102,12 +102,12 @@ def sol(run: Extraction) -> list[Tensors]:
 
 
 class Extractor(NamedTuple):
-    """What makes a group of a sample's tensors, and the models that it takes, in the order in which they run."""
+    """The function that makes a group of tensors, and the models that it needs, in the order in which they run."""
 
     run: Callable[[Extraction], list[Tensors]]
     models: tuple[str, ...]
     of_image: bool = True
-    """Whether it looks at the image, not at its captions alone."""
+    """Whether it needs the image, not only the captions."""
     is_teacher: bool = False
     """Whether it depends on `teacher_input` and on the sample's seed."""
 
@@ -121,7 +121,7 @@ EXTRACTORS = {
 
 
 def models_of(groups: Iterable[str]) -> list[str]:
-    """The models that these groups take, in the order in which they run."""
+    """The models that these groups need, in the order in which they run."""
     groups = set(groups)
     return list(dict.fromkeys(m for name, each in EXTRACTORS.items() if name in groups for m in each.models))
 
@@ -138,17 +138,17 @@ def extract_batches(
 ) -> list[Tensors]:
     """The tensors of these groups for each batch, in `dtype` on the CPU.
 
-    It goes group by group through all batches, so that a zoo of `one_at_a_time` loads each model once. A sample's
-    tensors don't depend on the rest of its batch. Raises ValueError for unknown groups and batches of uneven length.
+    Each group is computed for all batches before the next, so that a zoo with `one_at_a_time` loads each model once. A
+    sample's tensors don't depend on the rest of its batch. Raises ValueError for unknown groups and uneven batches.
     """
     groups = set(groups)
     if unknown := groups - EXTRACTORS.keys():
-        raise ValueError(f"nothing extracts {', '.join(sorted(unknown))}; known: {', '.join(EXTRACTORS)}")
+        raise ValueError(f"no extractor for {', '.join(sorted(unknown))}; known groups: {', '.join(EXTRACTORS)}")
     for batch in batches:
         if not len(batch.prompts if batch.pixels is None else batch.pixels) == len(batch.prompts) == len(batch.seeds):
             raise ValueError(
                 f"{len(batch.pixels)} images, {len(batch.prompts)} prompts and {len(batch.seeds)} seeds: "
-                "one of each per sample"
+                "give one of each per sample"
             )
     run, found = Extraction(zoo, batches, teacher_input, timesteps), [{} for _ in batches]
     for name, extractor in EXTRACTORS.items():
@@ -156,7 +156,7 @@ def extract_batches(
             for sample, tensors in zip(found, extractor.run(run), strict=True):
                 sample.update({key: x.to(dtype).to("cpu", non_blocking=True) for key, x in tensors.items()})
     if zoo.device.type == "cuda":
-        torch.cuda.synchronize(zoo.device)  # once, for all the copies
+        torch.cuda.synchronize(zoo.device)  # once for all copies
     return found
 
 
@@ -193,11 +193,11 @@ def _in_chunks(features: Callable[..., Tensors], unet, latents: Tensor, timestep
 def teacher_inputs(
     latents: Tensor, seeds: Tensor, teacher_input: str = "image", timesteps: tuple[float, ...] = BUCKETS
 ) -> tuple[Tensor, Tensor]:
-    """What the teachers see at each t of a grid.
+    """The teachers' inputs at each t of a grid.
 
     latents [B, 4, h, w] of the SD VAE, seeds int64 [B]. Returns [B, K, 4, h, w] float32 and teacher timesteps [K].
-    "image": x_t at timestep 1000 (1 - t), the teachers' own convention. "noise": pure noise at timestep 1000 t, which
-    is what the published heads were distilled from. A sample's noise is the same at all of its timesteps.
+    "image": x_t at timestep 1000 (1 - t), the teachers' own convention. "noise": pure noise at timestep 1000 t, from
+    which the published heads were distilled. A sample has the same noise at all timesteps.
     """
     if teacher_input not in TEACHER_INPUTS:
         raise ValueError(f"teacher_input is {teacher_input!r}; known: {', '.join(TEACHER_INPUTS)}")
@@ -216,7 +216,7 @@ def null_embeddings(zoo: ModelZoo, dtype: torch.dtype = torch.float16) -> Tensor
 
 
 def load_for(zoo: ModelZoo, groups: Iterable[str]) -> None:
-    """Load what these groups need and the zoo has not; with `one_at_a_time` each is only tried, for the fingerprint."""
+    """Load the models that these groups need. With `one_at_a_time`, each is loaded only once, for the fingerprint."""
     for name in models_of(groups):
         if zoo.one_at_a_time:
             with zoo.using(name):
@@ -228,7 +228,7 @@ def load_for(zoo: ModelZoo, groups: Iterable[str]) -> None:
 def producers(
     zoo: ModelZoo, groups: Iterable[str], dtype: torch.dtype, *, teacher_input: str = "image", seed: int = 0
 ) -> dict[str, dict]:
-    """What decides the tensors of each group: models, precision, and for teachers what they looked at.
+    """The producer of each group: models, precision, and the input of teachers.
 
     zoo: with its models loaded.
     """

@@ -1,4 +1,4 @@
-"""Remote files of a source: tars, kept while they are worked on, and single images."""
+"""Remote files of a source: tars, which are kept while they are read, and single images."""
 
 import time
 from contextlib import closing
@@ -12,20 +12,20 @@ from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import DownloadError, HttpClient
 from tinyflux.util.files import cache_folder
 
-OUTAGE = 20.0  # seconds without a byte, and those of all tries of an image
-DEADLINE = 300.0  # seconds for an image in all: a server may send a byte a minute
+OUTAGE = 20.0  # seconds without a byte, over all tries of an image
+DEADLINE = 300.0  # seconds for an image in total: a server may send a byte per minute
 IMAGE_LIMIT = 1 << 28  # bytes of an image at a URL
 
 
 def is_url(name: str) -> bool:
-    """Whether a list names an image by a URL that is read here."""
+    """Whether an image's name in a list is a URL that can be downloaded."""
     return name.startswith(("http://", "https://"))
 
 
 def read_url(url: str, most: int | None = None) -> bytes:
-    """An image at a URL, of at most IMAGE_LIMIT bytes; tried again where the server or the network fails.
+    """Download an image of at most IMAGE_LIMIT bytes, with retries if the server or the network fails.
 
-    most: bytes of its beginning that are enough. Raises Rejected.
+    most: read only so many bytes from its start. Raises Rejected.
     """
     patience, end = remote.Patience(url, OUTAGE), time.monotonic() + DEADLINE
 
@@ -36,7 +36,7 @@ def read_url(url: str, most: int | None = None) -> bytes:
             for chunk in chunks:
                 data += chunk.data
                 if time.monotonic() > end:
-                    raise DownloadError(f"only {len(data)} bytes came in {DEADLINE:g} s")
+                    raise DownloadError(f"only {len(data)} bytes arrived in {DEADLINE:g} s")
                 if most is not None and len(data) >= most:
                     break
                 if len(data) > IMAGE_LIMIT:
@@ -46,13 +46,13 @@ def read_url(url: str, most: int | None = None) -> bytes:
     try:
         return patience.of(read)
     except (DownloadError, ValueError) as error:
-        raise Rejected(f"cannot be fetched: {error}") from error
+        raise Rejected(f"cannot be downloaded: {error}") from error
 
 
 def download(url: str) -> Path:
     """A local copy of a file at http(s)://, hf://, s3:// or gs://. Raises SourceError.
 
-    Processes that want the same file wait for one of them.
+    Processes that need the same file share one download.
     """
     try:
         return remote.download(url, _cache(cache_folder()))

@@ -1,4 +1,4 @@
-"""The recipe of a source of images: caption and cut each, encode it, keep what the models make of it."""
+"""The recipe for a source of images: read captions, crop each image, compute all features."""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class FromImages(Listed):
-    """What `sharding.build` makes of a source: everything of every image."""
+    """Builds all groups of every image."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class FromImages(Listed):
         return models.producers_of(self.zoo, self.groups, self.pictures, self.config)
 
     def new_zoo(self, device: str, begun: dict) -> "ModelZoo":
-        """The models; `begun`: the fingerprints of the build that is resumed."""
+        """The models; `begun`: the fingerprints of a resumed build."""
         return models.zoo_of(self.config, device, begun)
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of what images are cut to. Raises ValueError."""
+        """(height, width)s in pixels that images are cropped to. Raises ValueError."""
         step = models.step_of(self.zoo)
         if self.config.shapes == ("square",):
             return [(self.size, self.size)]
@@ -116,7 +116,7 @@ class FromImages(Listed):
         return chunks
 
     def shape_of(self, item: Input) -> int:
-        """The number of the shape that an image gets, by its header; of one that cannot be read the squarest."""
+        """The number of an image's shape, from its header; the squarest shape for an unreadable image."""
         try:
             size = self.source.read_size(item)
         except (Rejected, OSError):
@@ -125,7 +125,7 @@ class FromImages(Listed):
 
     @property
     def pictures(self) -> dict:
-        """How images are cut and resized, for the fingerprint."""
+        """How images are cropped and resized, for the fingerprint."""
         shapes = [f"{width}x{height}" for height, width in self.shapes]
         return {
             "resolution": self.size,
@@ -164,21 +164,21 @@ class FromImages(Listed):
         return null_embeddings(self.zoo, getattr(torch, self.config.dtype))
 
     def seed_of(self, index: int) -> int:
-        """An input's key for everything random, signed 64-bit."""
+        """The seed of an input's random draws, signed 64-bit."""
         return rng.signed_key(self.config.seed, self.source.dataset_id, index)
 
     def task(self, index: int, item: Input, shape: int) -> Task:
         return Task(index, item.origin, partial(self.read, index, item, shape))
 
     def read(self, index: int, item: Input, shape: int = 0) -> Ready:
-        """One input, in a thread: its captions by the rule, its image cut to a shape. Raises Rejected."""
+        """Read one input, in a thread: its captions by the source's rule, its image cropped. Raises Rejected."""
         seed = self.seed_of(index)
         prompts, image = self.source.prompts(item, seed), self.source.read_image(item)
         picture = self.cut(image, seed, shape)
         return Ready(index, item.origin, seed, prompts, picture, content=content_hash(image, prompts))
 
     def cut(self, image, seed: int, shape: int = 0) -> Picture:
-        """An image cut to a shape by the source's rules. Raises Rejected."""
+        """Crop an image to a shape by the source's rules. Raises Rejected."""
         source = self.source
         return prepare(
             image,
@@ -199,7 +199,7 @@ class FromImages(Listed):
         return encode_sample(sample_key(self.source.dataset_id, ready.index), tensors, meta, picture)
 
     def meta(self, ready: Ready) -> dict:
-        """What a sample's .json says, without where its image was cut."""
+        """The content of a sample's .json, without the crop."""
         return {
             "prompts": list(ready.prompts),
             "source": self.source.name,
@@ -217,10 +217,10 @@ def encode(
     timesteps: tuple[float, ...],
     pixels: list[Tensor | None] | None = None,
 ) -> list[dict]:
-    """The tensors of batches that are read, on the CPU. Teachers see an image's first caption.
+    """The tensors of batches, on the CPU. Teachers see an image's first caption.
 
-    pixels: of each batch, where they are not those of its pictures.
-    The texts of a sample have one row a caption: `t5_embeds` [N, L, D] and `clip_pooled` [N, D].
+    pixels: of each batch; default: those of its pictures.
+    A sample's text tensors have one row per caption: `t5_embeds` [N, L, D] and `clip_pooled` [N, D].
     """
     from tinyflux.precache.extract import extract_batches
 
@@ -238,7 +238,7 @@ def encode(
 
 
 def _add_captions(zoo: "ModelZoo", group: list[list[Ready]], made: list[dict], config: BuildConfig) -> None:
-    """Give each sample a row for each of its captions, in the place of the first alone."""
+    """Replace each sample's text tensors of the first caption by those of all its captions."""
     from tinyflux.precache.extract import Batch, extract_batches
 
     names = ("t5_embeds", "clip_pooled")
@@ -261,7 +261,7 @@ def _add_captions(zoo: "ModelZoo", group: list[list[Ready]], made: list[dict], c
 
 
 def as_batch(batch: list[Ready], pixels: Tensor | None = None):
-    """Inputs that are read, as the models take them; `pixels` where these are not those of their pictures."""
+    """Read inputs as a batch for the models; `pixels` replace those of their pictures."""
     from tinyflux.precache.extract import Batch
 
     pictures = [ready.picture for ready in batch]

@@ -1,4 +1,4 @@
-"""The recipe of a source of latents: they are kept, captions are encoded, and the teachers see what the VAE decodes."""
+"""The recipe for a source of latents: keep them, encode the captions, and decode them with the VAE for the teachers."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -16,17 +16,17 @@ from tinyflux.util.pixels import to_uint8
 
 PROBED = 32
 SPREAD = 0.5, 1.7
-"""Standard deviation of many scaled latents; raw ones taken for scaled have 2.8, scaled ones taken for raw 0.36."""
+"""Range of scaled latents' standard deviation; a wrong `scaling` gives 2.8 (raw as scaled) or 0.36 (scaled as raw)."""
 
 
 class FromLatents(FromImages):
-    """What `sharding.build` makes of a source of kind "latents"."""
+    """Builds a source of kind "latents"."""
 
     several_shapes = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self._previews: dict[int, Tensor] = {}  # of samples that are encoded and not packed yet
+        self._previews: dict[int, Tensor] = {}  # of samples that are encoded but not packed yet
 
     def asked(self, begun: dict) -> dict:
         if self.config.shapes != ("square",):
@@ -35,7 +35,7 @@ class FromLatents(FromImages):
 
     @property
     def teaches(self) -> bool:
-        """Whether a teacher looks at the pictures."""
+        """Whether a teacher needs the pictures."""
         from tinyflux.precache.extract import EXTRACTORS
 
         return any(EXTRACTORS[name].of_image for name in self.groups if name != "latents")
@@ -55,7 +55,7 @@ class FromLatents(FromImages):
         return given | {"colours": COLOURS, "seed": self.config.seed}
 
     def check_scale(self) -> None:
-        """Raises SourceError where the first latents are not scaled as the source says."""
+        """Raises SourceError if the first latents contradict the source's `scaling`."""
         found = []
         for item in islice(self.some_inputs(), PROBED):
             try:
@@ -66,11 +66,11 @@ class FromLatents(FromImages):
         if not SPREAD[0] <= std <= SPREAD[1]:
             raise SourceError(
                 f"[{self.source.name}] scaling: {self.source.scaling!r} cannot be right: with it the first {len(found)}"
-                f" latents have a standard deviation of {std:.2f}, where about 1 is expected"
+                f" latents have a standard deviation of {std:.2f}, but about 1 is expected"
             )
 
     def some_inputs(self):
-        """Inputs, in no particular order."""
+        """Some inputs, in any order."""
         source = self.source
         if (parts := source.parts()) is not None:
             return (item for name, _ in parts for item in source.inputs_of(name))
@@ -79,7 +79,7 @@ class FromLatents(FromImages):
         return (item for item in self.listing.now())
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Given latents as the format keeps them: the VAE's output times its scaling factor."""
+        """The latents in the format's scaling: the VAE's output times its scaling factor."""
         config = self.zoo.required("vae").config
         if latents.shape[-3] != config.latent_channels:
             raise Rejected(f"wrong latents: {latents.shape[-3]} channels, the zoo's VAE has {config.latent_channels}")
@@ -90,7 +90,7 @@ class FromLatents(FromImages):
         return latents
 
     def shape_of(self, item: Input) -> str:
-        """Width and height of an input's latents; of one that cannot be read "0x0"."""
+        """Width and height of an input's latents; "0x0" if unreadable."""
         try:
             return "{2}x{1}".format(*self.source.read_latents(item).shape)
         except (Rejected, OSError):
@@ -100,7 +100,7 @@ class FromLatents(FromImages):
         return content_hash(self.source.read_latents(item).numpy().tobytes(), self.source.prompts(item, seed))
 
     def read(self, index: int, item: Input, shape: str = "") -> Ready:
-        """One input, in a thread: its captions by the rule, its latents. Raises Rejected."""
+        """Read one input, in a thread: its captions by the source's rule, its latents. Raises Rejected."""
         seed = self.seed_of(index)
         prompts, given = self.source.prompts(item, seed), self.source.read_latents(item)
         latents, (h, w) = self.scaled(given), given.shape[1:]

@@ -1,4 +1,4 @@
-"""The recipe of a legacy cache: its rows as samples, as they are, without the groups that are not wanted."""
+"""The recipe for a legacy cache: its rows become samples unchanged, except for groups that are turned off."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,13 +16,13 @@ from tinyflux.shards.schema import GROUP_OF
 
 
 class FromLegacy(Listed):
-    """What `sharding.build` makes of a source of kind "cache"."""
+    """Builds a source of kind "cache"."""
 
     def asked(self, begun: dict) -> dict:
         config = self.config
         others = {"dtype": "float16", "teacher_input": "image", "estimate": False, "revision": {}}
         if wrong := [name for name, value in others.items() if getattr(config, name) != value]:
-            raise ValueError(f"--{wrong[0].replace('_', '-')} does not apply to a legacy cache: it is taken as it is")
+            raise ValueError(f"--{wrong[0].replace('_', '-')} does not apply to a legacy cache: leave it out")
         names = ("shard_size", "lune", "sol")
         return {
             "settings": {"source": self.source.describe()} | {name: getattr(config, name) for name in names}
@@ -35,7 +35,7 @@ class FromLegacy(Listed):
     def load(self, begun: dict) -> dict[str, dict]:
         if self.source.null is None and not self.strict:
             where = self.ledger.out / "null.safetensors"
-            print(f"{where} is zeros: the cache has no empty prompt (key null of a sources.toml)")
+            print(f"{where} is zeros: the cache has no empty prompt (to give one, set the key null in sources.toml)")
         tensors = self.source.rows.tensors
         for file, wanted in (("lune", self.config.lune), ("sol", self.config.sol)):
             for name in () if wanted else FILES[file]:
@@ -43,8 +43,8 @@ class FromLegacy(Listed):
         return {GROUP_OF[name]: PRODUCER for name in tensors}
 
     def null(self) -> dict[str, Tensor]:
-        """The empty prompt: of the file that the source names, else zeros, which the original trainer's text dropout
-        used. Raises SourceError, FileNotFoundError."""
+        """The empty prompt from the source's `null` file, else zeros, which the original trainer's text dropout used.
+        Raises SourceError, FileNotFoundError."""
         source, zeros = self.source, self.source.rows.null()
         if source.null is None:
             return zeros
@@ -65,7 +65,7 @@ class FromLegacy(Listed):
         return Task(index, item.origin, partial(self.read, index, item))
 
     def read(self, index: int, item: Input) -> Ready:
-        """A row, in a thread."""
+        """Read a row, in a thread."""
         rows = self.source.rows
         return Ready(index, item.origin, prompts=[rows.prompt(item.place)], tensors=rows.row(item.place))
 

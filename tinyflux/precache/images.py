@@ -1,11 +1,11 @@
-"""Image files of any kind -> upright sRGB pictures of a shape, or a reason why not.
+"""Image files of any kind -> upright sRGB pictures of a shape, or the reason for a rejection.
 
-Rules: EXIF orientation is applied; colours of an ICC profile become sRGB's; transparency is flattened on white; 16-bit
-grey is scaled to 8; palette, grey and CMYK become RGB.
+Rules: EXIF orientation is applied; colours of an ICC profile are converted to sRGB; transparency is flattened on white;
+16-bit grey is scaled to 8 bits; palette, grey and CMYK become RGB.
 
-Rejected: what cannot be decoded in full, animations (a frame of one rarely is what the caption says;
-the extra frames of MPO photographs and TIFF pages are ignored instead), too many pixels (checked before decoding),
-too short a side, too long a shape.
+Rejected: files that cannot be decoded completely; animations (a caption rarely describes a single frame; extra frames
+of MPO photographs and TIFF pages are ignored instead); too many pixels (checked before decoding); a side that is too
+short; an extreme aspect.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from PIL import Image, ImageCms, ImageOps
 from tinyflux.util import rng
 
 EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp gif bmp tif tiff avif jp2 ppm pgm heic heif jxl".split())
-"""What is read; .heic, .heif and .jxl where their plugins are installed."""
+"""Extensions that are read; .heic, .heif and .jxl only if their plugins are installed."""
 PICTURES = EXTENSIONS | frozenset("cr2 cr3 nef nrw arw dng raf orf rw2 pef psd svg eps exr hdr tga".split())
-"""What pictures are called; those that are not read are rejected if they have captions."""
+"""Extensions of pictures; those that are not read are rejected if they have captions."""
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF", "JXL")
-"""What files may be, whatever they are called; Pillow knows more, such as EPS, for which it runs Ghostscript."""
+"""Accepted formats, whatever the extension. Pillow knows more, such as EPS, for which it runs Ghostscript."""
 ANIMATED = frozenset(("GIF", "PNG", "WEBP", "AVIF"))
 # what Pillow's decoders raise on damaged data
 DAMAGE = (
@@ -40,26 +40,26 @@ COLOURS = "sRGB of ICC profiles"
 
 
 class Rejected(Exception):
-    """An input that is left out; the text is the reason, short, with the detail after a colon."""
+    """An input is rejected. The message is a short reason, with details after a colon."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image cut to a shape, ready to encode, and where it was cut from."""
+    """An image cropped to a shape, ready to encode, and its crop."""
 
     pixels: np.ndarray
     """uint8 [H, W, 3]."""
     size: tuple[int, int]
     """Width and height of the upright original."""
     crop: tuple[int, int, int, int]
-    """Left, top, right, bottom of the cut in the upright original."""
+    """Left, top, right, bottom of the crop in the upright original."""
     remark: str = ""
-    """What was odd about the image though it was taken."""
+    """A problem with the image that did not lead to rejection."""
 
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that can be read here: HEIC and JPEG XL need their plugins (the extra [images])."""
+    """The FORMATS that can be read here: HEIC and JPEG XL need their plugins (the extra [images])."""
     try:
         import pillow_heif
 
@@ -75,7 +75,7 @@ def formats() -> tuple[str, ...]:
 
 
 def unknown(data: bytes) -> str:
-    """What a file is that Pillow does not know."""
+    """The kind of a file that Pillow does not recognise."""
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC, which needs pillow-heif: pip install tinyflux-deep[images]"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
@@ -89,7 +89,7 @@ def open_image(data: bytes | Image.Image, max_pixels: int = 100_000_000) -> Imag
 
 
 def _opened(data: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, str]:
-    """The whole image, and what was odd about it."""
+    """The whole image, and a remark about problems."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         width, height = image.size
@@ -110,7 +110,7 @@ def _opened(data: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, st
 
 @lru_cache(maxsize=64)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform of a profile's colours to sRGB, None where it has these already. Raises what ImageCms raises."""
+    """The transform from a profile's colours to sRGB, None if they are sRGB already. Raises as ImageCms."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if "srgb" in ImageCms.getProfileDescription(source).lower():
         return None
@@ -118,7 +118,7 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def uses_profile(image: Image.Image) -> bool | None:
-    """Whether the colours of an image need its ICC profile; None where the profile cannot be used."""
+    """Whether the colours of an image need its ICC profile; None if the profile is unusable."""
     if (profile := image.info.get("icc_profile")) and image.mode in ("RGB", "RGBA", "P", "CMYK", "L", "LA"):
         try:
             return _to_srgb(profile, _flat(image).mode) is not None
@@ -128,7 +128,7 @@ def uses_profile(image: Image.Image) -> bool | None:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """The image in a mode that colour transforms take, without its transparency."""
+    """The image in a mode that colour transforms accept, without transparency."""
     return image.convert({"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
 
 
@@ -156,7 +156,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """The largest part of an image with the aspect of `shape`, (height, width): left, top, right, bottom.
 
-    `rule` center, top (of images that are cut in height; others are centred) or random, which `seed` decides.
+    `rule`: center, top (for images that are too tall; others are centred) or random, keyed by `seed`.
     """
     tall, wide = shape
     across = width * tall > height * wide  # it is cut in width
@@ -175,7 +175,7 @@ def crop_box(
 
 
 def auto_shapes(side: int, step: int) -> list[tuple[int, int]]:
-    """Shapes (height, width) in steps of `step` pixels, from 1:2 to 2:1, of a square's area give or take a tenth."""
+    """Shapes (height, width) in steps of `step` pixels, from 1:2 to 2:1, within 10% of the square's area."""
     n = side // step
     sides = range(1, 2 * n + 1)
     fits = [(h, w) for h in sides for w in sides if max(h, w) <= 2 * min(h, w) and abs(h * w / n**2 - 1) <= 0.1]
@@ -183,13 +183,13 @@ def auto_shapes(side: int, step: int) -> list[tuple[int, int]]:
 
 
 def nearest(width: int, height: int, shapes: Sequence[tuple[int, int]]) -> int:
-    """The number of the shape (height, width) whose aspect is nearest to an image's, by its logarithm."""
+    """The number of the shape (height, width) whose log aspect is nearest to the image's."""
     aspect = math.log(width / height)
     return min(range(len(shapes)), key=lambda i: abs(math.log(shapes[i][1] / shapes[i][0]) - aspect))
 
 
 def size_of(data: bytes | Image.Image) -> tuple[int, int] | None:
-    """Width and height of the upright image, from its header alone; None where it has no readable one."""
+    """Width and height of the upright image, from its header only; None if it is unreadable."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -199,7 +199,7 @@ def size_of(data: bytes | Image.Image) -> tuple[int, int] | None:
 
 
 def content_hash(image: bytes | Image.Image, prompts: Sequence[str]) -> str:
-    """A hash of an image file, or of an image that can be loaded, and its captions."""
+    """A hash of an image (a file's bytes or a PIL image) and its captions."""
     found = hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=8)
     for prompt in prompts:
         found.update(b"\0" + prompt.encode(errors="surrogateescape"))
@@ -216,10 +216,9 @@ def prepare(
     max_aspect: float = float("inf"),
     max_pixels: int = 100_000_000,
 ) -> Picture:
-    """The image cut by the crop rule to the aspect of `shape`, (height, width), and resized to it with Lanczos.
+    """Crop the image by the rule to the aspect of `shape`, (height, width), and resize it with Lanczos.
 
-    Cutting first gives what a resize of the image to cover the shape and then a cut gives, and touches fewer pixels.
-    Raises Rejected.
+    Cropping first gives the same as resizing first, and touches fewer pixels. Raises Rejected.
     """
     image, remark = _opened(data, max_pixels)
     width, height = image.size
@@ -234,7 +233,7 @@ def prepare(
 
 
 def preview(pixels: np.ndarray, side: int = 128) -> bytes:
-    """A JPEG of at most `side` pixels, the same bytes every time."""
+    """A JPEG of at most `side` pixels per side; deterministic."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How the files of a source are read: nothing outside its folder, nothing endless, lists line by line."""
+"""Safe reading of a source's files: nothing outside its folder, with size limits, and lists line by line."""
 
 import csv
 import json
@@ -11,15 +11,15 @@ from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import SourceError
 
 FILE_LIMIT = 1 << 30
-"""Files of more bytes are not read as pictures."""
+"""Larger files are not read as pictures."""
 
 
 HEAD = 1 << 16
-"""Bytes in which most image files say their size."""
+"""Most image files have their size in the first so many bytes."""
 
 
 def read_file(root: Path, name: str, most: int | None = None) -> bytes:
-    """The bytes of a file in a folder, at most `most`. Raises Rejected, also where name or symlink lead outside."""
+    """The bytes of a file in a folder, at most `most`. Raises Rejected, also if a name or symlink leads outside."""
     if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
         raise Rejected(f"outside the folder: {printable(name)}")
     path = Path(os.path.realpath(root / name))
@@ -38,12 +38,12 @@ def read_file(root: Path, name: str, most: int | None = None) -> bytes:
 
 
 def printable(name: str) -> str:
-    """A file name as text that is always UTF-8."""
+    """A file name as valid UTF-8 text."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def lines_of(path: Path):
-    """(line number, text) of the lines of a UTF-8 file that aren't blank. Raises SourceError."""
+    """(line number, text) of the non-blank lines of a UTF-8 file. Raises SourceError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):

@@ -1,14 +1,14 @@
-"""A build in progress: what lies under `.build/` in the output folder, and how ranks share it.
+"""A build in progress: the files in `.build/` of the output folder, and how ranks share them.
 
-config.json        settings and fingerprint; a rerun must agree with them
-inputs/            what it is made of: see listing.py
-plans/000012.json  how part 12 is cut into shards, where that is not known beforehand
-000012.json        shard 12 is finished: its manifest entry, its fields, and the inputs it left out
+config.json        settings and fingerprint; a resume must agree with them
+inputs/            the inputs: see listing.py
+plans/000012.json  how part 12 is cut into shards, if that is not known from the start
+000012.json        shard 12 is finished: its manifest entry, its fields, and its rejected inputs
 locks              byte k + 1 is locked by the process that writes part k, byte 0 while the files above are changed
 
-Ranks need no process group: each takes its own parts first, then whatever nobody has finished or holds. The kernel
-drops a dead process's locks, so its parts are free again. Whoever finishes the last part writes the manifest. On a
-file system without locks each rank keeps to its own parts.
+Ranks need no process group: each takes its own parts first, then unfinished parts that no process holds. The kernel
+drops a dead process's locks, so its parts are free again. The process that finishes the last part writes the manifest.
+On a file system without locks, each rank builds only its own parts.
 """
 
 import errno
@@ -32,7 +32,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class LedgerError(ValueError):
-    """The output folder cannot be built into as asked; the message says what differs."""
+    """The output folder does not match what is asked; the message lists the differences."""
 
 
 class Ledger:
@@ -42,13 +42,13 @@ class Ledger:
         self.out, self.source, self.dataset_id, self.rank, self.world = out, source, dataset_id, rank, world
         self.notes = out / ".build"
         self.parts: Sequence[int] = ()
-        """Numbers of the parts that ranks share; set by whoever knows them."""
+        """Numbers of the parts that ranks share; set by the recipe."""
         self.per_part = 1
-        """Numbers that the shards of a part have; with more than one, a plan says how many shards there are."""
+        """Shard numbers reserved for each part; if more than one, a plan gives the real number of shards."""
         self.subfolders = False
         self.locks = True
         self.total: int | None = None
-        """Inputs of all parts, None where that is not known beforehand."""
+        """Number of all inputs, None if it is not known from the start."""
         self._done: dict[int, tuple[int, int]] = {}  # finished shards: samples and rejects
         self._fd = -1
 
@@ -61,21 +61,21 @@ class Ledger:
         return self.out / shard_path(self.source, number, self.subfolders)
 
     def config(self) -> dict | None:
-        """The settings and fingerprint that this folder was begun with, if it was. Raises LedgerError."""
+        """The settings and fingerprint of the build in this folder, if there is one. Raises LedgerError."""
         path = self.notes / "config.json"
         if path.is_file():
             return json.loads(path.read_bytes())
         if self.manifest.exists():
             raise LedgerError(
-                f"{self.out}: holds a finished source but not the notes of its build ({path}), so nothing can be "
-                "added to it here; choose another --out"
+                f"{self.out}: contains a finished source without the notes of its build ({path}), so nothing can be "
+                "added to it; choose another --out"
             )
         return None
 
     def check(self, asked: dict) -> None:
-        """Raises LedgerError that lists how settings and fingerprint differ from those the build was begun with.
+        """Raises LedgerError, listing the differences, if settings or fingerprint are not those of the build's start.
 
-        A build that has finished no shard starts over instead.
+        A build without a finished shard starts over instead.
         """
         begun = self.config() or asked
         if differences := diff_fingerprints({key: begun.get(key) for key in asked}, asked):
@@ -83,8 +83,8 @@ class Ledger:
                 return
             lines = "\n  ".join(differences)
             raise LedgerError(
-                f"{self.out}: was begun with other settings (there, against those asked for now):\n  {lines}\n"
-                "Ask for the same ones, or choose another --out"
+                f"{self.out}: the build was started with other settings (old against new):\n  {lines}\n"
+                "Use the old settings, or choose another --out"
             )
 
     def begun_nothing(self) -> bool:
@@ -92,15 +92,15 @@ class Ledger:
         return not self.manifest.exists() and next(self.notes.glob("[0-9]*.json"), None) is None
 
     def start_over(self) -> None:
-        """Forget a build that has finished no shard. Must be called under the lock."""
+        """Delete the state of a build without a finished shard. Must be called under the lock."""
         for name in ("inputs", "plans"):
             shutil.rmtree(self.notes / name, ignore_errors=True)
         (self.notes / "config.json").unlink(missing_ok=True)
 
     def begin(self, config: dict, base: Base | None = None) -> None:
-        """Note the config of a new build, or check that of one to resume. Must be called under the lock.
+        """Write the config of a new build, or check that of a resumed one. Must be called under the lock.
 
-        base: of an overlay; noted, so that a lost manifest can be rebuilt, and never compared.
+        base: for an overlay; written so that a lost manifest can be rebuilt, and not compared.
         """
         begun = self.config()
         if begun is not None and diff_fingerprints({key: begun.get(key) for key in config}, config):
@@ -113,7 +113,7 @@ class Ledger:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by one process at a time, for what is not a shard."""
+        """A lock for everything except shards; one process holds it at a time."""
         if self._fd < 0:
             self.notes.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.notes / "locks", os.O_RDWR | os.O_CREAT, 0o666)
@@ -126,7 +126,7 @@ class Ledger:
             self._try(fcntl.LOCK_UN, 0)
 
     def _try(self, how: int, byte: int) -> bool:
-        """Lock or unlock a byte; whether it is held. Where the file system has no locks, says so once."""
+        """Lock or unlock a byte. Returns whether it is held. If the file system has no locks, prints that once."""
         if not self.locks:
             return True
         try:
@@ -138,30 +138,30 @@ class Ledger:
                 raise
             self.locks = False
             if self.world > 1:
-                print(f"{self.out}: this file system has no locks: each of the {self.world} ranks keeps to its share")
+                print(f"{self.out}: this file system has no locks: each of {self.world} ranks builds only its share")
         return True
 
     def _wait_for(self, path: Path, seconds: float = 3600) -> None:
-        """Wait until rank 0 has begun the build. Raises LedgerError."""
+        """Wait until rank 0 has started the build. Raises LedgerError."""
         end = time.monotonic() + seconds
         while not path.exists():
             if time.monotonic() > end:
-                raise LedgerError(f"{self.out}: rank 0 has not begun the build in {seconds:g} s; is it running?")
+                raise LedgerError(f"{self.out}: rank 0 has not started the build in {seconds:g} s; is it running?")
             time.sleep(0.2)
 
     def plan(self, part: int) -> dict | None:
-        """How a part is cut into shards, if that was noted."""
+        """A part's plan: how it is cut into shards. None if there is none yet."""
         path = self.notes / "plans" / f"{part:06d}.json"
         return json.loads(path.read_bytes()) if path.is_file() else None
 
     def note_plan(self, part: int, plan: dict) -> None:
-        """Note how a part is cut: {"shards": how many, ...}."""
+        """Write a part's plan: {"shards": number of shards, ...}."""
         path = self.notes / "plans" / f"{part:06d}.json"
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, json.dumps(plan))
 
     def shards_of(self, part: int) -> range | None:
-        """The numbers of a part's shards, None where its plan is not made yet."""
+        """The numbers of a part's shards, None if it has no plan yet."""
         if self.per_part == 1:
             return range(part, part + 1)
         plan = self.plan(part)
@@ -187,7 +187,7 @@ class Ledger:
         return True
 
     def part_finished(self, part: int) -> bool:
-        """Whether all shards of a part are."""
+        """Whether all shards of a part are finished."""
         numbers = self.shards_of(part)
         return numbers is not None and all(self.finished(number) for number in numbers)
 
@@ -201,13 +201,13 @@ class Ledger:
         return sum(samples for samples, _ in self._done.values()), sum(rejects for _, rejects in self._done.values())
 
     def look(self) -> None:
-        """Take notice of what other ranks have finished."""
+        """Look for shards that other ranks have finished."""
         noted = {int(path.stem) for path in self.notes.glob("[0-9]*.json")}
         for number in noted - self._done.keys():
             self.finished(number)
 
     def complete(self) -> bool:
-        """Whether there is nothing left to do: all parts are finished, there, and in the manifest."""
+        """Whether the build is done: all parts are finished, their files exist, and the manifest lists them."""
         if not self.manifest.exists() or self.unfinished():
             return False
         try:
@@ -217,13 +217,13 @@ class Ledger:
         return listed == {note["shard"]["name"]: note["shard"]["sha256"] for note in self.all_notes() if note["shard"]}
 
     def claim(self) -> Iterator[int]:
-        """Parts for this process to work on, its own share first; each stays locked until `release`."""
+        """Parts for this process, its own share first; each stays locked until `release`."""
         own, others = [], []
         for i, part in enumerate(self.parts):
             (own if i % self.world == self.rank else others).append(part)
         yield from filter(self._take, own)
         if self.locks:
-            yield from filter(self._take, reversed(others))  # from the far end: the other ranks begin at the near one
+            yield from filter(self._take, reversed(others))  # from the end: other ranks start at the front
 
     def _take(self, part: int) -> bool:
         if self.part_finished(part) or not self._try(fcntl.LOCK_EX | fcntl.LOCK_NB, part + 1):
@@ -234,7 +234,7 @@ class Ledger:
         return True
 
     def release(self, part: int) -> None:
-        """Let go of a part."""
+        """Unlock a part."""
         self._try(fcntl.LOCK_UN, part + 1)
 
     def note(
@@ -248,10 +248,10 @@ class Ledger:
         pixels: list[int],
         remarks: dict[str, int],
     ) -> None:
-        """Record a shard as finished; `shard` None where all its inputs were rejected.
+        """Record a shard as finished; `shard` is None if all its inputs were rejected.
 
-        contents: hashes of its inputs by number. pixels: how many of its images were kept, and how many they had.
-        remarks: what was odd about images, and of how many.
+        contents: hashes of its inputs by number. pixels: (pixels kept, pixels of the originals). remarks: problems of
+        accepted images, with counts.
         """
         note = {
             "shard": shard and shard.to_dict(),
@@ -272,10 +272,10 @@ class Ledger:
     def merge(
         self, producers: dict[str, dict], timesteps: tuple[float, ...] = BUCKETS, base: Base | None = None
     ) -> Manifest | None:
-        """Write rejected.jsonl and, last, the manifest from the notes of all shards; None if all was rejected.
+        """Write rejected.jsonl and then the manifest from the notes of all shards. Returns None if all was rejected.
 
-        producers: the fingerprint of each group; timesteps: the teachers' grid. Raises LedgerError where shards
-        have other fields than the first.
+        producers: the fingerprint of each group; timesteps: the teachers' grid. Raises LedgerError if a shard has other
+        fields than the first.
         """
         with self.lock():
             fields, shards, rejected = None, [], []

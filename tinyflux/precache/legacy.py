@@ -1,4 +1,4 @@
-"""Legacy caches: folders of encodings.pt, lune.pt and sol.pt, from before there were shards; and their conversion."""
+"""Read legacy caches: folders with encodings.pt, lune.pt and sol.pt, the format before shards."""
 
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,23 @@ class LegacyError(ValueError):
 
 
 def is_legacy(folder: str | Path) -> bool:
-    """Whether a folder holds a legacy cache and no shards."""
+    """Whether a folder has a legacy cache and no shards."""
     folder = Path(folder)
     return (folder / "encodings.pt").is_file() and not (folder / "manifest.json").exists()
 
 
 class LegacyCache:
-    """The rows of a legacy cache, read through a memory map: `read` touches what it is asked for and no more.
+    """The rows of a legacy cache, memory-mapped: `read` reads only the requested rows.
 
-    Raises FileNotFoundError without encodings.pt, LegacyError where a file is damaged, holds more than plain data,
-    or does not fit the others.
+    Raises FileNotFoundError without encodings.pt; LegacyError if a file is damaged, has more than plain data, or does
+    not match the other files.
     """
 
     def __init__(self, folder: str | Path):
         self.folder, self.timesteps, self.prompts = Path(folder), BUCKETS, None
         self.tensors: dict[str, Tensor] = {}
         if not (self.folder / "encodings.pt").is_file():
-            raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is no legacy cache")
+            raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is not a legacy cache")
         for file in FILES:
             if (self.folder / f"{file}.pt").is_file():
                 self._add(file, self.folder / f"{file}.pt")
@@ -76,7 +76,7 @@ class LegacyCache:
         if isinstance(content, Tensor) and len(FILES[file]) == 1:
             content = {file: content}
         if not isinstance(content, dict):
-            raise LegacyError(f"{path}: holds a {type(content).__name__}, must be a dictionary of tensors")
+            raise LegacyError(f"{path}: contains a {type(content).__name__}, must be a dictionary of tensors")
         for name in FILES[file]:
             key = next((key for key in NAMES[name] if key in content), None)
             if key is None:
@@ -92,7 +92,7 @@ class LegacyCache:
             self.prompts = [str(prompt) for prompt in content["prompts"]]
 
     def _name(self) -> str:
-        """The cache's name: of its meta.pt, else its folder's, as far as it can be that of shards."""
+        """The cache's name from meta.pt, else from its folder, reduced to characters allowed in shard names."""
         meta = _load(self.folder / "meta.pt") if (self.folder / "meta.pt").is_file() else {}
         name = meta.get("name") if isinstance(meta, dict) else None
         for candidate in (name, self.folder.resolve().name):
@@ -126,7 +126,7 @@ class LegacyCache:
         return self.prompts[i] if self.prompts else ""
 
     def null(self) -> dict[str, Tensor]:
-        """Zeros for the empty prompt, which is what the old trainer's text dropout put in its place."""
+        """Zeros for the empty prompt, as in the original trainer's text dropout."""
         return {name: torch.zeros_like(self.tensors[name][0]) for name in ("t5_embeds", "clip_pooled")}
 
 

@@ -1,9 +1,9 @@
-"""The inputs of a build, as they were listed when it began: cut into parts, kept in files, never all in memory.
+"""The inputs of a build, listed when it starts: divided into parts, stored in files, never all in memory.
 
-.build/inputs/runs.json               how many inputs each listing added, and the part that they begin at
-.build/inputs/0/000000.jsonl.zst      inputs of the first listing, PER_FILE a file, in the order of their numbers
-.build/inputs/parts.json              or, where parts are listed one by one: their names and stamps
-.build/inputs/000012.jsonl.zst        and the inputs of part 12, once a rank has listed it
+.build/inputs/runs.json               number of inputs that each listing added, and their first part
+.build/inputs/0/000000.jsonl.zst      inputs of the first listing, PER_FILE per file, in the order of their numbers
+.build/inputs/parts.json              or, if parts are listed one by one: their names and stamps
+.build/inputs/000012.jsonl.zst        and the inputs of part 12, after a rank has listed it
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from tinyflux.precache.kinds.base import Input, Source, SourceError
 from tinyflux.util.files import atomic_write
 
 PER_FILE = 1 << 14
-IN_MEMORY = 200_000  # inputs that are sorted at once; more are sorted through files
-PART_STRIDE = 10**6  # numbers of a part that is not counted beforehand
+IN_MEMORY = 200_000  # inputs to sort in memory; more are sorted in files
+PART_STRIDE = 10**6  # input numbers reserved for a part that is not counted before
 
 
 class Names:
-    """How many inputs, and the names of a few."""
+    """A number of inputs, and the names of a few."""
 
     def __init__(self):
         self.count, self.some = 0, []
@@ -43,7 +43,7 @@ class Names:
 
 
 class Changes:
-    """How the inputs of a source differ from those that its build was begun with."""
+    """How the inputs of a source differ from those at the start of its build."""
 
     def __init__(self):
         self.new, self.changed, self.gone = Names(), Names(), Names()
@@ -53,7 +53,7 @@ class Changes:
 
     @property
     def only_new(self) -> bool:
-        """Whether inputs have come, and none has changed or gone."""
+        """Whether there are new inputs, but no changed or missing ones."""
         return bool(self.new.count) and not self.changed.count and not self.gone.count
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Changes:
 
 
 def sorted_in_files(rows: Iterable, key: Callable, folder: Path, in_memory: int = IN_MEMORY) -> Iterator:
-    """Rows of plain values in order, with at most `in_memory` of them in memory. Files in `folder`, removed after."""
+    """Sort rows of plain values, with at most `in_memory` in memory. Uses temporary files in `folder`."""
     rows, runs = iter(rows), []
     while batch := list(islice(rows, in_memory)):
         batch.sort(key=key)
@@ -76,36 +76,36 @@ def sorted_in_files(rows: Iterable, key: Callable, folder: Path, in_memory: int 
 
 
 def in_order(source: Source, seed: int) -> Callable[[str], bytes]:
-    """What the inputs of folders and tables are sorted by: their stems, hashed with the seed and the dataset id.
+    """The sort key of inputs of folders and tables: a hash of their stem, the seed and the dataset id.
 
-    So class folders do not become class shards, and images of one stem stay together.
+    So class folders do not become class shards, and images with the same stem stay together.
     """
     key = f"{seed} {source.dataset_id} ".encode()
     return lambda stem: hashlib.blake2b(key + stem.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class Listing:
-    """The inputs of a source in numbered parts. Only the rank that works on a part reads what it holds."""
+    """The inputs of a source in numbered parts. Only the rank that builds a part reads its inputs."""
 
     def __init__(self, folder: Path, source: Source, seed: int, limit: int | None = None):
         self.folder, self.source, self.seed, self.limit = folder, source, seed, limit
         self.size = 64
-        """Side in pixels that images are drawn with, where the source draws them."""
+        """Side in pixels of rendered images."""
         self.created = time.time()
 
     parts = 0
-    """How many parts there are."""
+    """Number of parts."""
     total: int | None = None
-    """Inputs in all of them, None where that is not known beforehand."""
+    """Number of all inputs, None if it is not known from the start."""
     stride = PART_STRIDE
-    """Numbers that the inputs of a part have."""
+    """Input numbers reserved for each part."""
 
     def begin(self) -> None:
-        """List the inputs, as far as they are listed beforehand. Raises SourceError, FileNotFoundError."""
+        """List the inputs, or only the parts. Raises SourceError, FileNotFoundError."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Forget what was listed."""
+        """Delete the listing."""
         raise NotImplementedError
 
     def rows(self, k: int) -> list[tuple[int, Input]]:
@@ -113,25 +113,25 @@ class Listing:
         raise NotImplementedError
 
     def done_with(self, k: int) -> None:
-        """Called once all shards of a part are written: what its source kept of it can be deleted."""
+        """Called when all shards of a part are written: its source can delete temporary files."""
 
     def load(self) -> bool:
-        """Take up what was listed before, if anything was."""
+        """Load an earlier listing. Returns whether there is one."""
         raise NotImplementedError
 
     def changes(
         self, same: Callable[[int, Input], bool], *, built: Callable[[int], bool] | None = None, append: bool = False
     ) -> Changes:
-        """What is not as it was listed.
+        """How the source differs from the listing.
 
-        same: whether the input of that number is unchanged though its stamp is another. built: whether an input is
-        in a shard already; with it, what is not may change, and is noted as it is now. append: the new inputs become
-        new parts, if nothing else has changed. With these, it must be called under the ledger's lock.
+        same: tells whether an input is unchanged although its stamp differs. built: tells whether an input is in a
+        finished shard; inputs that are not may change, and the listing is updated. append: new inputs become new parts,
+        if nothing else has changed. With `built` or `append`, must be called under the ledger's lock.
         """
         raise NotImplementedError
 
     def checked_by_another(self) -> bool:
-        """Whether another process has compared since this one began, so that this one need not."""
+        """Whether another process has compared since this one started, so that this one need not."""
         mark = self.folder / "checked"
         return mark.is_file() and mark.stat().st_mtime > self.created
 
@@ -140,7 +140,7 @@ class Listing:
 
 
 class Counted(Listing):
-    """Inputs that are listed whole when the build begins: of folders, tables and what is kept in order."""
+    """Inputs that are all listed when the build starts: of folders, tables, and sources that keep their order."""
 
     def __init__(self, *args, part_size: int, **options):
         super().__init__(*args, **options)
@@ -175,7 +175,7 @@ class Counted(Listing):
         self._read.cache_clear()
 
     def begin(self) -> None:
-        """List everything. Raises SourceError where nothing is found or two inputs have one name."""
+        """List all inputs. Raises SourceError if there are none, or two have the same name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._add(islice(self.now(), self.limit)):
             raise SourceError(f"[{self.source.name}] {self.source.kind} {self.source.where}: no images found")
@@ -209,7 +209,7 @@ class Counted(Listing):
         return changes
 
     def _update(self, items: dict[int, Input]) -> None:
-        """Note inputs that have changed before they were built."""
+        """Update the listing for inputs that changed before they were built."""
         for run, (first, _) in enumerate(self.runs):
             per_file, begin = self.per_file * self.part_size, first * self.part_size
             for number in {(index - begin) // per_file for index in items if index >= begin}:
@@ -231,7 +231,7 @@ class Counted(Listing):
             for item in sorted(self.source.join(stem, rows)):
                 if item.origin == before:
                     raise SourceError(
-                        f"[{self.source.name}] {item.origin}: is listed twice; each image needs a name of its own"
+                        f"[{self.source.name}] {item.origin}: is listed twice; each image needs its own name"
                     )
                 before = item.origin
                 yield item
@@ -247,7 +247,7 @@ class Counted(Listing):
         return heapq.merge(*runs, key=lambda row: (order(self.source.stem(row[1])), row[1].origin))
 
     def _join(self) -> Iterator[tuple[tuple[int, Input] | None, Input | None]]:
-        """(what was listed, what is there now) of each input, None where it is missing."""
+        """(listed input, current input) for each name, None for a missing one."""
         noted, now = self._noted(), self.now()
         if self.source.keeps_order:
             while True:
@@ -271,7 +271,7 @@ class Counted(Listing):
                 a, b = next(noted, None), next(now, None)
 
     def _add(self, inputs: Iterable[Input]) -> int:
-        """Write inputs as new parts behind the others; returns how many they are."""
+        """Write inputs as new parts after the others; returns their number."""
         run, first, n = len(self.runs), self.parts, 0
         inputs = iter(inputs)
         while block := list(islice(inputs, self.per_file * self.part_size)):
@@ -296,7 +296,7 @@ class Counted(Listing):
 
 
 class Parted(Listing):
-    """Inputs that come in parts of their own, such as tars: each is listed by the rank that works on it."""
+    """Inputs that come in natural parts, such as tars: each part is listed by the rank that builds it."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -323,7 +323,7 @@ class Parted(Listing):
         self._read.cache_clear()
 
     def begin(self) -> None:
-        """Note the parts. Raises SourceError where there are none or two have one name."""
+        """List the parts. Raises SourceError if there are none, or two have the same name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._add(self.now()):
             raise SourceError(f"[{self.source.name}] {self.source.kind} {self.source.where}: no images found")
@@ -360,13 +360,13 @@ class Parted(Listing):
         return parts
 
     def _add(self, parts: list[tuple[str, str]], start: int = 0) -> int:
-        """Note parts behind the others, up to the limit; returns how many there are now."""
+        """Add parts after the others, up to the limit; returns the number of all parts."""
         left = None if self.limit is None else self.limit - sum(len(self._read(k)) for k in range(self.parts))
         for name, stamp in parts:
             if left is not None and left <= 0:
                 break
             self.noted.append([name, stamp, start, None])
-            if left is not None:  # only what comes before the limit is listed, by whoever begins
+            if left is not None:  # list parts only up to the limit, in the process that starts the build
                 rows = len(self._list(len(self.noted) - 1))
                 self.noted[-1][3] = start + left if rows > left else None
                 left -= rows
@@ -383,7 +383,7 @@ class Parted(Listing):
             return read_rows(path)
         rows = self._list(k)
         if len(rows) > PART_STRIDE:
-            raise SourceError(f"{self.noted[k][0]}: has {len(rows)} images, at most {PART_STRIDE} are taken of a part")
+            raise SourceError(f"{self.noted[k][0]}: has {len(rows)} images, but a part may have at most {PART_STRIDE}")
         write_rows(path, rows)
         return read_rows(path)
 

@@ -1,4 +1,4 @@
-"""The models of a build: on which device, at which revisions, and what a source's manifest says of them."""
+"""The models of a build: their device, their revisions, and their entries in a source's manifest."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the zoo's libraries take seconds to import
 
 
 def device_and_threads(config: BuildConfig, begun: dict, place: Place) -> dict:
-    """Kind of device and threads of a build; if not asked for, they stay as the build was begun."""
+    """Kind of device and number of threads of a build; default: as at the build's start."""
     device = config.device and torch.device(config.device).type
     device = device or begun.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     cores = place.cores if device == "cpu" and config.zoo != "tiny" else 1
@@ -22,10 +22,10 @@ def device_and_threads(config: BuildConfig, begun: dict, place: Place) -> dict:
 
 
 def device_of(config: BuildConfig, settings: dict, place: Place) -> str:
-    """The device of this rank. Raises RuntimeError where the build needs one that isn't there."""
+    """The device of this rank. Raises RuntimeError if the build needs a device that does not exist."""
     device = config.device or settings["device"]
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("the build needs cuda, and torch sees no such device")
+        raise RuntimeError("the build needs cuda, but torch finds no such device")
     return f"cuda:{place.local_rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
@@ -42,9 +42,9 @@ def pinned(producers: dict[str, dict]) -> dict[str, str]:
 
 
 def zoo_of(config: BuildConfig, device: str, producers: dict[str, dict], *, decodes: bool = False) -> "ModelZoo":
-    """The zoo, none of its models loaded yet, at the revisions asked for, else those of `producers`.
+    """The zoo without loaded models, at the requested revisions, else those of `producers`.
 
-    decodes: whether its VAE is to decode, too. Raises ValueError for a model that it doesn't have.
+    decodes: whether its VAE must also decode. Raises ValueError for a model that it doesn't have.
     """
     from tinyflux.model import zoo
 
@@ -61,7 +61,7 @@ def zoo_of(config: BuildConfig, device: str, producers: dict[str, dict], *, deco
 
 
 def check_revisions(config: BuildConfig, producers: dict[str, dict], where: object) -> None:
-    """Raises LedgerError where revisions are asked for that are not the commits that a source was built with."""
+    """Raises LedgerError if the requested revisions are not the commits that the source was built with."""
     if not config.revision:
         return
     from tinyflux.model import zoo
@@ -72,15 +72,15 @@ def check_revisions(config: BuildConfig, producers: dict[str, dict], where: obje
     if differing := diff_fingerprints(was, now):
         lines = "\n  ".join(differing)
         raise LedgerError(
-            f"{where}: was built with other models (there, against those asked for now):\n  {lines}\n"
+            f"{where}: was built with other models (old against new):\n  {lines}\n"
             "Leave out --revision, or choose another --out"
         )
 
 
 def producers_of(zoo: "ModelZoo", groups: Iterable[str], pictures: dict, config: BuildConfig) -> dict[str, dict]:
-    """What made each group, all that decides what its tensors mean; `pictures`: how images were cut and resized.
+    """The producer of each group; `pictures`: how images were cropped and resized.
 
-    The models of these groups must have been loaded.
+    The models of these groups must have been loaded before.
     """
     from tinyflux.precache.extract import EXTRACTORS, producers
 
@@ -90,7 +90,7 @@ def producers_of(zoo: "ModelZoo", groups: Iterable[str], pictures: dict, config:
 
 
 def step_of(zoo: "ModelZoo") -> int:
-    """Pixels that the sides of an image are multiples of: what the VAEs and the teachers' UNets halve."""
+    """Image sides must be multiples of this many pixels, because the VAEs and the teachers' UNets halve them."""
     return max(1, zoo.image_size // 8)
 
 

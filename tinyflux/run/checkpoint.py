@@ -1,13 +1,13 @@
-"""Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), complete or invisible, resumed automatically.
+"""Checkpoints: sharded and asynchronous (torch.distributed.checkpoint), atomic, resumed automatically.
 
-    step_N/                     one .distcp file a rank (weights, optimizer, EMA), and
-    step_N/metadata.json        written last: without it the folder does not count. Step, configs, data, checksums.
+    step_N/                     one .distcp file per rank (weights, optimizer, EMA), and
+    step_N/metadata.json        step, configs, data, checksums; written last: a folder without it is not valid
     step_N[_ema].safetensors    the same weights in the published layout, written later (see export.py)
-    step_N.pt                   all of it in one file, on request
-    best_ema.safetensors        of the lowest validation loss
+    step_N.pt                   everything in one file, on request
+    best_ema.safetensors        averaged weights with the lowest validation loss
     config.json, training_config.json
 
-DCP's own .metadata file is a pickle: resume step_N folders only where you wrote them, and never from a hub.
+DCP's own .metadata file is a pickle: resume only from step_N folders that you wrote yourself, never from a hub.
 """
 
 import json
@@ -38,19 +38,19 @@ from tinyflux.run.staging import Staging
 from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
-# what a full disk or a damaged file raises
+# errors of a full disk or a damaged file
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, SafetensorError)
 RETRY = 60.0
-"""Seconds after which a save that failed is tried again."""
+"""Seconds after which a failed save is retried."""
 APART = 2**28
-"""Bytes of state from which exports are made in a process of their own: in a thread they would hold this one's
-interpreter for seconds, and a process takes seconds to start."""
+"""State size in bytes from which exports run in a separate process: a thread would block the interpreter for seconds,
+while a process takes seconds to start."""
 
 
 class Planner(DefaultSavePlanner):
-    """Plans a state once: later saves of the same names, shapes and places send nothing to rank 0.
+    """Plans a state once: later saves with the same names, shapes and placements send nothing to rank 0.
 
-    torch keeps plans by class; here each run and start has its own, by `key`.
+    torch caches plans per class; here each start of a run has its own, by `key`.
     """
 
     def __init__(self, key: str):
@@ -65,19 +65,19 @@ class Planner(DefaultSavePlanner):
 
 
 def first_replica(state: dict[str, Tensor]) -> list[int]:
-    """The ranks that together hold one copy of a sharded state, rank 0 among them. The others hold the same."""
+    """The ranks that hold one complete copy of a sharded state, including rank 0. The others hold the same shards."""
     mesh = next((x.device_mesh for x in state.values() if isinstance(x, DTensor)), None)
     return [0] if mesh is None else mesh.mesh.reshape(-1, mesh.size(mesh.ndim - 1))[0].tolist()
 
 
 def _check_names(folder: Path, state: dict) -> None:
-    """Raises ValueError where a checkpoint lacks tensors of a run's state."""
+    """Raises ValueError if a checkpoint lacks tensors of a run's state."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     names, _ = flatten_state_dict(state)
     if missing := [name for name in names if name not in stored]:
         raise ValueError(
-            f"{folder} has no {missing[0]} (and lacks {len(missing)} tensors in all): it is of a run with another"
-            " trainer.optimizer, trainer.freeze or trainer.lora_*; keep those of the training_config.json beside it, or"
+            f"{folder} has no {missing[0]} (and lacks {len(missing)} tensors in total): its run had another"
+            " trainer.optimizer, trainer.freeze or trainer.lora_*; use those of the training_config.json beside it, or"
             f" start a new run from its weights with --run-dir OTHER --trainer.init-from {folder.parent.parent}"
         )
 
@@ -85,7 +85,7 @@ def _check_names(folder: Path, state: dict) -> None:
 def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str, Tensor] | None]:
     """Config and weights (on rank 0, {} elsewhere) to fine-tune from: a file, a folder or user/repo[:sub/folder].
 
-    Where `root` has checkpoints already the run is resumed instead: their config, and None. Must be called on all
+    If `root` already has checkpoints, the run is resumed instead: returns their config, and None. Must be called on all
     ranks.
     """
     found: list = [None, False]
@@ -105,11 +105,11 @@ def starting_weights(source: str, root: Path) -> tuple[TinyFluxConfig, dict[str,
 class Checkpointer:
     """Saves and finds the checkpoints of a run.
 
-    A save copies the shards into buffers that are kept, and returns; a thread writes them. Where several replicas hold
-    the same shards, the first one writes. A second thread of rank 0 then exports, uploads and prunes. The writing has
-    process groups of its own, so that its collectives never meet those of the training step.
+    A save copies the shards into persistent buffers and returns; a thread writes them. If several replicas hold the
+    same shards, only the first writes. A second thread on rank 0 then exports, uploads and prunes. Writing uses its own
+    process groups, so that its collectives do not mix with those of the training step.
     upload: called on rank 0, in that thread, with the folder of a checkpoint whose weights are to be uploaded.
-    every: seconds after which rank 0 finds another save due (0: never).
+    every: seconds after which another save is due (0: never).
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Checkpointer:
         self.training_config: dict = {}
         self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-        self.savers: dist.ProcessGroup | None = None  # those of the first replica
+        self.savers: dist.ProcessGroup | None = None  # ranks of the first replica
         self.saves = False
         self.writing, self.publishing = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "exports")
         self.exporter: Exporter | None = None  # for a large state
@@ -136,23 +136,23 @@ class Checkpointer:
         self.published: Future | None = None
         self.newest = -1  # step of the newest complete checkpoint of this process
         self.saved_at, self.failed_at = time.monotonic(), None
-        self.owed: set[str] = set()  # reasons of saves that failed
+        self.owed: set[str] = set()  # reasons of failed saves
         self.plan_key = f"{root.resolve()} {time.monotonic_ns()}"
         self.leads = dist.get_rank() == 0
         if self.leads:
             root.mkdir(parents=True, exist_ok=True)
             for folder in patiently(lambda: folders.list_cut(root)):
-                say(f"{folder} was cut off while it was saved: it is now {folders.set_aside(folder, folders.CUT).name}")
+                say(f"{folder} was not saved completely: renamed to {folders.set_aside(folder, folders.CUT).name}")
         dist.barrier(self.group)
 
     def write_configs(self, training_config: dict) -> None:
         """Write config.json and training_config.json beside the checkpoints.
 
-        Raises ValueError on every rank where the folder holds checkpoints of another network.
+        Raises ValueError on every rank if the folder has checkpoints of another network.
         """
         path = self.root / "config.json"
         if path.exists() and TinyFluxConfig.from_json(path) != self.config:
-            raise ValueError(f"{path} is another network than the one configured: choose another run folder")
+            raise ValueError(f"{path} describes another network than the configured one: choose another run folder")
         dist.barrier(self.group)
         self.training_config = training_config
         if self.leads:
@@ -160,7 +160,7 @@ class Checkpointer:
             atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2))
 
     def prepare(self, state: dict) -> None:
-        """Get the memory that saves of `state` (nested dict of tensors) need, in the background. Must be called on all
+        """Allocate the buffers for saves of `state` (nested dict of tensors), in the background. Must be called on all
         ranks."""
         flat, _ = flatten_state_dict(state)
         ranks = first_replica(flat)
@@ -173,14 +173,14 @@ class Checkpointer:
 
     @property
     def overdue(self) -> bool:
-        """Whether a save is due by the clock, or one that failed is to be tried again. Rank 0's answer counts."""
+        """Whether a save is due by time, or a failed one is to be retried. Only rank 0's answer is used."""
         now = time.monotonic()
         if self.failed_at is not None:
             return now >= self.failed_at + RETRY
         return self.every > 0 and now >= self.saved_at + self.every
 
     def save(self, step: int, state: dict, metadata: dict, reasons: set[str]) -> None:
-        """Begin to save `state` (nested dict of tensors) as step_N, after the save before it. Must be called on all
+        """Start to save `state` (nested dict of tensors) as step_N, after the previous save. Must be called on all
         ranks.
 
         reasons: which of "step", "epoch" and "best" it is kept for, and "upload". A failure is reported, not raised.
@@ -214,11 +214,11 @@ class Checkpointer:
         except FAILURES as error:
             self.failed_at, self.owed = time.monotonic(), self.owed | set(metadata["reasons"])
             say(
-                f"WARNING: saving {folder} failed: {error}\n  training continues and saves again in {RETRY:g} s at the"
-                " latest; the checkpoints before it are intact"
+                f"WARNING: saving {folder} failed: {error}\n  training continues and retries within {RETRY:g} s;"
+                " earlier checkpoints are intact"
             )
             if self.leads and not (folder / METADATA).is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # it takes the room that the next one needs
+                shutil.rmtree(folder, ignore_errors=True)  # free the disk space for the next save
 
     def _checksums(self, folder: Path) -> dict[str, tuple[int, int]]:
         """Size and CRC of each file of a checkpoint, on rank 0; each rank reads its own."""
@@ -235,7 +235,7 @@ class Checkpointer:
         return {name: sizes for files in everyone or () for name, sizes in sorted(files.items())}
 
     def _publish(self, folder: Path) -> None:
-        """Export, upload, prune: all that may come after a checkpoint counts. On rank 0, in a thread."""
+        """Export, upload and prune, after a checkpoint is complete. On rank 0, in a thread."""
         try:
             reasons = read_metadata(folder)["reasons"]
             (self.exporter or export_missing)(folder, save_pt=self.save_pt)
@@ -254,7 +254,7 @@ class Checkpointer:
             say(f"WARNING: old checkpoints could not be deleted: {error}")
 
     def _prune(self) -> None:
-        """Delete what no reason keeps: of each reason the newest few stay, and the newest of all."""
+        """Delete old checkpoints: the newest few of each reason are kept, and the newest of all."""
         found = list_checkpoints(self.root)
         reasons = {folder: read_metadata(folder)["reasons"] for folder in found}
         kept = set(found[:1])
@@ -262,7 +262,7 @@ class Checkpointer:
             having = [folder for folder in found if reason in reasons[folder]]
             kept.update(having[:count] if count else having)
         for folder in set(found) - kept:
-            (folder / METADATA).unlink()  # invisible first, then gone
+            (folder / METADATA).unlink()  # first make it invalid, then delete it
             shutil.rmtree(folder)
             for kind in (*KINDS, ".pt"):
                 beside(folder, kind).unlink(missing_ok=True)
@@ -271,7 +271,7 @@ class Checkpointer:
             shutil.rmtree(path)
 
     def wait(self) -> None:
-        """Wait until the save in flight counts; afterwards every rank knows what is saved. Must be called on all
+        """Wait until the save in flight is complete; then every rank knows what is saved. Must be called on all
         ranks."""
         if self.pending is None:
             return
@@ -281,19 +281,19 @@ class Checkpointer:
         if self.leads:
             found = [step_of(list_checkpoints(self.root)[0]) if self.failed_at is None else None]
         dist.broadcast_object_list(found, src=0, group=self.group)
-        if found[0] is None:  # plans that not all ranks have are no use
+        if found[0] is None:  # plans are useless unless all ranks have them
             Planner.forget(self.plan_key)
             self.plan_key += "+"
         else:
             self.newest = found[0]
 
     def load_newest(self, state: dict, *, start_over: bool = False) -> dict | None:
-        """Load the newest sound checkpoint into the tensors of `state`; a damaged one is set aside, loudly. Must be
-        called on all ranks.
+        """Load the newest valid checkpoint into the tensors of `state`; a damaged one is set aside with a warning. Must
+        be called on all ranks.
 
-        Returns its metadata, or None where there is none and a run may begin. Raises RuntimeError where all are
-        damaged, OSError where the folder or a file cannot be read (nothing is set aside then), ValueError where there
-        is no checkpoint but what remains of a run, unless `start_over`.
+        Returns its metadata, or None if there is no checkpoint and a run may start. Raises RuntimeError if all are
+        damaged, OSError if the folder or a file cannot be read (then nothing is set aside), ValueError if there are
+        remains of a run but no checkpoint, unless `start_over`.
         """
         found: list = [None, None]
         if self.leads:
@@ -322,21 +322,21 @@ class Checkpointer:
                 return folder, patiently(lambda folder=folder: check_files(folder))
             except Damaged as error:
                 aside = folders.set_aside(folder, folders.DAMAGED)
-                say(f"WARNING: {error}\n  it is now {aside.name}; falling back to the checkpoint before it")
+                say(f"WARNING: {error}\n  renamed to {aside.name}; falling back to the checkpoint before it")
         if found:
-            raise RuntimeError(f"none of the checkpoints in {self.root} is whole: each is damaged, as said above")
+            raise RuntimeError(f"all checkpoints in {self.root} are damaged, see above")
         left = folders.leftovers(self.root)
         if left and not start_over:
             raise ValueError(
-                f"{self.root.parent} has no checkpoint, but what remains of a run: {', '.join(left[:5])}"
-                f"{', ...' if len(left) > 5 else ''}. Bring a checkpoint back (a .damaged folder may be repaired),"
-                " choose another --run-dir, or begin at step 0 here with --start-over"
+                f"{self.root.parent} has remains of a run but no checkpoint: {', '.join(left[:5])}"
+                f"{', ...' if len(left) > 5 else ''}. Restore a checkpoint (a .damaged folder may be repairable),"
+                " choose another --run-dir, or start at step 0 here with --start-over"
             )
         return None
 
     def close(self, patience: float | None = None) -> None:
-        """Wait for the save in flight and, for at most `patience` seconds, for exports; stop the threads. What was not
-        exported is exported at the next start. Must be called on all ranks."""
+        """Wait for the save in flight and, at most `patience` seconds, for exports; stop the threads. Missing exports
+        are written at the next start. Must be called on all ranks."""
         self.wait()
         if self.published is not None:
             try:

@@ -1,4 +1,4 @@
-"""A checkpoint folder's weights in the published layout, beside the folder.
+"""Export a checkpoint folder's weights in the published layout, beside the folder.
 
     python -m tinyflux.run.export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
 """
@@ -19,11 +19,11 @@ from tinyflux.util.files import replaced
 KINDS = ("_ema.safetensors", ".safetensors")
 """What is written beside each checkpoint."""
 LORA, LORA_FILE = "_lora", "tinyflux_lora.safetensors"
-"""The averaged adapters, where a run trains some: a folder in PEFT's layout, and in it a file in the original's."""
+"""The averaged adapters of a LoRA run: a folder in PEFT's layout, with a file in the original package's layout."""
 
 
 def beside(folder: Path, kind: str) -> Path:
-    """Where an export of a checkpoint folder goes: step_N_ema.safetensors and its like."""
+    """The path of an export of a checkpoint folder, such as step_N_ema.safetensors."""
     return folder.with_name(folder.name + kind)
 
 
@@ -52,7 +52,7 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
 
 
 def export_missing(folder: Path, *, save_pt: bool = False) -> None:
-    """Write those of a checkpoint's exports that are not there."""
+    """Write a checkpoint's missing exports."""
     from tinyflux.model.dcp import read_adapters
 
     config = TinyFluxConfig.from_json(folder.parent / "config.json")
@@ -65,14 +65,14 @@ def export_missing(folder: Path, *, save_pt: bool = False) -> None:
 
 
 class Exporter:
-    """`export_missing` in a process of its own, which leaves this one's interpreter and GPU alone."""
+    """Runs `export_missing` in a separate process, so that it does not block this interpreter or use the GPU."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
         self.stopped, self.starting = False, threading.Lock()
 
     def __call__(self, folder: Path, *, save_pt: bool = False) -> None:
-        """Raises RuntimeError with the process's last words where it fails."""
+        """Export. Raises RuntimeError with the process's last line if it fails."""
         private = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HF_TOKEN")
         env = {key: value for key, value in os.environ.items() if key not in private}
         command = [sys.executable, "-m", "tinyflux.run.export", str(folder), "--beside"]
@@ -86,14 +86,14 @@ class Exporter:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                start_new_session=True,  # a Ctrl-C is for the training
+                start_new_session=True,  # Ctrl-C must not reach it
             )
         _, said = self.process.communicate()
         if self.process.returncode and not self.stopped:
             raise RuntimeError((said.strip() or f"status {self.process.returncode}").splitlines()[-1])
 
     def stop(self) -> None:
-        """End the process that runs, if any: what it has not finished is not there."""
+        """End a running process; unfinished exports are dropped."""
         with self.starting:
             self.stopped = True
             if self.process is not None and self.process.poll() is None:
@@ -107,11 +107,11 @@ class Options:
     out: Path | None = None
     """A .safetensors or .pt file; by default step_N_ema.safetensors or step_N.safetensors, beside the folder."""
     ema: bool = True
-    """The averaged weights, or those that were trained. A .pt file has both."""
+    """Export the averaged weights; otherwise the trained ones. A .pt file has both."""
     beside: bool = False
-    """Write all that a training writes beside its checkpoints, as far as it is missing."""
+    """Write all missing files that training writes beside its checkpoints."""
     save_pt: bool = False
-    """With --beside: step_N.pt too."""
+    """With --beside: also write step_N.pt."""
 
 
 def command(options: Options) -> None:

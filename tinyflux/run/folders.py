@@ -1,9 +1,9 @@
-"""What is in a run's folder: its lock, its checkpoints by name, what is set aside there.
+"""A run's folder: its lock, its checkpoints by name, and folders that are set aside.
 
     .saved                      step of the newest checkpoint that was ever complete here
-    checkpoints/step_N/         a checkpoint, complete once it has a metadata.json
-    checkpoints/step_N.cut      a save that was cut off; deleted once a later checkpoint is complete
-    checkpoints/step_N.damaged  files of another size or checksum than what was written
+    checkpoints/step_N/         a checkpoint; complete if it has a metadata.json
+    checkpoints/step_N.cut      an interrupted save; deleted when a later checkpoint is complete
+    checkpoints/step_N.damaged  a checkpoint with a wrong file size or checksum
 """
 
 import os
@@ -22,14 +22,14 @@ from tinyflux.util.log import say
 CUT, DAMAGED = "cut", "damaged"
 MARK = ".saved"
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between tries to read what an I/O error hides."""
+"""Seconds between retries after an I/O error."""
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 T = TypeVar("T")
 
 
 def patiently(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again after an OSError: file systems of clusters have bad minutes."""
+    """The result of `read`, with retries after an OSError: cluster file systems have temporary failures."""
     for pause in (*PAUSES, None):
         try:
             return read()
@@ -44,9 +44,9 @@ def patiently(read: Callable[[], T]) -> T:
 
 
 def lock(run_dir: Path, patience: float = 120) -> ExitStack:
-    """Hold a run folder until what is returned is closed. Waits for a training that is just stopping in it.
+    """Lock a run folder until the result is closed. Waits for another training that is just stopping.
 
-    Raises RuntimeError where the other one continues. A file system without locks is warned of.
+    Raises RuntimeError if the other training continues. Warns if the file system has no locks.
     """
     held, path = ExitStack(), run_dir / ".lock"
     try:
@@ -58,19 +58,19 @@ def lock(run_dir: Path, patience: float = 120) -> ExitStack:
     except TimeoutError:
         raise RuntimeError(f"another training runs in {run_dir}: stop it, or choose another folder") from None
     except NoLocks as error:
-        say(f"WARNING: {run_dir} cannot be locked ({error}): start one training there at a time")
+        say(f"WARNING: {run_dir} cannot be locked ({error}): run only one training there at a time")
     return held
 
 
 def step_of(folder: Path) -> int:
-    """N of step_N, -1 of any other name."""
+    """N of step_N, -1 for any other name."""
     match = re.fullmatch(r"step_(\d+)", folder.name)
     return int(match[1]) if match else -1
 
 
 def _names(root: Path) -> list[str]:
     try:
-        return os.listdir(root)  # pathlib's glob would take a folder that cannot be read for an empty one
+        return os.listdir(root)  # pathlib's glob treats an unreadable folder as empty
     except FileNotFoundError:
         return []
 
@@ -83,20 +83,20 @@ def _is_complete(folder: Path) -> bool:
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """The complete checkpoints of a folder, newest first. Raises OSError where the folder cannot be read."""
+    """The complete checkpoints in a folder, newest first. Raises OSError if the folder cannot be read."""
     folders = [Path(root, name) for name in _names(Path(root))]
     found = [folder for folder in folders if step_of(folder) >= 0 and _is_complete(folder)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def list_cut(root: Path) -> list[Path]:
-    """Folders of saves that were cut off, of any process before."""
+    """Folders of interrupted saves of earlier processes."""
     folders = [root / name for name in _names(root)]
     return [folder for folder in folders if step_of(folder) >= 0 and folder.is_dir() and not _is_complete(folder)]
 
 
 def set_aside(folder: Path, word: str) -> Path:
-    """Rename a checkpoint's folder so that it does not count any more. Returns its new path."""
+    """Rename a checkpoint's folder so that it is ignored. Returns its new path."""
     count = 1
     while (target := folder.with_name(f"{folder.name}.{word}{count if count > 1 else ''}")).exists():
         count += 1
@@ -104,19 +104,19 @@ def set_aside(folder: Path, word: str) -> Path:
 
 
 def cut_before(root: Path, step: int) -> list[Path]:
-    """What was cut off at or before a step."""
+    """Folders of interrupted saves at or before a step."""
     pattern = re.compile(rf"step_(\d+)\.{CUT}\d*")
     found = [(match, root / name) for name in _names(root) if (match := pattern.fullmatch(name))]
     return [path for match, path in found if int(match[1]) <= step]
 
 
 def mark_saved(root: Path, step: int) -> None:
-    """Note that this run has had a complete checkpoint: from now on it never restarts at step 0 unless asked to."""
+    """Record that this run has had a complete checkpoint: from now on it restarts at step 0 only if asked to."""
     atomic_write(root.parent / MARK, f"{step}\n")
 
 
 def leftovers(root: Path) -> list[str]:
-    """What says that a run folder without a checkpoint had one: weights, damaged folders, metrics of saved steps."""
+    """Signs that a run folder without a checkpoint had one: weights, damaged folders, metrics of saved steps."""
     pattern = re.compile(rf"step_\d+(\.{DAMAGED}\d*|(_ema)?\.safetensors|\.pt)|best_ema\.safetensors")
     found = [f"{root.name}/{name}" for name in sorted(_names(root)) if pattern.fullmatch(name)]
     if (root.parent / MARK).exists() and (root.parent / "metrics.jsonl").exists():
@@ -125,10 +125,10 @@ def leftovers(root: Path) -> list[str]:
 
 
 def newest_identity(root: str | Path) -> dict:
-    """What the data of the newest checkpoint of a folder depended on, {} where there is none."""
+    """The data identity of the newest checkpoint in a folder, {} if there is none."""
     for folder in patiently(lambda: list_checkpoints(root)):
         try:
             return patiently(lambda folder=folder: read_metadata(folder)).get("identity", {})
-        except Damaged:  # resuming says what is wrong with it, and takes the one before it too
+        except Damaged:  # resuming reports it, and also falls back to the one before it
             continue
     return {}

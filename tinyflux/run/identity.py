@@ -1,4 +1,4 @@
-"""What a run depends on: its configuration, its data, the code and libraries. Compared between ranks and over time."""
+"""A run's identity: configuration, data, code and library versions. Compared between ranks and when resuming."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 LIBRARIES = ("torch", "numpy", "safetensors", "zstandard", "diffusers", "transformers")
-# may differ between nodes, or say nothing about what is computed
+# keys that may differ between nodes, or do not change the results
 LOCAL = {"run_dir", "dry_run", "start_over", "data.sources", "data.cache_dir", "data.cache_gb", "data.threads"}
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:
-    """A nested config by dotted keys, with plain values."""
+    """A nested config with dotted keys and plain values."""
     found: dict[str, object] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -29,7 +29,7 @@ def flat(config: dict, prefix: str = "") -> dict[str, object]:
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """One line for each key of two nested configs that differs: `trainer.shift was 3.0, is now 1.0`."""
+    """One line for each differing key of two nested configs: `trainer.shift was 3.0, is now 1.0`."""
     old, new = flat(before), flat(now)
     if not old:
         return []
@@ -47,7 +47,7 @@ def code() -> str:
 
 
 def software() -> dict[str, str]:
-    """Versions of what computes: Python, libraries, CUDA, this package's code."""
+    """Versions of Python, libraries, CUDA and this package's code."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda), "tinyflux": code()}
     for name in LIBRARIES:
         try:
@@ -58,9 +58,9 @@ def software() -> dict[str, str]:
 
 
 def agree(facts: dict) -> None:
-    """Raises ValueError on every rank where one's facts (nested, JSON) are not rank 0's, with key, rank and host.
+    """Raises ValueError on every rank, with key, rank and host, if a rank's facts (nested, JSON) differ from rank 0's.
 
-    Facts are hashed, and sent whole only where the hashes differ. Must be called on all ranks.
+    Only hashes are exchanged, and the facts themselves if hashes differ. Must be called on all ranks.
     """
     mine = {key: value for key, value in flat(facts).items() if key not in LOCAL}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7]

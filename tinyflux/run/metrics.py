@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl (one line a step), TensorBoard, the progress line."""
+"""The metrics of a run: metrics.jsonl (one line per step), TensorBoard, the progress line."""
 
 import errno
 import json
@@ -16,9 +16,9 @@ from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
 RETRY = 60.0
-"""Seconds until TensorBoard's files are tried again after an error."""
+"""Seconds until writing TensorBoard's files is retried after an error."""
 
-LATE = 0.1  # part of a step that a rank may be late without being named
+LATE = 0.1  # a rank is named if it is later than this fraction of a step
 
 
 def _truncate(path: Path, step: int) -> None:

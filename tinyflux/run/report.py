@@ -1,4 +1,4 @@
-"""RUN_DIR/report.html: what a run did, on one page that holds all it shows, so it can be mailed.
+"""RUN_DIR/report.html: what a run did, on one self-contained page.
 
     python -m tinyflux.run.report RUN_DIR [--earlier OTHER_RUN_DIR]
 """
@@ -22,7 +22,7 @@ from tinyflux.util import cli
 from tinyflux.util.files import atomic_write
 
 STEPS, SIDE = 16, 256
-"""Most steps whose pictures are shown, and their longest side in pixels: larger ones are scaled down."""
+"""Most steps whose pictures are shown, and their longest side in pixels; larger pictures are scaled down."""
 GAP = 2  # between the pictures of a grid
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #1f2937 }
@@ -78,7 +78,7 @@ for (const figure of document.querySelectorAll(".plot")) {
 
 
 def cells(path: Path) -> tuple[list[Image.Image], list[str]]:
-    """The pictures of a sample grid, and their prompts; a grid that does not say how it was made is one picture."""
+    """The pictures of a sample grid, and their prompts; a grid without stored parameters counts as one picture."""
     with Image.open(path) as image:
         image.load()
         made = json.loads(getattr(image, "text", {}).get("parameters", "{}"))
@@ -93,7 +93,7 @@ def cells(path: Path) -> tuple[list[Image.Image], list[str]]:
 
 
 def embedded(image: Image.Image) -> str:
-    """A picture as a data URL: exact where it is small, else a JPEG of at most SIDE pixels."""
+    """A picture as a data URL: lossless if it is small, else a JPEG of at most SIDE pixels."""
     small = max(image.size) <= 128
     image.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
@@ -120,7 +120,7 @@ def pictures(folder: Path, prompts: list[str]) -> str:
                 try:
                     parts, told = cells(folder / name)
                     entry[kind] = [embedded(part) for part in parts]
-                except (OSError, ValueError):  # cut off by a kill
+                except (OSError, ValueError):  # truncated by a kill
                     continue
         if "ema" in entry:
             shown.append(entry)
@@ -166,7 +166,7 @@ def summary(run_dir: Path, records: list[dict], config: dict) -> list[tuple[str,
         ("steps", f"{last['step']} of {config['trainer']['total_steps']}"),
         ("loss, mean of the last twentieth", f"{sum(r['loss'] or 0 for r in tail) / len(tail):.4f}"),
         ("time in steps", f"{spent}, {seconds / len(records):.3f} s a step"),
-        ("samples a second", f"{sum(r['samples_per_s'] for r in records) / len(records):.1f}"),
+        ("samples per second", f"{sum(r['samples_per_s'] for r in records) / len(records):.1f}"),
         ("waiting for data", f"{100 * sum(r['data_wait'] for r in records) / len(records):.1f}% of the time"),
         ("steps skipped", str(sum(r["skipped"] for r in records))),
         ("folder", str(run_dir.resolve())),
@@ -186,7 +186,7 @@ def series(records: list[dict], *names: str) -> dict[str, Points]:
 
 
 def curves(records: list[dict], earlier: list[dict]) -> str:
-    """The plots of a run, over those of an earlier one."""
+    """The plots of a run, with the curves of an earlier one."""
     marks = [record["step"] for record in records if record.get("resumed")]
     others = [name for name in records[-1]["weights"] if name != "main"]
     charts = {
@@ -195,8 +195,8 @@ def curves(records: list[dict], earlier: list[dict]) -> str:
         "distillation": (*others, *(f"val_{name}" for name in others)),
         "learning rate": ("lr",),
         "gradient norm": ("grad_norm",),
-        "samples a second": ("samples_per_s",),
-        "share of the time that waits for data": ("data_wait",),
+        "samples per second": ("samples_per_s",),
+        "share of time spent waiting for data": ("data_wait",),
     }
     plots = [plot(title, series(records, *names), series(earlier, *names), marks) for title, names in charts.items()]
     plots.insert(3, plot("main loss over t (0 is noise, 1 is data)", by_timestep(records)))
@@ -208,7 +208,7 @@ def write_report(
 ) -> Path:
     """Write RUN_DIR/report.html from metrics.jsonl, the sample grids and the config. Returns its path.
 
-    earlier: another run's folder, whose curves are drawn too. Raises ValueError where no step is recorded.
+    earlier: another run's folder, whose curves are drawn too. Raises ValueError if no step is recorded.
     """
     run_dir = Path(run_dir)
     records, before = read_metrics(run_dir), read_metrics(earlier) if earlier else []
@@ -236,14 +236,14 @@ class Options:
     run_dir: tyro.conf.Positional[Path]
     """Folder of the run."""
     earlier: Path | None = None
-    """Another run's folder, whose curves are drawn too, dashed."""
+    """Another run's folder; its curves are drawn too, as dashed lines."""
 
 
 def command(options: Options) -> None:
-    """Write the page of a run folder."""
+    """Write the report of a run folder."""
     found = next(options.run_dir.glob("*/training_config.json"), None)
     if found is None:
-        raise FileNotFoundError(f"{options.run_dir}: no training_config.json in a folder of it")
+        raise FileNotFoundError(f"{options.run_dir}: not a run folder: no training_config.json in a subfolder")
     config = json.loads(found.read_text())
     samples = config["trainer"].get("sample_dir", "samples")
     print(write_report(options.run_dir, config, samples, earlier=options.earlier))

@@ -1,4 +1,4 @@
-"""The sources of a run: opened alike on all ranks, and recorded in its checkpoints."""
+"""The sources of a run: opened at the same revision on all ranks, and recorded in its checkpoints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ from tinyflux.shards.stream import Stream
 def open_run_sources(config: DataConfig, groups: tuple[str, ...], checkpoints: Path) -> list[Source]:
     """The sources of a run, every remote one at the same revision on all ranks. Must be called on all ranks.
 
-    What a checkpoint of the run recorded is read again (see `resolve_revisions`). Where one rank fails, whatever it is,
-    all raise: it its own error, the others ValueError or OSError with what it said. Raises as `open_sources`.
+    Revisions recorded in the run's checkpoint are used again (see `resolve_revisions`). If one rank fails, all raise:
+    this rank its own error, the others ValueError or OSError with its message. Raises as `open_sources`.
     """
     revisions = [None]
     with _together():
@@ -32,7 +32,7 @@ def open_run_sources(config: DataConfig, groups: tuple[str, ...], checkpoints: P
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Leave the block on all ranks, or raise on all of them: nobody waits for a rank that is not there any more."""
+    """Leave the block on all ranks, or raise on all of them, so that no rank waits for one that has failed."""
     error = None
     try:
         yield
@@ -48,7 +48,7 @@ def _together() -> Iterator[None]:
 
 
 def data_identity(stream: Stream) -> dict:
-    """What the order of a run's samples depends on besides the step."""
+    """Everything that a run's data order depends on, besides the step."""
     c = stream.config
     sums = ["+".join(layer.manifest.sha256 for layer in s.layers) for s in stream.sources]
     manifests = dict(zip(stream.labels, sums, strict=True))

@@ -1,7 +1,7 @@
-"""Weights into a model repo of the Hugging Face Hub while training continues, in checkpoint_runs/NAME/.
+"""Upload weights to a model repo on the Hugging Face Hub during training, to checkpoint_runs/NAME/.
 
-Only step_N.safetensors, step_N_ema.safetensors (the published layout), config.json and training_config.json are sent,
-and a model card. The token is that of HF_TOKEN or of `hf auth login`.
+Only step_N.safetensors, step_N_ema.safetensors (the published layout), config.json, training_config.json and a model
+card are sent. The token comes from HF_TOKEN or `hf auth login`.
 """
 
 import json
@@ -20,14 +20,14 @@ from tinyflux.util.files import replaced
 from tinyflux.util.log import say
 from tinyflux.util.urls import public
 
-FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: the client's, of a file that it can't send
-RETRY = 60.0  # seconds after a failure, beside the client's own retries; twice as many after each further one
+FAILURES = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError: a file that the client cannot send
+RETRY = 60.0  # seconds after a failure, besides the client's own retries; doubled after each further failure
 LONGEST = 900.0
-LAST_RETRY = 5.0  # while the end of the run waits
+LAST_RETRY = 5.0  # at the end of the run
 
 
 def section(repo: str, run: str, names: list[str], training: dict) -> str:
-    """What the model card says of a run, between marks that the next upload finds."""
+    """The model card's section about a run, between marks that the next upload finds."""
     trainer, data = training.get("trainer", {}), training.get("data", {})
     steps = sorted({int(re.match(r"step_(\d+)", name)[1]) for name in names if name.startswith("step_")})
     told = {"steps": f"{steps[-1]} of {trainer.get('total_steps')}" if steps else "none yet"}
@@ -59,7 +59,7 @@ def section(repo: str, run: str, names: list[str], training: dict) -> str:
 
 
 def render(old: str, repo: str, run: str, names: list[str], training: dict) -> str:
-    """The text of the repo's README.md: `old` with the section of this run brought up to date, the rest as it is."""
+    """The text of the repo's README.md: `old` with this run's section updated, the rest unchanged."""
     card = ModelCard(begun(old, repo))
     facts = {"license": training.get("trainer", {}).get("hf_license", "mit"), "library_name": "tinyflux-deep"}
     defaults = {**facts, "pipeline_tag": "text-to-image", **origins(training)}
@@ -68,9 +68,9 @@ def render(old: str, repo: str, run: str, names: list[str], training: dict) -> s
 
 
 class Uploader:
-    """Sends checkpoints from a thread of its own. What could not be sent waits in `root`/.upload, through restarts too.
+    """Sends checkpoints from a separate thread. Unsent files wait in `root`/.upload, also across restarts.
 
-    root: the run's checkpoints. repo: USER/NAME, made if there is none. run: the folder in checkpoint_runs.
+    root: the run's checkpoints. repo: USER/NAME, created if it does not exist. run: the folder in checkpoint_runs.
     """
 
     def __init__(self, root: Path, repo: str, run: str):
@@ -78,28 +78,31 @@ class Uploader:
         self.waiting = root / ".upload"
         self.failures, self.sent = 0, []
         self.wake, self.closing, self.given_up = threading.Event(), False, False
-        # a daemon: an upload that hangs does not keep the process
+        # a daemon thread, so that a hanging upload does not keep the process alive
         self.thread = threading.Thread(target=self._work, name="upload", daemon=True)
         if get_token() is None:
-            say(f"WARNING: no token for the upload to {repo}: set HF_TOKEN or run `hf auth login`, then run this again")
+            say(
+                f"WARNING: no token for the upload to {repo}: set HF_TOKEN or run `hf auth login`, then run the same"
+                " command again"
+            )
         if self.pending():
             say(f"{len(self.pending())} files of an earlier start wait for upload to {repo}")
             self.wake.set()
         self.thread.start()
 
     def pending(self) -> list[Path]:
-        """Files that wait to be sent."""
+        """Unsent files."""
         return sorted(self.waiting.glob("step_*.safetensors"))
 
     def add(self, folder: Path) -> None:
-        """Send the exported weights of a checkpoint soon. They are linked aside, so that pruning does not matter."""
+        """Queue the exported weights of a checkpoint. They are hard-linked to `.upload`, so pruning does not matter."""
         self.waiting.mkdir(exist_ok=True)
         for name in (f"{folder.name}.safetensors", f"{folder.name}_ema.safetensors"):
             target = self.waiting / name
             if name in self.sent or target.exists():
                 continue
-            if not (self.root / name).exists():  # its export failed, and said so
-                say(f"WARNING: {name} is not there, so it is not uploaded")
+            if not (self.root / name).exists():  # its export has failed with a message
+                say(f"WARNING: {name} does not exist, so it is not uploaded")
                 continue
             try:
                 os.link(self.root / name, target)
@@ -147,7 +150,7 @@ class Uploader:
         say(f"uploaded {', '.join(names)} to {self.repo}:{place}")
 
     def finish(self, seconds: float) -> None:
-        """Send what still waits, for at most so long, and say how that ended."""
+        """Send the queued files, for at most `seconds`, and report the result."""
         if self.pending() and seconds:
             say(f"waiting for the upload to {self.repo}, up to {seconds:g} s (trainer.upload_wait)")
         self.closing = True
@@ -157,4 +160,4 @@ class Uploader:
         self.wake.set()
         if waiting := self.pending():
             names = ", ".join(path.name for path in waiting)
-            say(f"WARNING: not uploaded to {self.repo}: {names}; the same command sends them")
+            say(f"WARNING: not uploaded to {self.repo}: {names}; run the same command to send them")

@@ -69,7 +69,7 @@ class _Pipeline:
         )
         B = reader.config.micro_batch_size
         self._room = reader.config.prefetch + 1 + reader.config.threads * CHUNK // B  # most micro-batches in progress
-        self._lock, self._planning = threading.RLock(), threading.Lock()  # an RLock, because `close` may run at any line
+        self._lock, self._planning = threading.RLock(), threading.Lock()  # RLock: `close` may run at any line
         self._ready = threading.Condition(self._lock)  # for the consumer: its next micro-batch is done
         self._space = threading.Condition(self._lock)  # for another micro-batch
         self._begun: deque[MicroBatch] = deque()  # in order, until the consumer takes them

@@ -1,4 +1,4 @@
-"""Commands: parse, call, and turn errors that a user can mend into one message and an exit status."""
+"""Commands: parse, call, and turn errors that a user can fix into one message and an exit status."""
 
 import json
 import os
@@ -10,28 +10,28 @@ from typing import TypeVar
 DONE = 0
 FAILED = 1
 REFUSED = 2
-"""Nothing was begun: the input is at fault."""
+"""Nothing was started: the input is wrong."""
 SAVED = 75
 """Stopped by a signal after saving (EX_TEMPFAIL): run the same command to resume."""
 INTERRUPTED = 130
 
-# errors before anything is begun
+# errors before anything is started
 SETUP = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 Options = TypeVar("Options")
 
 
 def parse(options: type[Options], argv: list[str] | None, prog: str, description: str | None) -> Options:
-    """The options of a command line, sys.argv's unless given. Exits with 0 after --help, with 2 on a wrong option."""
+    """The options of a command line, default sys.argv. Exits with 0 after --help, with 2 for a wrong option."""
     import tyro
 
     return tyro.cli(options, args=argv, prog=prog, description=description)
 
 
 def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] = ()) -> int:
-    """The exit status of `action`: its own, or that of the error it raises, which becomes one message on stderr.
+    """Call `action`. Returns its exit status, or that of its error, which becomes one message on stderr.
 
-    failures: errors, beside OSError, that are reported without a traceback.
+    failures: errors, besides OSError, that are reported without a traceback.
     """
     try:
         return action()
@@ -47,8 +47,8 @@ def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] 
 
 
 def tell(text: str) -> None:
-    """Print an error. Under torchrun, of a node's ranks the first one prints and all leave the text for torchrun, which
-    prints what the first one did not."""
+    """Print an error. Under torchrun, only a node's first rank prints; all ranks leave the text for torchrun, which
+    prints the errors that the first rank did not."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {text}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -56,12 +56,12 @@ def tell(text: str) -> None:
         try:
             with open(path, "w") as file:
                 json.dump({"message": {"message": text, "extraInfo": extra}}, file)
-        except OSError:  # a full disk; the status still says that it failed
+        except OSError:  # a full disk; the exit status still reports the failure
             pass
 
 
 def message(error: BaseException) -> str:
-    """An error in words; an OSError of the system with the file that it is about."""
+    """An error as text; an OSError of the system with its file name."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
@@ -76,12 +76,12 @@ def run(
     description: str | None,
     failures: tuple[type[BaseException], ...] = (),
 ) -> int:
-    """Parse, call, report. Returns the exit status; a command that returns None is done."""
+    """Parse, call, report. Returns the exit status; None from a command means done."""
     return report(lambda: command(parse(options, argv, prog, description)) or DONE, failures)
 
 
 def table(rows: list[tuple], *, right: bool = False) -> str:
-    """Rows as text in columns as wide as they need to be; right: all but the first column end at the right."""
+    """Rows as text in aligned columns; right: align all columns except the first to the right."""
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -1,4 +1,4 @@
-"""The device: its peak rate, its memory, and settings that are made once."""
+"""The device: its peak rate, its memory, and settings for the whole process."""
 
 import os
 import resource
@@ -6,24 +6,24 @@ import time
 
 import torch
 
-# dense bfloat16 FLOP/s, from the makers' data sheets
+# dense bfloat16 FLOP/s, from the vendors' data sheets
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def configure(device: torch.device, *, deterministic: bool = False) -> None:
-    """Settings of the whole process: float32 products on tensor cores (TF32) where there are any; deterministic: only
-    kernels that give the same bits every time."""
+    """Settings of the whole process: float32 matrix products use tensor cores (TF32) if there are any; deterministic:
+    use only deterministic kernels."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, which takes time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak operations a second of a known GPU, None of anything else."""
+    """Peak operations per second of a known GPU, else None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
-    """Operations a second of a square matrix product."""
+    """Measured operations per second of a square matrix product."""
     a = torch.randn(size, size, device=device).to(dtype)
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -41,7 +41,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, s
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: of the GPU's memory, or of this process's on the CPU."""
+    """Peak memory so far, in bytes: of the GPU, or of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked between processes, hashed."""
+"""Files: atomic writes, locks between processes, hashes."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ class NoLocks(OSError):
 
 
 class Stopped(Exception):
-    """Nobody waits for the result any more."""
+    """The result is no longer needed."""
 
 
 def cache_folder() -> Path:
@@ -47,10 +47,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: str | Path, temporary: str | Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`: the file that the block writes there replaces `path` if the block succeeds.
+    """Yields a temporary path beside `path`; if the block succeeds, the file written there replaces `path`.
 
-    File and folder are fsynced, so a crash leaves the old file or the new one. temporary: its name, if the next writer
-    should overwrite what a killed one left. If the disk is full, the OSError says so.
+    File and folder are fsynced, so a crash leaves the old file or the new one. temporary: a fixed name, so that the
+    next writer overwrites what a killed one left. If the disk is full, the OSError says so.
     """
     path = Path(path)
     temporary = Path(temporary or path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp"))
@@ -69,7 +69,7 @@ def replaced(path: str | Path, temporary: str | Path | None = None) -> Iterator[
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a small file, whole or not at all; text is written as UTF-8."""
+    """Write a small file atomically; text is written as UTF-8."""
     with replaced(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -78,10 +78,10 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 def locked(
     path: str | Path, *, timeout: float = float("inf"), what: str = "", stopped: threading.Event = _NEVER
 ) -> Iterator[None]:
-    """Hold a lock file; the kernel frees it when its holder dies. Threads of one process exclude each other too.
+    """Hold a lock file; the kernel frees it when its holder dies. It also excludes threads of the same process.
 
-    timeout: seconds to wait, 0 for a single try. what: names what is waited for in the error. Raises TimeoutError,
-    Stopped once that event is set, NoLocks where the file system has no locks.
+    timeout: seconds to wait, 0 for a single try. what: the name of the awaited thing in the error. Raises TimeoutError,
+    Stopped when that event is set, NoLocks if the file system has no locks.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures as tensors: uint8 [B, H, W, 3] as files have them, float32 [B, 3, H, W] in [-1, 1] as networks take them."""
+"""Pictures as tensors: uint8 [B, H, W, 3] in files, float32 [B, 3, H, W] in [-1, 1] in networks."""
 
 import torch
 from torch import Tensor
@@ -10,5 +10,5 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> uint8, the same shape; what is outside is clamped."""
+    """[-1, 1] -> uint8 of the same shape; values outside are clamped."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, read without running anything that they hold."""
+"""Read files of torch.save without executing code from them."""
 
 import pickle
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 
 
 def load_plain(path: Path, *, mmap: bool = False) -> Any:
-    """The tensors and plain values of a file, on the CPU. Raises ValueError where it is damaged or holds more."""
+    """The tensors and plain values of a file, on the CPU. Raises ValueError if it is damaged or has anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values, which could run code when read "
+            f"{path} is refused: it contains more than tensors and plain values, which could run code when read "
             f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:

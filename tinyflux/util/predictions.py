@@ -24,7 +24,7 @@ def flow_x_t(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def flow_velocity(data: Tensor, noise: Tensor) -> Tensor:
-    """What the network predicts: dx/dt."""
+    """The velocity dx/dt, which the network predicts."""
     return data - noise
 
 
@@ -44,9 +44,9 @@ def euler_step(x_t: Tensor, v: Tensor, t_now: float, t_next: float) -> Tensor:
 
 
 def split(prediction: Tensor, form: str, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(data, noise) at x_t, according to a prediction of that form.
+    """(data, noise) at x_t from a prediction of that form.
 
-    With `epsilon` the data is not finite at t = 0: there x_t is pure noise and says nothing about the data.
+    With `epsilon`, the data is not finite at t = 0, because x_t is pure noise there.
     """
     if form == "flow":
         return flow_data(x_t, prediction, t), flow_noise(x_t, prediction, t)
@@ -61,7 +61,7 @@ def split(prediction: Tensor, form: str, x_t: Tensor, t: Tensor) -> tuple[Tensor
 
 
 def join(data: Tensor, noise: Tensor, form: str, t: Tensor) -> Tensor:
-    """What a perfect network of that form predicts."""
+    """The prediction of a perfect network of that form."""
     if form == "flow":
         return flow_velocity(data, noise)
     if form == "epsilon":

@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of named integers, never of global state.
 
 The hash is splitmix64 (Steele et al., 2014, "Fast splittable pseudorandom number generators").
-Integer draws are the same on every device; float draws differ by rounding alone.
+Integer draws are the same on every device; float draws differ only by rounding.
 """
 
 import math
@@ -14,7 +14,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
-_CHUNK = 1 << 15  # elements hashed at a time: the temporaries stay in the cache
+_CHUNK = 1 << 15  # elements to hash at a time, so that temporaries stay in the cache
 _ROUNDS = 12  # even; with fewer, orders of five elements are not equally likely
 
 
@@ -45,7 +45,7 @@ def key(*parts: int | str) -> int:
 
 
 def signed_key(*parts: int | str) -> int:
-    """`key` as a tensor of int64 holds it."""
+    """`key` as a signed 64-bit integer, for int64 tensors."""
     return _signed(key(*parts))
 
 
@@ -55,7 +55,7 @@ def permutation(n: int, *parts: int | str) -> np.ndarray:
     keys = np.empty(n, np.uint64)
     for first in range(0, n, _CHUNK):
         index = np.arange(first, min(first + _CHUNK, n), dtype=np.uint64)
-        # sorting the values with their index in the low bits takes a sixth of the time of an argsort
+        # sorting values with their index in the low bits takes a sixth of the time of argsort
         keys[first : first + _CHUNK] = splitmix64(start + index) >> bits << bits | index
     keys.sort()
     keys &= (np.uint64(1) << bits) - np.uint64(1)
@@ -63,10 +63,10 @@ def permutation(n: int, *parts: int | str) -> np.ndarray:
 
 
 def shuffled(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """What stands at `places[i]` in the order of `range(sizes[i])` keyed by `keys[i]`, int64 like `places`.
+    """The element at `places[i]` in the order of `range(sizes[i])` keyed by `keys[i]`, int64 like `places`.
 
-    Many orders at once, and no table of any: a Feistel network over the smallest power of two that holds a range,
-    applied until its result falls into the range (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
+    Works for many orders at once, without tables: a Feistel network over the smallest power of two that covers the
+    range, applied until the result is in the range (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
     found = np.empty(len(places), np.int64)
     for i in range(0, len(places), _CHUNK):
@@ -82,7 +82,7 @@ def _walk(places: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray
         left, right, key = found[todo] >> low, found[todo] & (one << low) - one, keys
         for _ in range(_ROUNDS):
             key = key * np.uint64(_MIX1) ^ key >> np.uint64(32)
-            # two multiplications are hash enough, of which the high bits are taken
+            # the high bits after two multiplications are a good enough hash
             hashes = (right * np.uint64(_MIX2) ^ key) * np.uint64(_GOLDEN) >> np.uint64(40)
             left, right = right, left ^ hashes & (one << high) - one
             low, high = high, low

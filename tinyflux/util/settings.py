@@ -1,4 +1,4 @@
-"""Settings: dataclasses whose fields carry their accepted range, read from TOML and overridden on the command line.
+"""Settings: dataclasses whose fields have an accepted range, read from TOML and overridden on the command line.
 
 threads: Annotated[int, AtLeast(1)] = 2
 val_fraction: Annotated[float, Within(0, 1, open_high=True)] = 0.0
@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Within:
-    """A range of numbers, for Annotated; of a list or tuple it holds for each element."""
+    """A range of numbers, for Annotated; in a list or tuple it applies to each element."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -32,7 +32,7 @@ class Within:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Is the value in the range? NaN is in none."""
+        """Whether the value is in the range. NaN never is."""
         above = self.low < value or (value == self.low and not self.open_low)
         below = value < self.high or (value == self.high and not self.open_high)
         return above and below
@@ -57,13 +57,13 @@ def Above(low: float) -> Within:
 
 @dataclass(frozen=True)
 class Match:
-    """A regular expression that a text must match as a whole, and what that is in words."""
+    """A regular expression that a whole text must match, and its description in words."""
 
     pattern: str
     words: str
 
     def holds(self, value: str) -> bool:
-        """Does the text match?"""
+        """Whether the text matches."""
         return re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class Match:
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Raises ValueError, in the form of all messages about settings, unless the condition holds."""
+    """Raises ValueError, with the standard message about a setting, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
@@ -79,7 +79,7 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
 def check(config: Any, prefix: str = "") -> None:
     """Raises ValueError, with the key and the accepted values, if a field has the wrong type or is out of range.
 
-    prefix: what comes before a field's name: "data." for data.threads, "--" for an option such as --batch-size.
+    prefix: prefix of a field's name in messages: "data." for data.threads, "--" for an option such as --batch-size.
     """
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         full = prefix + (name.replace("_", "-") if prefix == "--" else name)
@@ -127,7 +127,7 @@ def _is(value: object, kind: Any) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known word, and all of them."""
+    """The end of a message about an unknown word: the nearest known word, and all known words."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, 1)
     return f"{f'did you mean {near[0]}? ' if near else ''}Accepted here: {', '.join(known)}"
@@ -142,7 +142,7 @@ def read_toml(path: Path) -> dict:
 
 
 def arguments(table: dict, config: type, prefix: str = "") -> list[str]:
-    """A TOML table as command-line arguments of a dataclass. Raises ValueError on unknown keys and other types."""
+    """A TOML table as command-line arguments of a dataclass. Raises ValueError for unknown keys and wrong types."""
     hints = typing.get_type_hints(config, include_extras=True)
     found: list[str] = []
     for key, value in table.items():
@@ -171,11 +171,11 @@ def load(
     prog: str | None = None,
     ignored: tuple[str, ...] = (),
 ) -> tuple[Config, set[str]]:
-    """A config from `[--config FILE.toml|PRESET] [--group.key value ...]`, and the names of the keys that were given.
+    """A config from `[--config FILE.toml|PRESET] [--group.key value ...]`, and the names of the given keys.
 
-    The file's values are arguments that come before the command line's; a preset is a file of the folder `presets`;
-    ignored: tables of the file that this command has no use for. Exits with 2 and a message on a wrong option; raises
-    ValueError on a wrong key or value of the file and FileNotFoundError where there is none.
+    The file's values are inserted before the command line's arguments; a preset is a file in the folder `presets`;
+    ignored: tables of the file that this command does not use. Exits with 2 and a message for a wrong option; raises
+    ValueError for a wrong key or value in the file, FileNotFoundError if there is no such file.
     """
     import tyro
 
