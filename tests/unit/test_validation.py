@@ -1,10 +1,13 @@
 """Held-out samples: the same on any number of ranks, few shards of a remote source, refused where there are none."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.store_server import store_server
 from tests.training import make_source, train
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.trainer import collate
 from tinyflux.trainer.collate import VALIDATION_TIMESTEPS, HeldOut, StreamCollate
 from tinyflux.trainer.config import TrainerConfig
 
@@ -14,9 +17,9 @@ def held_out(urls: list[str], samples: int, world: int, micro: int = 2, **option
     config = DataConfig(urls, global_batch_size=8, micro_batch_size=micro, val_fraction=0.4, **options)
     sources, found, numbers = open_sources(config), [], set()
     for rank in range(world):
-        collate = StreamCollate(TrainerConfig(), [s.null for s in sources], global_batch_size=8, seed=0)
-        with Stream(sources, config, rank, world, collate) as stream:
-            batches = HeldOut(stream, collate, samples)
+        collated = StreamCollate(TrainerConfig(), [s.null for s in sources], global_batch_size=8, seed=0)
+        with Stream(sources, config, rank, world, collated) as stream:
+            batches = HeldOut(stream, collated, samples)
             rounds = []
             for _ in range(2):
                 keys, count = [], 0
@@ -49,10 +52,34 @@ def test_any_number_of_ranks_validates_the_same_samples(folders):
             assert sorted(key for keys in together for key in keys) == sorted(alone), (samples, world)
 
 
-def test_of_a_remote_source_few_shards_are_fetched(folders, tmp_path):
-    with store_server(folders[0]) as server:
-        (keys,) = held_out([server.url], 4, 1, cache_dir=str(tmp_path))
-    assert len(keys) == 4 and len(list(tmp_path.rglob("*.tar"))) <= 2  # of five
+def test_of_a_remote_source_few_shards_are_fetched_once(tmp_path, monkeypatch, capsys):
+    """Not all of them, hardly one by two nodes, and none again in the next validation, whatever was evicted."""
+    monkeypatch.setattr(collate, "KEPT", 0)
+    source, found, requests = make_source(tmp_path / "source", 1, samples=96, shard_size=4), {}, {}
+    with store_server(source) as server:
+        for world in (1, 4):
+            server.bodies.clear()
+            found[world] = []
+            for rank in range(world):  # each on a node of its own
+                options = {"val_fraction": 0.4, "cache_dir": str(tmp_path / f"node {rank} of {world}")}
+                config = DataConfig([server.url], global_batch_size=8, micro_batch_size=2, **options)
+                (opened,) = open_sources(config)
+                collated = StreamCollate(TrainerConfig(), [opened.null], global_batch_size=8, seed=0)
+                with Stream([opened], config, rank, world, collated) as stream:
+                    batches = HeldOut(stream, collated, 1000)
+                    rounds = []
+                    for _ in range(2):
+                        rounds.append([k for b in batches for k, v in zip(b["keys"], b["valid"], strict=True) if v])
+                        for shard in Path(config.cache_dir).rglob("*.tar"):
+                            shard.unlink()
+                        opened.layers[0].store.cache.close_unlinked()
+                assert rounds[0] == rounds[1]
+                found[world] += rounds[0]
+            requests[world] = [n for name, n in server.bodies.items() if name.endswith(".tar")]
+    assert sorted(found[1]) == sorted(found[4]) and len(set(found[1])) > 6
+    assert len(requests[1]) == 6 and set(requests[1]) == {1}  # of 24 shards
+    assert len(requests[4]) == 6 and sum(requests[4]) <= 6 + 3
+    assert "only a part of each remote source's shards" in capsys.readouterr().out
 
 
 def test_refused(folders, tmp_path):

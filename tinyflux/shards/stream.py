@@ -30,6 +30,8 @@ __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
 
 log = logging.getLogger(__name__)
 
+VALIDATED = 0.25  # the part of a remote source's shards that validation may download
+
 
 class _Pipeline:
     """The threads of a stream, from one position on.
@@ -353,19 +355,31 @@ class Stream:
         """Number of samples held out for validation."""
         return sum(len(self._reader.held_out(s)) for s in range(len(self.sources)))
 
+    @property
+    def remote(self) -> bool:
+        """Whether some source's shards are downloaded."""
+        return bool(self._reader.shards.caches)
+
+    def validated(self, samples: int) -> int:
+        """Number of samples in a validation of the first `samples`: fewer where remote shards are left out."""
+        return len(self._held_out_order(samples)[0])
+
     def _held_out_order(self, samples: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Source and position of the first `samples` held-out samples, in an order keyed by the seed, sources evenly
-        mixed. For a remote source, the order goes shard by shard, so that few shards are needed."""
+        mixed. For a remote source, the order goes shard by shard and leaves most shards out: each is downloaded whole for
+        its few held-out rows."""
         seed, places, positions = self.config.seed, [], []
         for s, opened in enumerate(self.sources):
             part = self._reader.held_out(s)
             order = rng.permutation(len(part), seed, "validation order", s)
             if self._reader.shards.is_remote(s) and len(part):
-                shard, _ = opened.manifest.locate(part[order])
-                ranks = np.argsort(rng.permutation(len(opened.manifest.shards), seed, "validation shards", s))
-                order = order[np.argsort(ranks[shard], kind="stable")]
+                shards = len(opened.manifest.shards)
+                ranks = np.argsort(rng.permutation(shards, seed, "validation shards", s))
+                rank = ranks[opened.manifest.locate(part[order])[0]]
+                some = np.unique(rank)[: max(1, int(VALIDATED * shards))]
+                order = order[np.argsort(rank, kind="stable")][: np.isin(rank, some).sum()]
             positions.append(part[order])
-            places.append((np.arange(len(part)) + 0.5) / max(1, len(part)))
+            places.append((np.arange(len(order)) + 0.5) / max(1, len(part)))
         source = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
         first = np.argsort(np.concatenate(places), kind="stable")[:samples]
         return source[first], np.concatenate(positions)[first]
@@ -376,9 +390,9 @@ class Stream:
         """Raw batches of this rank's part of the first `samples` held-out samples. Samples and seeds are always the
         same, on any number of ranks.
 
-        A batch has one latent shape. All ranks get the same number of batches of the same size: `valid` bool [B] is
-        False for rows that only fill a batch (they repeat a sample) and for bad rows (zero). `slots`: the place in the
-        order.
+        A batch has one latent shape. All ranks get the same number of batches of the same size, neighbours in the order,
+        so that few nodes download the same remote shard. `valid` bool [B] is False for rows that only fill a batch (they
+        repeat a sample) and for bad rows (zero). `slots`: the place in the order.
         """
         rank, world = self.rank if rank is None else rank, self.world if world is None else world
         reader, seed = self._reader, self.config.seed
@@ -394,11 +408,12 @@ class Stream:
         for b in np.unique(shape).tolist():
             slots = np.flatnonzero(shape == b)
             count = -(-len(slots) // batch_size)
-            filled = np.resize(slots, count * batch_size).reshape(count, batch_size)
+            filled = np.pad(slots, (0, count * batch_size - len(slots)), "edge").reshape(count, batch_size)
             batches += [((u + 0.5) / count, b, u * batch_size, len(slots), filled[u]) for u in range(count)]
         batches.sort(key=lambda batch: batch[:2])
-        for k in range(rank, -(-len(batches) // world) * world, world):
-            _, b, first, count, slots = batches[k % len(batches)]
+        each = -(-len(batches) // world)
+        for k in range(rank * each, (rank + 1) * each):
+            _, b, first, count, slots = batches[min(k, len(batches) - 1)]
             seeds = rng.splitmix64(np.uint64(rng.key(seed, "validation")) + slots.astype(np.uint64)).view(np.int64)
             chosen = (source[slots], shard[slots], row[slots])
             micro = reader.new_batch(shapes[b], *chosen, seeds=seeds, slots=slots, step=0)

@@ -16,6 +16,7 @@ from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
 from tinyflux.util import rng
 from tinyflux.util.buckets import BUCKETS, interpolate
+from tinyflux.util.log import say
 
 VALIDATION_TIMESTEPS = 8
 KEPT = 1 << 30  # bytes of validation batches that a rank keeps in memory
@@ -103,7 +104,8 @@ class HeldOut:
     """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
     distribution evenly. The samples are always the same, on any number of ranks. `valid` bool [B]: which rows count.
 
-    Up to KEPT bytes are kept in memory, pinned for a GPU; the next batch is read while one is used.
+    Up to KEPT bytes are kept in memory, pinned for a GPU; with a remote source all batches are, or each validation would
+    download shards again. The next batch is read while one is used.
     Raises ValueError if no sample is held out: the loss would always be 0, and thus the best.
     """
 
@@ -112,6 +114,12 @@ class HeldOut:
             raise ValueError(
                 f"data.val_fraction is {stream.config.val_fraction}, which holds out none of the {stream.plan.total:,}"
                 " samples: raise it, or set it to 0 for no validation"
+            )
+        self.most = math.inf if stream.remote else KEPT
+        if (found := stream.validated(samples)) < min(samples, stream.held_out):
+            say(
+                f"WARNING: validation uses {found:,} of the {stream.held_out:,} held-out samples: to limit downloads, it"
+                " reads only a part of each remote source's shards; raise data.val_fraction for more"
             )
         self.stream, self.collate, self.samples = stream, collate, samples
         self.pins = torch.device(device).type == "cuda"
@@ -136,6 +144,8 @@ class HeldOut:
                 if self.pins:
                     raw = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in raw.items()}
                 size += sum(v.nbytes for v in raw.values() if isinstance(v, Tensor))
-                self.kept += [raw] if size <= KEPT else []
+                self.kept.append(raw)
+                if size > self.most:
+                    self.kept.clear()
                 yield raw
-        self.complete = size <= KEPT
+        self.complete = size <= self.most
