@@ -3,16 +3,19 @@ the teachers, the VAE, sampling at 28 steps, the stream into pinned memory.
 
     python tests/bench/gpu.py [OUT.json]
 
-A measurement that fails or takes too long is reported, and the others go on; all of it ends in ten minutes. Without a
-GPU it runs small on the CPU, which shows that it works and nothing more.
+Each measurement has a process of its own. One that fails or takes too long is reported, and the others go on; all of it
+ends in ten minutes, and the file is written after each. Without a GPU it runs small on the CPU, which shows that it
+works and nothing more.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -20,56 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.make_source import make_source
-from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
-from tinyflux.shards.stream import DataConfig, Stream, open_sources
-from tinyflux.trainer.sampling import Settings, denoise
 from tinyflux.util.cli import table
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
+GIB = torch.cuda.get_device_properties(0).total_memory / 2**30 if CUDA else 0
 BENCH = "tests/bench"
-TRAIN = ("baseline-eager", "baseline-compiled", "ours-eager", "ours-compiled", "ours-compiled-selective")
-LIMIT, BUDGET = 200, 580  # seconds of one measurement, of all
+LIMIT, BUDGET = 200, 570  # seconds of one measurement, of all
 BEGAN = time.monotonic()
-
-
-def command(*words: object) -> dict:
-    """The figures of a benchmark that writes --json."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "figures.json")
-        words = [str(out) if word == "OUT" else str(word) for word in words]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        limit = max(1.0, min(LIMIT, BUDGET - (time.monotonic() - BEGAN)))
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
-        )
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip() or f"status {done.returncode}").splitlines()[-1])
-        return json.loads(out.read_text())
-
-
-def training() -> dict:
-    """Eager, compiled and baseline: samples a second, MFU, memory a sample."""
-    size = ("--device", "cuda", "--dtype", "bfloat16", "--batch", 8) if CUDA else ("--batch", 4, "--turns", 2)
-    variants = TRAIN if CUDA else ("baseline-eager", "ours-eager")
-    size = (*size, "--turns", 10) if CUDA else size
-    figures = command(f"{BENCH}/train_step.py", *size, "--variants", *variants, "--json", "OUT")
-    best = max(run["samples_per_s"] for name, run in figures.items() if name.startswith("ours"))
-    return figures | {"times_the_eager_baseline": best / figures["baseline-eager"]["samples_per_s"]}
-
-
-def saving() -> dict:
-    """The stall of a step that begins a save."""
-    full = ("--blocks", 15, 25, "--grid", 64, "--batch", 8, "--dtype", "bfloat16") if CUDA else ("--blocks", 1, 1)
-    return command(f"{BENCH}/save_step.py", *full, "--saves", 3, "--every", 6, "--json", "OUT")
-
-
-def teachers() -> dict:
-    """Lune and Sol, against the plain way."""
-    full = ("--device", "cuda", "--dtype", "float16", "--batch", 32)
-    small = ("--batch", 1, "--side", 16, "--channels", 32, 32, 64, 64)
-    return command(f"{BENCH}/precache.py", *(full if CUDA else small), "--turns", 3, "--json", "OUT")
 
 
 def vae() -> dict:
@@ -95,13 +56,11 @@ def vae() -> dict:
     return figures
 
 
-def host() -> dict:
-    """Host time, operations and reads of a step."""
-    return command(f"{BENCH}/host_time.py", "--steps", 15, "--json", "OUT")
-
-
 def sampling() -> dict:
     """Seconds a picture at 28 guided steps, eager, in batches of 8."""
+    from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+    from tinyflux.trainer.sampling import Settings, denoise
+
     device = torch.device("cuda" if CUDA else "cpu")
     small = {"num_double_layers": 1, "num_single_layers": 1}
     config, side, B = (TinyFluxConfig(), 64, 8) if CUDA else (TinyFluxConfig(**small), 8, 1)
@@ -118,6 +77,9 @@ def sampling() -> dict:
 
 def streaming() -> dict:
     """Samples a second of a stream of full-size samples, into pinned memory where there is a GPU."""
+    from tests.make_source import make_source
+    from tinyflux.shards.stream import DataConfig, Stream, open_sources
+
     sizes = {"channels": 16, "t5_length": 128, "t5_width": 768, "clip_width": 768, "lune_width": 1280}
     with tempfile.TemporaryDirectory() as folder:
         make_source(Path(folder, "source"), [128] * (4 if CUDA else 1), shapes=((64, 64),), **sizes)
@@ -130,25 +92,84 @@ def streaming() -> dict:
             return {"samples_per_s": samples / (time.perf_counter() - began)}
 
 
-MEASUREMENTS = (training, saving, teachers, vae, sampling, streaming, host)
+PARTS = {part.__name__: part for part in (vae, sampling, streaming)}
+
+
+def batch(most: int, gib: float) -> int:
+    """Samples that fit into the GPU's memory where each takes so many GiB."""
+    return max(1, min(most, int(GIB / gib)))
+
+
+def commands() -> dict[str, tuple]:
+    """Each measurement's command line, which ends with the file that it writes. The long one is last: it gets all the
+    time that is left."""
+    step, precache = [f"{BENCH}/train_step.py"], [f"{BENCH}/precache.py", "--turns", 3]
+    save = [f"{BENCH}/save_step.py", "--saves", 3, "--every", 6]
+    if CUDA:
+        step += ["--device", "cuda", "--dtype", "bfloat16", "--batch", batch(8, 8), "--turns", 10]
+        precache += ["--device", "cuda", "--dtype", "float16", "--batch", batch(32, 4)]
+        save += ["--blocks", 15, 25, "--grid", 64, "--batch", batch(8, 8), "--dtype", "bfloat16"]
+    else:
+        step += ["--batch", 4, "--turns", 2]
+        precache += ["--batch", 1, "--side", 16, "--channels", 32, 32, 64, 64]
+        save += ["--blocks", 1, 1]
+    compiled = ["baseline-compiled", "ours-compiled", "ours-compiled-selective"] if CUDA else ["ours-compiled"]
+    return {
+        "training": (*step, "--variants", "baseline-eager", "ours-eager"),
+        "saving": (*save,),
+        "teachers": (*precache,),
+        **{name: (f"{BENCH}/gpu.py", "--part", name) for name in PARTS},
+        "host": (f"{BENCH}/host_time.py", "--steps", 15),
+        "training compiled": (*step, "--variants", "baseline-eager", *compiled),
+    }
+
+
+def measured(words: tuple, limit: float) -> dict:
+    """The figures of a command. Raises RuntimeError with its last words, or where it takes too long."""
+    kept = Path(tempfile.gettempdir(), f"tinyflux-compiled-{os.getuid()}")
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+") as said:
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(kept), **os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": folder}
+        if words[0].endswith("host_time.py"):
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words), "--json", f"{folder}/figures.json"],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done in {limit:.0f} s") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+            process.wait()
+        if status:
+            said.seek(0)
+            raise RuntimeError((said.read().strip() or f"status {status}").splitlines()[-1])
+        return json.loads(Path(folder, "figures.json").read_text())
 
 
 def main(out: Path) -> int:
     """Measure, print the table, write the file. Returns 1 where a measurement failed."""
     name = torch.cuda.get_device_name() if CUDA else "CPU (small sizes: no claim)"
-    found: dict = {"device": name, "torch": torch.__version__}
+    found: dict = {"device": name, "torch": torch.__version__, "python": sys.version.split()[0]}
     rows: list[tuple] = []
-    for measure in MEASUREMENTS:
-        began = time.perf_counter()
+    for what, words in commands().items():
+        began, left = time.monotonic(), BUDGET - (time.monotonic() - BEGAN)
+        limit = max(1.0, left if what == "training compiled" else min(LIMIT, left))
         try:
-            found[measure.__name__] = measure()
-        except (RuntimeError, OSError, ValueError, ImportError, subprocess.TimeoutExpired) as error:
-            found[measure.__name__] = {"error": str(error)}
-        print(f"{measure.__name__}: {time.perf_counter() - began:.0f} s", flush=True)
-        rows += [(measure.__name__, *row) for row in flat(found[measure.__name__])]
-    out.write_text(json.dumps(found, indent=2) + "\n")
+            found[what] = measured(words, limit)
+        except (RuntimeError, OSError, ValueError) as error:
+            found[what] = {"error": str(error)}
+        out.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"{what}: {time.monotonic() - began:.0f} s", found[what].get("error", ""), flush=True)
+        rows += [(what, *row) for row in flat(found[what])]
     print(f"\n{name}, torch {torch.__version__}", table(rows), f"written: {out}", sep="\n")
-    return int(any("error" in found[measure.__name__] for measure in MEASUREMENTS))
+    return int(any(name.endswith("error") for _, name, _ in rows))
 
 
 def flat(figures: dict, prefix: str = "") -> list[tuple]:
@@ -163,4 +184,7 @@ def flat(figures: dict, prefix: str = "") -> list[tuple]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:
+        Path(sys.argv[4]).write_text(json.dumps(PARTS[sys.argv[2]]()))
+        sys.exit(0)
     sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "gpu.json")))

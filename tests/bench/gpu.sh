@@ -3,4 +3,4 @@
 #   tests/bench/gpu.sh [OUT.json]      on a machine without a GPU the same, small, on the CPU
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec python tests/bench/gpu.py "$@"
+exec python3 tests/bench/gpu.py "$@"

@@ -87,6 +87,7 @@ def main() -> None:
     print(f"\n{world} ranks, torch {torch.__version__}, {size / 1e9:.2f} GB of state in a checkpoint")
     print(f"plain step    {median(plain):.3f} s, median of {len(plain)}; slowest {max(plain):.3f} s")
     figures = {"state_gb": size / 1e9, "plain_s": median(plain), "saving_s": median(by_place[0])}
+    figures |= {"after_saving_s": median(by_place[1]), "times_plain": median(by_place[0]) / median(plain)}
     if args.json:
         args.json.write_text(json.dumps(figures))
     for place, name in ((0, "saving step"), (1, "the one after"), (2, "the second")):

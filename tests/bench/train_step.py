@@ -154,8 +154,16 @@ def main() -> None:
     config = source.config
     batch, target = inputs(args, config)
     runners = {name: Runner(name, source, batch, target) for name in args.variants}
-    for runner in runners.values():
-        runner.warm_up(3)
+    figures: dict[str, dict] = {}
+    for name, runner in list(runners.items()):
+        try:
+            runner.warm_up(3)
+        except RuntimeError as error:  # such as too little memory, or no compiler: the others are measured
+            figures[name] = {"error": (str(error).strip() or repr(error)).splitlines()[0]}
+            print(f"{name}: {figures[name]['error']}", flush=True)
+            del runners[name]
+    if not runners:
+        sys.exit("no variant could take a step")
     for _ in range(args.turns):
         for runner in runners.values():
             runner.step()
@@ -170,19 +178,21 @@ def main() -> None:
     )
     head = ("samples/s", "fastest", "TFLOP/s", "MFU %", "MiB", "x eager", "x compiled")
     print(f"{'':24}" + "".join(f"{title:>12}" for title in head))
-    figures = {}
     for runner in runners.values():
         best = min(runner.seconds)
         figures[runner.name] = {
             "samples_per_s": args.batch / median(runner.seconds),
             "mfu": flops / best / peak if peak else None,
             "bytes_per_sample": runner.memory / args.batch,
+            "batch": args.batch,
         }
         cells = [f"{args.batch / median(runner.seconds):.2f}", f"{args.batch / best:.2f}", f"{flops / best / 1e12:.3f}"]
         cells += [f"{100 * flops / best / peak:.1f}" if peak else "-", f"{runner.memory / 2**20:.0f}"]
         for baseline in ("baseline-eager", "baseline-compiled"):
             turns = zip(runners[baseline].seconds, runner.seconds, strict=True) if baseline in runners else ()
             ratios = [theirs / ours for theirs, ours in turns]
+            if ratios and baseline != runner.name:
+                figures[runner.name][f"times_{baseline}"] = median(ratios)
             cells.append(f"{median(ratios):.2f}" if ratios else "-")
         print(f"{runner.name:24}" + "".join(f"{cell:>12}" for cell in cells))
     if args.json:
