@@ -1,9 +1,12 @@
 """The two job scripts on a real Slurm: a training that is requeued or nears its time limit, a build as an array."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,22 +77,44 @@ def logs(folder: Path) -> str:
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
 
 
+def rank_of(job: str, rank: int) -> int:
+    """Process id of a rank of a running job."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if {f"SLURM_JOB_ID={job}", f"RANK={rank}"} <= {*path.read_text().split("\0")}:
+                return int(path.parent.name)
+    raise LookupError(f"job {job} has no rank {rank}")
+
+
+def wait_until(folder: Path, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, logs(folder)
+        time.sleep(0.002)
+
+
 def test_preempted_in_a_save(cluster, folder, sources, tmp_path):
-    """Both nodes are requeued once the files of a checkpoint are there that does not count yet."""
+    """Both nodes get the signal while a checkpoint is being written: one of them stands still until it has it."""
     run_dir = tmp_path / "run"
     wide = ["--model.hidden-size", 512, "--model.num-attention-heads", 4, "--model.attention-head-dim", 128]
     wide += ["--model.axes-dims-rope", 32, 48, 48]  # half a second to save
     options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *wide, "--trainer.total-steps", 12]
     options += ["--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 0]
     job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *options)
-    saving, deadline = run_dir / "checkpoints" / "step_8", time.monotonic() + PATIENCE
-    while not list(saving.glob("*.distcp")):
-        assert time.monotonic() < deadline, logs(folder)
-        time.sleep(0.002)
-    assert not (saving / "metadata.json").exists(), "the save was over before it was seen"
-    call(cluster, folder, "scontrol", "requeue", job)
+    saving = run_dir / "checkpoints" / "step_8"
+    wait_until(folder, (run_dir / "checkpoints" / "step_4" / "metadata.json").exists)
+    still = rank_of(job, 1)
+    wait_until(folder, lambda: list(saving.glob("__1_*.distcp")))
+    os.kill(still, signal.SIGSTOP)  # a save is over when all ranks have written their part
+    try:
+        call(cluster, folder, "scancel", "--signal=USR1", job)
+        wait_until(folder, lambda: "0000000000000200" in Path(f"/proc/{still}/status").read_text())  # it waits for it
+        assert not (saving / "metadata.json").exists(), "the save was over before it was seen"
+    finally:
+        os.kill(still, signal.SIGCONT)
     wait(cluster, folder, job)
     log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
+    assert "saved step_8" in log and "stopped by a signal at step" in log, logs(folder)
     assert "resuming at step" in log and "Traceback" not in log, logs(folder)
     assert [r["step"] for r in records(run_dir)] == list(range(1, 13)), logs(folder)
     done = train(tmp_path / "unbroken", sources, *wide, "--trainer.total-steps", 12, ranks=2)
