@@ -366,8 +366,8 @@ class Stream:
 
     def _held_out_order(self, samples: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Source and position of the first `samples` held-out samples, in an order keyed by the seed, sources evenly
-        mixed. For a remote source, the order goes shard by shard and leaves most shards out: each is downloaded whole for
-        its few held-out rows."""
+        mixed. For a remote source, the order goes shard by shard and leaves most shards out: each is downloaded whole
+        for its few held-out rows."""
         seed, places, positions = self.config.seed, [], []
         for s, opened in enumerate(self.sources):
             part = self._reader.held_out(s)
@@ -390,9 +390,9 @@ class Stream:
         """Raw batches of this rank's part of the first `samples` held-out samples. Samples and seeds are always the
         same, on any number of ranks.
 
-        A batch has one latent shape. All ranks get the same number of batches of the same size, neighbours in the order,
-        so that few nodes download the same remote shard. `valid` bool [B] is False for rows that only fill a batch (they
-        repeat a sample) and for bad rows (zero). `slots`: the place in the order.
+        A batch has one latent shape. All ranks get the same number of batches of the same size. A rank's batches are
+        neighbours in the order, so that few nodes download the same remote shard. `valid` bool [B] is False for rows
+        that only fill a batch (they repeat a sample) and for bad rows (zero). `slots`: the place in the order.
         """
         rank, world = self.rank if rank is None else rank, self.world if world is None else world
         reader, seed = self._reader, self.config.seed

@@ -158,8 +158,8 @@ class TrainerConfig:
     validate_every: Annotated[int, AtLeast(0)] = 1000
     """Steps between validations on held-out samples (data.val_fraction); the best weights are kept. 0: never."""
     validation_samples: Annotated[int, AtLeast(1)] = 1024
-    """Held-out samples per validation, each at 8 timesteps; all if there are fewer. For a remote source, they come from a
-    quarter of its shards at most, are downloaded once, and stay in memory."""
+    """Held-out samples per validation, each at 8 timesteps; all if there are fewer. For a remote source, they come from
+    a quarter of its shards at most, are downloaded once, and stay in memory."""
     evaluate_every: Annotated[int, AtLeast(0)] = 0
     """Steps between evaluations, which draw and score held-out samples like the command evaluate. 0: never."""
     evaluation_samples: Annotated[int, AtLeast(1)] = 64
