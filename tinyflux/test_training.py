@@ -1,10 +1,10 @@
-"""Field test: does everything work on this machine? Random pictures, all caches, a short training.
+"""Field test of this machine: build all caches from random images and run a short training.
 
     python -m tinyflux.test_training               the real models on a machine with a GPU, else the packaged ones
     python -m tinyflux.test_training --zoo tiny    the packaged models: offline, under a minute on two cores
     python -m tinyflux.test_training --zoo flux    the real models, from the Hub, and the whole network
 
-Exit status 1 if a loss does not fall, or the last ones are not below 1.0.
+The exit status is 1 if a loss does not fall, or the last losses are not below 1.0.
 """
 
 import sys
@@ -20,23 +20,23 @@ from tinyflux.util import cli
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (0, 16, 16)}
 SMALL |= {"num_double_layers": 2, "num_single_layers": 4, "lune_hidden_dim": 64, "sol_hidden_dim": 64}
-WINDOW = 10  # steps at each end whose mean losses are compared: a single step's depend on its timesteps
+WINDOW = 10  # number of first and last steps to average: the losses of one step depend on its timesteps
 LIMIT = 1.0
 
 
 @dataclass
 class Config:
     zoo: str | None = None
-    """flux (the real models, from the Hub), tiny (packaged, offline) or a folder. Default: flux where torch sees a GPU,
+    """flux (the real models, from the Hub), tiny (packaged, offline) or a folder. Default: flux if torch finds a GPU,
     else tiny."""
     device: str | None = None
-    """cpu, cuda, ... Default: the GPU where there is one."""
+    """cpu, cuda, ... Default: the GPU if there is one."""
     steps: int = 50
     """Training steps."""
     samples: int = 16
-    """Random images and prompts."""
+    """Number of random images and prompts."""
     out: str | None = None
-    """Folder where the cache, the run and its report are kept; default: a temporary one."""
+    """Folder for the cache, the run and its report; default: a temporary one."""
 
     def __post_init__(self):
         if self.steps < 2 * WINDOW:
@@ -55,7 +55,7 @@ def random_pictures(count: int, size: int) -> tuple[list[Image.Image], list[str]
 
 
 def field_test(config: Config, folder: Path) -> bool:
-    """Build, train and judge. Returns whether all is well."""
+    """Build, train and check the losses. Returns whether the test passes."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -125,13 +125,13 @@ def field_test(config: Config, folder: Path) -> bool:
 
 
 def run(config: Config) -> int:
-    """The test, in the folder that is asked for or in a temporary one."""
+    """Run the test in the given folder or in a temporary one."""
     with tempfile.TemporaryDirectory(prefix="tinyflux-test-") as folder:
         return cli.DONE if field_test(config, Path(config.out or folder)) else cli.FAILED
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; `args` default to the process's own. Returns the exit status."""
+    """The command; `args` default to those of the process. Returns the exit status."""
     prog = "python -m tinyflux.test_training"
     return cli.run(run, Config, args, prog=prog, description=__doc__, failures=(RuntimeError,))
 

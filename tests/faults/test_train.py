@@ -198,7 +198,7 @@ def test_pictures_stop_no_training(tmp_path, monkeypatch):
     threading.Thread(target=release).start()
     done = train(tmp_path / "run", [source], *options)
     assert done.returncode == 0 and released.is_set(), done.stdout
-    assert "no samples of step 2: those before are still being decoded" in done.stdout
+    assert "no samples of step 2: the previous ones are not decoded yet" in done.stdout
     drawn = {path.name for path in (tmp_path / "run/samples").iterdir()}
     assert {"step_1.png", "step_1_raw.png", "step_6.png"} <= drawn  # the last ones are never left out
     (tmp_path / "other").mkdir()

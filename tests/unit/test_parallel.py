@@ -104,7 +104,7 @@ def test_freeze():
     assert "txt_in.bias" in frozen and "txt_in.weight" not in frozen
     assert "single_blocks.1.mlp.fc1.weight" in frozen and "single_blocks.1.norm2.weight" not in frozen
     assert all(name in frozen for name, _ in model.named_parameters() if name.startswith("double_blocks."))
-    with pytest.raises(ValueError, match="'double' names no parameter. The parts are img_in"):
+    with pytest.raises(ValueError, match="'double' matches no parameter. The parts are img_in"):
         freeze(model, ["double"])
     with pytest.raises(ValueError, match="nothing to train"):
         freeze(model, ["*"])

@@ -1,4 +1,4 @@
-"""The command `evaluate`: a checkpoint and a source become scores. It imports no torch before it begins."""
+"""The command `evaluate`: checkpoint and source -> scores. torch is imported when it runs, so that --help is fast."""
 
 import json
 import logging
@@ -17,31 +17,31 @@ class EvaluateOptions:
     checkpoint: str
     """A .safetensors or .pt file, a run folder or one of its checkpoints/step_N, or user/repo[:sub/folder]."""
     source: list[str]
-    """Sources to take held-out samples of: folders or URLs, as data.sources."""
+    """Sources of the held-out samples: folders or URLs, as in data.sources."""
     out: Path | None = None
     """Folder for the .json and the .html. Default: RUN/evaluations for a run, else evaluations."""
     samples: int = 256
-    """Held-out samples to draw and score; all of them where there are fewer."""
+    """Held-out samples to draw and score; all if there are fewer."""
     val_fraction: float | None = None
-    """Part of the source that is held out. Default: data.val_fraction of the run, so that none was trained on."""
+    """Fraction of the source that is held out. Default: the run's data.val_fraction, so that none was trained on."""
     seed: int | None = None
-    """Chooses what is held out, and the noise. Default: data.seed of the run, else 0."""
+    """Seed of the held-out split and of the noise. Default: the run's data.seed, else 0."""
     steps: int = 28
     """Steps of the solver."""
     solver: Literal[*SOLVERS] = "euler"
-    """As of the command sample."""
+    """Solver, as in the command sample."""
     guidance: float | None = None
-    """Default: that of the run, else 5."""
+    """Classifier-free guidance. Default: the run's, else 5."""
     shift: float | None = None
-    """Default: that of the run, else 3."""
+    """Flux shift. Default: the run's, else 3."""
     zoo: str | None = None
-    """Decoder and CLIP: flux, tiny, or a directory. Default: that of the run, else flux."""
+    """Decoder and CLIP: flux, tiny, or a folder. Default: the run's, else flux."""
     ema: bool = True
-    """Averaged weights, or those that were trained."""
+    """Use the averaged weights; otherwise the trained ones."""
     batch_size: int = 8
-    """Samples at once."""
+    """Samples to process at once."""
     inception: Path | None = None
-    """FID too, with this weights file of torch-fidelity (pip install 'tinyflux-deep[eval]')."""
+    """Also compute the FID, with this weights file of torch-fidelity (pip install 'tinyflux-deep[eval]')."""
 
     def __post_init__(self):
         for name in ("samples", "batch_size"):
@@ -50,7 +50,7 @@ class EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
-    """Draw, score and write. Returns the JSON's path and the scores."""
+    """Draw, score and write the results. Returns the JSON's path and the scores."""
     from tinyflux.model.locate import find_training_config, locate
     from tinyflux.shards.config import DataConfig
     from tinyflux.shards.sources import open_sources
@@ -66,7 +66,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     fraction = options.val_fraction or data.get("val_fraction") or 0.0
     held_out = fraction > 0 and fraction <= (data.get("val_fraction") or 0.0)
     if not held_out:
-        log.warning("the run held none of these samples back: they may have been trained on")
+        log.warning("the run did not hold out these samples: they may have been trained on")
     seed = options.seed if options.seed is not None else data.get("seed", 0)
     config = DataConfig(sources=options.source, val_fraction=fraction or 0.5, seed=seed, global_batch_size=1,
                         micro_batch_size=1)  # fmt: skip

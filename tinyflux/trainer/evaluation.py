@@ -1,7 +1,7 @@
-"""Scores of a network on held-out samples: the same samples, timesteps and noise every time, so that they compare.
+"""Scores of a network on held-out samples, with the same samples, timesteps and noise every time.
 
-The samples bring their prompts' encodings with them, so no text encoder is loaded. What is drawn is compared with the
-samples' own latents, decoded by the same VAE: a perfect network has its scores.
+The shards contain the prompts' encodings, so no text encoder is loaded. The drawn pictures are compared with the
+samples' latents, decoded by the same VAE.
 """
 
 import base64
@@ -25,7 +25,7 @@ from tinyflux.util.pixels import to_uint8
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 
 TIMESTEPS = tuple((i + 0.5) / 10 for i in range(10))
-SHOWN = 12  # best and worst pictures of a page
+SHOWN = 12  # number of best and of worst pictures on a page
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Samples:
 
     @classmethod
     def read(cls, stream: Stream, count: int, batch_size: int = 8) -> "Samples":
-        """The first `count` held-out samples of a stream, in their fixed order, of one latent shape; the same on every
-        rank. ValueError where nothing is held out."""
+        """The first `count` held-out samples of a stream, in their fixed order, with one latent shape; the same on all
+        ranks. Raises ValueError if nothing is held out."""
         parts: dict[str, list[Tensor]] = {}
         texts, found, shape = [], 0, None
         for raw in stream.validation(batch_size, rank=0, world=1):
@@ -73,7 +73,7 @@ def _prompt(stream: Stream, raw: dict, row: int) -> str:
 
 @torch.no_grad()
 def losses_by_t(model: nn.Module, samples: Samples, rows: Tensor, device: torch.device, batch_size: int = 8) -> Tensor:
-    """The mean squared error of the velocity, float64 [rows, timesteps], with each sample's own noise, unweighted."""
+    """The unweighted mean squared error of the velocity, float64 [rows, timesteps], with each sample's fixed noise."""
     out = torch.zeros(len(rows), len(TIMESTEPS), dtype=torch.float64)
     height, width = samples.latents.shape[2:]
     ids = model.create_img_ids(1, height, width, device)[0]
@@ -92,8 +92,8 @@ def losses_by_t(model: nn.Module, samples: Samples, rows: Tensor, device: torch.
 
 
 class Evaluator:
-    """Draws and scores held-out samples. `sampler` decodes on its zoo's device; scorer None leaves CLIP's scores out;
-    inception gives FID's features of uint8 pictures."""
+    """Draws and scores held-out samples. sampler: decodes on its zoo's device; scorer: None skips CLIP's scores;
+    inception: uint8 pictures -> FID's features."""
 
     def __init__(
         self,
@@ -105,11 +105,11 @@ class Evaluator:
         seed: int = 0,
     ):
         self.samples, self.sampler, self.scorer, self.inception, self.seed = samples, sampler, scorer, inception, seed
-        self.real: Tensor | None = None  # the samples' own pictures, once they are decoded
+        self.real: Tensor | None = None  # the samples' decoded latents
 
     def forward(self, model: nn.Module, device: torch.device, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Losses [n, timesteps] and latents drawn [n, C, H, W] of this rank's samples: the same number on each rank,
-        for the forwards of a sharded model need all. Must be called on all ranks."""
+        """Losses [n, timesteps] and drawn latents [n, C, H, W] of this rank's samples. All ranks get the same number,
+        because the forward of a sharded model needs all ranks. Must be called on all ranks."""
         count = len(self.samples)
         rows = (torch.arange(-(-count // world)) * world + rank) % count
         losses = losses_by_t(model, self.samples, rows, device, self.sampler.batch_size)
@@ -117,7 +117,7 @@ class Evaluator:
         return losses, latents.cpu()
 
     def score(self, losses: Tensor, latents: Tensor) -> tuple[dict, Tensor, Tensor | None]:
-        """The scores of all samples, the pictures drawn, and CLIP's score of each."""
+        """The scores over all samples, the drawn pictures, and each picture's CLIP score."""
         if self.real is None:
             self.real = self.sampler.decode(self.samples.latents)
         drawn, by_t = self.sampler.decode(latents), losses.mean(0).tolist()
@@ -143,7 +143,7 @@ class Evaluator:
         return torch.cat([self.scorer.images(x) for x in pictures.split(self.sampler.batch_size)])
 
     def write(self, folder: Path, name: str, about: dict, losses: Tensor, latents: Tensor) -> dict:
-        """Score, and write NAME.json and NAME.html. Returns the scores. about: said in both."""
+        """Score, and write NAME.json and NAME.html. Returns the scores. about: written to both."""
         scores, drawn, each = self.score(losses, latents)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / f"{name}.json", json.dumps({**about, **scores}, indent=2) + "\n")
@@ -158,7 +158,7 @@ class Evaluator:
 
 
 def board_values(scores: dict) -> dict[str, float]:
-    """What TensorBoard shows of the scores."""
+    """The scores for TensorBoard."""
     values = {f"evaluation/{k}": scores[k] for k in ("loss", "clip_score", "cmmd", "fid") if k in scores}
     return values | {f"evaluation_loss_by_t/{t}": value for t, value in scores["loss_by_t"].items()}
 
@@ -170,7 +170,7 @@ def _png(picture: Tensor) -> str:
 
 
 def page(about: dict, cells: list[tuple[str, str, str, str]]) -> str:
-    """The best and the worst pictures beside the real ones, best first; cells: prompt, picture, real one, score."""
+    """HTML with the best and the worst pictures beside the real ones. cells: prompt, picture, real one, score."""
 
     def figures(some) -> str:
         return "".join(
@@ -196,7 +196,7 @@ figure img {{ width: 128px; height: auto; image-rendering: pixelated; margin-rig
 figcaption {{ font-size: 13px; overflow-wrap: anywhere }} td {{ padding: 0 1em 0 0 }}
 td div {{ background: #58a; height: 10px }}
 </style>
-<h1>Evaluation</h1><p>Each pair: drawn on the left, the sample's own picture on the right.</p>
+<h1>Evaluation</h1><p>Each pair: the drawn picture on the left, the sample's real picture on the right.</p>
 <h2>Best</h2><main>{figures(cells[:n])}</main><h2>Worst</h2><main>{figures(cells[::-1][:n])}</main>
 <h2>Scores</h2><table>{rows}</table><h2>Loss by t</h2><table>{bars}</table></html>
 """

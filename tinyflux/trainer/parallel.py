@@ -1,4 +1,4 @@
-"""One path for 1 to N ranks: process group, mesh, then activation checkpointing -> compile -> fully_shard."""
+"""One code path for 1 to N ranks: process group, mesh, then activation checkpointing -> compile -> fully_shard."""
 
 import atexit
 import os
@@ -24,10 +24,10 @@ from tinyflux.trainer.config import ParallelConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NCCL_SETTINGS = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # the flight recorder
-# most graphs, for latent shapes, batch sizes, training and sampling. Checkpointed blocks of both kinds count together,
-# for their code is torch's `checkpoint`. After torch.compile's own 8 they would run uncompiled, in silence
+# most graphs per code object (latent shapes, batch sizes, training and sampling). All checkpointed blocks share one
+# code object, torch's `checkpoint`. Beyond torch.compile's default of 8 they would silently run uncompiled
 GRAPHS = 64
-# what selective activation checkpointing keeps: matrix products and attention; the cheap rest is computed again
+# ops that selective activation checkpointing keeps: matrix products and attention; the cheap rest is recomputed
 SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -39,14 +39,14 @@ SAVED = {
 
 
 def local_device() -> torch.device:
-    """The device of this rank: its GPU where there is one, else the CPU."""
+    """The device of this rank: its GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; "cuda" alone, or None, is this rank's. ValueError where it cannot be used."""
+    """The device of that name; "cuda" or None is this rank's GPU. Raises ValueError if it cannot be used."""
     if device is None:
         return local_device()
     check_place(device, None)
@@ -55,10 +55,10 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def join_process_group(device: torch.device, timeout: int = 600) -> None:
-    """Join torchrun's process group, or make one of a single rank where torchrun did not start this process.
+    """Join torchrun's process group, or create one with a single rank if torchrun did not start this process.
 
-    CUDA tensors go through NCCL; gloo is there too, for checkpoints and other host-side exchanges. NCCL keeps a record
-    of its last collectives and writes it to a file when one is not joined in time.
+    CUDA tensors use NCCL; gloo is used for checkpoints and other host-side exchanges. NCCL records its last collectives
+    and writes them to a file on a timeout.
     """
     if dist.is_initialized():
         return
@@ -72,15 +72,15 @@ def join_process_group(device: torch.device, timeout: int = 600) -> None:
         patience = timedelta(seconds=timeout)
         store, rank, world = next(rendezvous("env://", timeout=patience))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torch 2.13: torchrun that starts its ranks again keeps the store, with the dead ones' addresses in it.
-            # On several nodes it may count its restarts differently on each: launch/torchrun.py has a new store then
+            # torch 2.13: when torchrun restarts its ranks, it keeps the store with the addresses of the dead ranks. On
+            # several nodes the restart counts may differ per node; there launch/torchrun.py uses a new store
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world, timeout=patience, device_id=device_id
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
-        atexit.register(_leave)  # one group serves all trainers of a notebook, and their models after training
+        atexit.register(_leave)  # all trainers of a notebook, and their models after training, share one group
 
 
 def _leave() -> None:
@@ -90,8 +90,8 @@ def _leave() -> None:
 
 @contextmanager
 def process_group(device: torch.device, timeout: int = 600) -> Iterator[None]:
-    """`join_process_group` for the length of a `with` block. After an error NCCL's collectives are aborted: to destroy
-    the group would wait for ranks that wait for this one."""
+    """`join_process_group` for a `with` block. After an error NCCL's collectives are aborted, because destroying the
+    group would wait for ranks that wait for this one."""
     join_process_group(device, timeout)
     try:
         yield
@@ -121,14 +121,14 @@ def make_mesh(device: torch.device, shard_size: int = 0) -> DeviceMesh:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Turn off the gradients of the modules and parameters that match. Raises ValueError where nothing does."""
+    """Turn off the gradients of matching modules and parameters. Raises ValueError if a pattern matches none."""
     for pattern in patterns:
         matching = [
             p for name, p in model.named_parameters() if any(fnmatch(name, x) for x in (pattern, f"{pattern}.*"))
         ]
         if not matching:
             names = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"trainer.freeze: {pattern!r} names no parameter. The parts are {names}")
+            raise ValueError(f"trainer.freeze: {pattern!r} matches no parameter. The parts are {names}")
         for p in matching:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
@@ -140,12 +140,12 @@ def _save_products(_context, op, *_args, **_kwargs) -> CheckpointPolicy:
 
 
 def prepare_block(block: nn.Module, gradient_checkpointing: str = "none", compile_mode: str | None = None) -> None:
-    """Activation checkpointing, then compilation, of a block, in place.
+    """Apply activation checkpointing, then compilation, to a block, in place.
 
-    The forward is wrapped, not the module, so that parameter names stay as they are.
+    The forward is wrapped, not the module, so that parameter names do not change.
     """
     if gradient_checkpointing != "none":
-        # every random draw of the network is handed in, so no generator state needs restoring
+        # all random draws are passed in, so no generator state has to be restored
         how = {"use_reentrant": False, "preserve_rng_state": False}
         if gradient_checkpointing == "selective":
             how["context_fn"] = partial(create_selective_checkpoint_contexts, _save_products)
@@ -165,15 +165,15 @@ def distribute(
     gradient_checkpointing: str = "none",
     compile_mode: str | None = None,
 ) -> None:
-    """Shard a TinyFluxDeep over all ranks, in place; each block is gathered, used and freed by itself.
+    """Shard a TinyFluxDeep over all ranks, in place; blocks are gathered, used and freed one by one.
 
-    A model on the meta device gets memory, not values: `init_weights` or a checkpoint fills it. Parameters are float32;
-    with `dtype="bfloat16"` they are gathered and used in bfloat16, and gradients are reduced in float32.
+    A model on the meta device gets memory but no values: call `init_weights` or load a checkpoint. Parameters are
+    float32; with `dtype="bfloat16"` they are gathered and used in bfloat16, and gradients are reduced in float32.
     """
     mesh = make_mesh(device, config.shard_size)
-    # a warning for callers who change the network's output in place: ours never do
+    # the warning is for callers that change the network's output in place, which we never do
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # inputs are cast by the caller: FSDP would round timesteps and rotary tables to bfloat16 too
+    # the caller casts inputs, because FSDP would round timesteps and rotary tables to bfloat16 too
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
     meta = any(p.is_meta for p in model.parameters())
     if not meta:
@@ -182,7 +182,7 @@ def distribute(
     for block in blocks:
         prepare_block(block, gradient_checkpointing, compile_mode)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    # the root's weights are used last in the forward and first in the backward: freed between, they are gathered twice
+    # the root's weights are used last in the forward and first in the backward: keep them gathered in between
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for block, following in pairwise([model, *blocks]):
         block.set_modules_to_forward_prefetch([following])
@@ -191,36 +191,35 @@ def distribute(
 
 
 def load_full(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fill a sharded model from the unsharded state dict that rank 0 has; other ranks pass {}. Must be
-    called on all ranks."""
+    """Load an unsharded state dict on rank 0 into a sharded model; other ranks pass {}. Must be called on all ranks."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, state, options=options)
 
 
 def local_gradients(model: nn.Module) -> list[Tensor]:
-    """This rank's shards of the gradients. Plain tensors: DTensor's dispatch of long lists takes longer than the
+    """This rank's gradient shards as plain tensors, because DTensor's dispatch of long lists takes longer than the
     arithmetic."""
     return [p.grad._local_tensor for p in model.parameters() if p.grad is not None]
 
 
 @torch.no_grad()
 def squared_norm(model: nn.Module, gradients: list[Tensor]) -> Tensor:
-    """This rank's part of the squared norm of the whole gradient, 0-d: those of all ranks add up to it."""
+    """This rank's part of the squared norm of the whole gradient, 0-d. The sum over all ranks is the squared norm."""
     mesh = next(model.parameters()).device_mesh
-    replicas = dist.get_world_size() // mesh.size(mesh.ndim - 1)  # they hold the same shards
+    replicas = dist.get_world_size() // mesh.size(mesh.ndim - 1)  # replicas hold the same shards
     return torch.stack(torch._foreach_norm(gradients)).square().sum() / replicas
 
 
 @torch.no_grad()
 def scale(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale gradients of this norm down to `max_norm`; 0 leaves them as they are."""
+    """Scale gradients of this norm down to `max_norm`; 0 does nothing."""
     if max_norm:
         torch._foreach_mul_(gradients, (max_norm / (norm.squeeze() + 1e-6)).clamp(max=1))
 
 
 def set_last_micro_batch(model: nn.Module, last: bool, *, keep_gathered: bool) -> None:
-    """Whether the next backward is a step's last: gradients are reduced then, and gathered weights are freed that are
-    kept until then (`keep_gathered`)."""
+    """Tell whether the next backward is a step's last. Gradients are reduced only then, and weights that stay gathered
+    (`keep_gathered`) are freed."""
     model.set_requires_gradient_sync(last)
     if keep_gathered:
         model.set_reshard_after_backward(last)

@@ -1,11 +1,11 @@
-"""The Sampler as a diffusers pipeline: the same pictures, in the calls and the folder layout that diffusers users know.
+"""The Sampler as a diffusers pipeline: the same pictures, with the API and the folder layout of diffusers.
 
     TinyFluxPipeline.from_checkpoint("runs/mine").save_pretrained("mine-pipeline")
     TinyFluxPipeline.from_pretrained("mine-pipeline")("a red ring").images[0].save("ring.png")
 
-A saved pipeline is safetensors and JSON, a folder each for the VAE, the encoders, the tokenizers and the transformer,
-whose folder is a checkpoint in the published layout. `TinyFluxPipeline.from_pretrained` runs no code out of a folder;
-one that was saved with `code=True` also has this code beside it, for `DiffusionPipeline` and `trust_remote_code`.
+A saved pipeline is safetensors and JSON, with a folder for each of the VAE, the encoders, the tokenizers and the
+transformer, which is a checkpoint in the published layout. `TinyFluxPipeline.from_pretrained` runs no code from the
+folder; `code=True` also saves this code, for `DiffusionPipeline` and `trust_remote_code`.
 """
 
 import json
@@ -48,11 +48,11 @@ from tinyflux.trainer.sampling import Sampler, Settings
 
 
 class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
-    """TinyFluxDeep as diffusers saves, moves and offloads it."""
+    """TinyFluxDeep with the methods that diffusers uses to save, move and offload it."""
 
     @classmethod
     def of(cls, model: TinyFluxDeep) -> "TinyFluxTransformer":
-        """The same network on the same memory, in eval mode."""
+        """The same network, sharing its memory, in eval mode."""
         with torch.device("meta"):
             transformer = cls(model.config)
         transformer.load_state_dict(model.state_dict(), assign=True)
@@ -68,23 +68,22 @@ class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
         variant: str | None = None,
         **_of_diffusers,
     ) -> "TinyFluxTransformer":
-        """The network in a pipeline's folder `transformer`, strictly; errors as of `load_model`.
+        """Load the network from a pipeline's folder `transformer`, strictly. Raises as `load_model`.
 
-        torch_dtype: the same as dtype. What else DiffusionPipeline passes to each part has no meaning here.
+        torch_dtype: the same as dtype. Other arguments of DiffusionPipeline are ignored.
         """
         return cls.of(load_model(Path(folder, weights_name(variant)), dtype=dtype or torch_dtype))
 
     def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
-        """The weights in the published layout, and config.json."""
+        """Write the weights in the published layout, and config.json."""
         save_published(self, Path(folder, weights_name(variant)))
 
 
 class TinyFluxPipeline(DiffusionPipeline):
     """Draws pictures for prompts: CLIP is `text_encoder`, T5 `text_encoder_2`, TinyFlux `transformer`.
 
-    shift: the flux shift of the training; guidance: where a call gives none; image_size: pixels a side unless asked
-    otherwise; t5_length: tokens. license, base_model and datasets (repos of the Hub, with commas between them) are
-    said in the model card.
+    shift: the flux shift of the training; guidance: default of a call; image_size: default side in pixels; t5_length:
+    tokens. license, base_model and datasets (Hub repos, separated by commas) go into the model card.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
@@ -97,7 +96,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase,
         text_encoder_2: T5EncoderModel,
         tokenizer_2: PreTrainedTokenizerBase,
-        transformer: ModelMixin,  # a TinyFluxTransformer; of shipped code each part has a class of its own
+        transformer: ModelMixin,  # a TinyFluxTransformer; in code saved with a pipeline, each folder has its own class
         shift: float = 3.0,
         guidance: float = 5.0,
         image_size: int = 512,
@@ -121,7 +120,7 @@ class TinyFluxPipeline(DiffusionPipeline):
             image_size=image_size,
             t5_length=t5_length,
             license=license,
-            base_model=base_model,  # no lists: diffusers takes each list of a config for a part
+            base_model=base_model,  # not a list, because diffusers treats a list in a config as a part
             datasets=datasets,
         )
         self._interrupt = False
@@ -129,7 +128,7 @@ class TinyFluxPipeline(DiffusionPipeline):
 
     @classmethod
     def of(cls, model: TinyFluxDeep, zoo: ModelZoo, shift: float = 3.0, **config) -> "TinyFluxPipeline":
-        """A pipeline of a model and a zoo, which loads what it lacks; they keep their memory and their devices.
+        """A pipeline from a model and a zoo, which loads missing models; both keep their memory and devices.
 
         config: guidance, license, base_model and datasets.
         """
@@ -145,9 +144,9 @@ class TinyFluxPipeline(DiffusionPipeline):
     def from_checkpoint(
         cls, checkpoint: str | Path, *, zoo: str | None = None, ema: bool = True, license: str = "mit"
     ) -> "TinyFluxPipeline":
-        """A pipeline of a run, a checkpoint or a Hub repo, with the zoo, shift and guidance that its run says.
+        """A pipeline from a run, a checkpoint or a Hub repo, with the zoo, shift and guidance of its run.
 
-        Errors as of `load_model` and `ModelZoo`.
+        Raises as `load_model` and `ModelZoo`.
         """
         from tinyflux.trainer.drawing import Artist
 
@@ -179,21 +178,20 @@ class TinyFluxPipeline(DiffusionPipeline):
         local_files_only: bool = False,
         **components,
     ) -> "TinyFluxPipeline":
-        """A pipeline out of a folder or `user/repo`. dtype None: each part as it was saved; torch_dtype is the same.
+        """A pipeline from a folder or `user/repo`. dtype None: each part as saved; torch_dtype is the same.
 
-        variant: of the weights' files, e.g. "fp16". device_map: a device for all parts, {part: device}, or "balanced"
-        over the GPUs. components: parts to take instead of the saved ones, by name.
-        Errors: FileNotFoundError; ValueError for another pipeline's folder, a device that is not there, or
-        use_safetensors=False; TypeError for an unknown argument; those of `load_model`. A part that lacks weights is
-        refused, not filled in.
+        variant: of the weights files, e.g. "fp16". device_map: a device for all parts, {part: device}, or "balanced"
+        over the GPUs. components: parts that replace the saved ones, by name.
+        Raises FileNotFoundError; ValueError for another pipeline's folder, an unknown device, use_safetensors=False, or
+        a part with missing weights; TypeError for an unknown argument; and as `load_model`.
         """
         if unknown := sorted(components.keys() - set(COMPONENTS)):
             raise TypeError(
-                f"from_pretrained: unknown argument {', '.join(unknown)}; the parts that can be given are"
+                f"from_pretrained: unknown argument {', '.join(unknown)}; parts that can be given:"
                 f" {', '.join(COMPONENTS)}"
             )
         if use_safetensors is False:
-            raise ValueError("use_safetensors=False: a pipeline is plain safetensors, nothing else of it is read")
+            raise ValueError("use_safetensors=False is not supported: a pipeline has only safetensors files")
         dtype = dtype or torch_dtype
         check_place("cpu", dtype)
         names = [name for name in COMPONENTS if name not in components]
@@ -223,14 +221,14 @@ class TinyFluxPipeline(DiffusionPipeline):
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> None:
-        """Write the pipeline's folder and its model card; with push_to_hub=True push it to `repo_id`, too.
+        """Write the pipeline's folder and its model card; with push_to_hub=True, also push it to `repo_id`.
 
-        variant: a word in the names of the weights' files, such as fp16. prompts: the card shows a picture of each.
-        code: also write pipeline.py, by which `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads
-        the folder where this package is not installed. ValueError for pickles.
+        variant: a word in the names of the weights files, such as fp16. prompts: the card shows a picture for each.
+        code: also write pipeline.py, so that `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the
+        folder without this package. Raises ValueError for safe_serialization=False.
         """
         if not safe_serialization:
-            raise ValueError("a pipeline is saved as plain safetensors: without safe_serialization=False")
+            raise ValueError("safe_serialization=False is not supported: a pipeline is saved as safetensors")
         folder = Path(save_directory)
         super().save_pretrained(str(folder), variant=variant)
         if code:
@@ -246,7 +244,7 @@ class TinyFluxPipeline(DiffusionPipeline):
             )
 
     def push_to_hub(self, repo_id: str, **options) -> None:
-        """Save the pipeline and push it to `user/repo`; options as of `save_pretrained`."""
+        """Save the pipeline and push it to `user/repo`; options: see `save_pretrained`."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **options)
 
@@ -258,12 +256,12 @@ class TinyFluxPipeline(DiffusionPipeline):
         index = json.loads(path.read_text())
         index |= {"_class_name": ["pipeline", "TinyFluxPipeline"], "transformer": ["pipeline", "TinyFluxTransformer"]}
         path.write_text(json.dumps(index, indent=2) + "\n")
-        for place_of_code in (folder, folder / "transformer"):  # diffusers loads a part's code out of its own folder
+        for place_of_code in (folder, folder / "transformer"):  # diffusers loads a part's code from the part's folder
             (place_of_code / "pipeline.py").write_text(single_file(), encoding="utf-8")
 
     @property
     def zoo(self) -> ModelZoo:
-        """The encoders and the decoder, as the Sampler takes them."""
+        """The encoders and the decoder as a ModelZoo, for the Sampler."""
         tokenizers = {"clip": self.tokenizer, "t5": self.tokenizer_2}
         models = {"vae": self.vae, "clip": self.text_encoder, "t5": self.text_encoder_2}
         return ModelZoo.of(self.config.image_size, self.config.t5_length, tokenizers, **models)
@@ -274,18 +272,18 @@ class TinyFluxPipeline(DiffusionPipeline):
         return self._interrupt
 
     def load_lora_weights(self, source: str | Path, adapter_name: str = "default", scale: float = 1.0) -> None:
-        """Draw with an adapter from now on, beside those that are loaded: PEFT's folder, a file, or `user/repo`.
+        """Add an adapter to those that are loaded: a PEFT folder, a file, or `user/repo`.
 
-        Errors: FileNotFoundError; ValueError where it is not a plain LoRA of this network.
+        Raises FileNotFoundError; ValueError if it is not a plain LoRA of this network.
         """
         self._adapters.load(self.transformer, source, adapter_name, scale)
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
-        """The scales of these adapters, 1 unless given; 0 for those that are not named. ValueError for unknown ones."""
+        """Set the scales of these adapters (default 1), and 0 for all others. Raises ValueError for unknown names."""
         self._adapters.scale(self.transformer, adapter_names, adapter_weights)
 
     def unload_lora_weights(self) -> None:
-        """Draw without adapters again, with exactly the weights from before."""
+        """Remove all adapters; the original weights are restored exactly."""
         self._adapters.unload(self.transformer)
 
     def enable_vae_slicing(self) -> None:
@@ -297,7 +295,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         self.vae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Decode a picture in overlapping tiles, for less memory; edges of tiles may be seen."""
+        """Decode a picture in overlapping tiles, for less memory; tile edges may be visible."""
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
@@ -316,9 +314,9 @@ class TinyFluxPipeline(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """T5 states [B, L, D] of the prompts and of the negative prompts, CLIP vectors [B, D] of both, as a call takes
-        them: prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds. Those that are
-        given are used as they are. ValueError."""
+        """Encode prompts for a call. Returns prompt_embeds and negative_prompt_embeds (T5 states [B, L, D]),
+        pooled_prompt_embeds and negative_pooled_prompt_embeds (CLIP vectors [B, D]). Given tensors are returned
+        unchanged. Raises ValueError."""
         prompts = encode_texts(
             self.zoo,
             prompt,
@@ -360,18 +358,17 @@ class TinyFluxPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
-        """Pictures, `num_images_per_prompt` in a row of each prompt: "pil" images, "np" [B, H, W, 3] or "pt"
+        """Pictures, `num_images_per_prompt` in a row for each prompt: "pil" images, "np" [B, H, W, 3] or "pt"
         [B, 3, H, W] in [0, 1], or "latent" [B, C, h, w].
 
-        guidance_scale, shift: the pipeline's own unless given. generator: only its initial seed s is used, so calling
-        twice gives the same pictures: picture k is `Sampler`'s picture k of seed s; of a list of generators, one a
-        picture, each gives its picture 0; None draws a seed from torch's own. latents: noise [B, C, h, w] instead.
-        image: one, or one a prompt, to draw over; of the steps the last `strength` in (0, 1] are taken.
-        timesteps: ascending t in [0, 1] (1 is data) to use as they are; sigmas: the same as descending 1 - t, at whose
-        end a missing 0 is added. prompt_embeds and its like: of `encode_prompt`, instead of texts.
+        guidance_scale, shift: default, the pipeline's. generator: only its initial seed s is used, so calling twice
+        gives the same pictures: picture k is `Sampler`'s picture k of seed s; with a list of generators, one per
+        picture, each gives its picture 0; None draws a seed from torch. latents: noise [B, C, h, w] instead.
+        image: one, or one per prompt, to draw over, with only the last part `strength` in (0, 1] of the steps.
+        timesteps: ascending t in [0, 1] (1 is data); sigmas: the same as descending 1 - t, with a final 0 added if
+        missing. prompt_embeds etc.: from `encode_prompt`, instead of texts.
         callback_on_step_end(pipe, step, t, {"latents"}) is called after each step of each batch of `batch_size` with
-        the t in [0, 1] that was reached. Latents that it returns are used from there on; where it sets
-        `pipe._interrupt = True`, drawing stops.
+        the current t in [0, 1]. Latents that it returns replace the current ones; `pipe._interrupt = True` stops.
         solver, guidance_interval, guidance_rescale: see `Settings`. ValueError for bad input.
         """
         given = (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)

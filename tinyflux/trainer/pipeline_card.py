@@ -11,8 +11,8 @@ from tinyflux.util.cards import written
 def write_card(folder: Path, config: dict, pictures: dict[str, Image.Image], with_code: bool, repo: str) -> None:
     """Write README.md and the pictures of its widget into a pipeline's folder.
 
-    config: the pipeline's; pictures: by their prompts; repo: where it will be. A card that is there keeps its
-    text; its data is brought up to date. ValueError where that data is not as the Hub has it.
+    config: of the pipeline; pictures: prompt -> picture; repo: its Hub repo. An existing card keeps its text and gets
+    new metadata. Raises ValueError for metadata that the Hub does not accept.
     """
     widget = []
     for k, (prompt, picture) in enumerate(pictures.items()):
@@ -43,7 +43,7 @@ def _text(config: dict, prompts: list[str], with_code: bool, repo: str) -> str:
     lines = [
         "# A TinyFlux pipeline",
         "",
-        "A rectified-flow transformer that draws pictures for prompts, with its VAE and its text encoders.",
+        "A rectified-flow transformer for text-to-image, with its VAE and text encoders.",
         "",
         *(["<Gallery />", ""] if prompts else []),
         "| | |",
@@ -65,7 +65,7 @@ def _text(config: dict, prompts: list[str], with_code: bool, repo: str) -> str:
     if with_code:
         lines += [
             "",
-            "Its code is in `pipeline.py`; read it before you let it run:",
+            "Its code is in `pipeline.py`; read it before you run it:",
             "",
             "```python",
             "from diffusers import DiffusionPipeline",

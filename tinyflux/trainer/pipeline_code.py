@@ -1,4 +1,4 @@
-"""The pipeline's code as one file: with `trust_remote_code` it loads a saved pipeline without this package."""
+"""The pipeline's code as one file, to load a saved pipeline with `trust_remote_code` and without this package."""
 
 import ast
 import re
@@ -7,14 +7,14 @@ from pathlib import Path
 
 HEADER = '"""TinyFlux for diffusers in one file, generated from the package tinyflux-deep (MIT)."""'
 ROOT = "tinyflux.trainer.pipeline"
-SHARED = ("log",)  # names that modules may define alike
+SHARED = ("log",)  # names that several modules may define
 
 
 def single_file() -> str:
-    """The source of the pipeline's module and of all of this package that it imports, each after what it imports.
+    """The source of the pipeline's module and of all modules of this package that it needs, in import order.
 
-    Their imports of each other are left out, and private names that two of them have are told apart. ValueError where
-    two define the same public name.
+    Imports between them are removed, and equal private names get a suffix. Raises ValueError if two modules define the
+    same public name.
     """
     modules = _closure(ROOT, [])
     imports: dict[str, None] = {"import sys": None}
@@ -23,7 +23,7 @@ def single_file() -> str:
         source = _source(module)
         lines, cut = source.splitlines(), set()
         for node in ast.parse(source).body:
-            docstring = isinstance(node, ast.Expr) and node.lineno == 1  # it names the file that it was in
+            docstring = isinstance(node, ast.Expr) and node.lineno == 1  # drop it: it describes the original file
             if isinstance(node, ast.Import | ast.ImportFrom):
                 if not _own(node):
                     imports[ast.unparse(node)] = None
@@ -39,7 +39,7 @@ def single_file() -> str:
         inner = re.compile(r"^( +)from (tinyflux\S*) import (.*)$", re.MULTILINE)
         body = inner.sub(lambda found: found[1] + _stand_in(found[2], found[3], modules), body)
         parts.append(f"# {module}\n\n{body}\n")
-        if module.startswith("tinyflux.util."):  # such modules are called by their names: rng.normal
+        if module.startswith("tinyflux.util."):  # such modules are used by name, as in rng.normal
             parts.append(f"{module.rpartition('.')[2]} = sys.modules[__name__]\n")
     return "\n".join([HEADER, "", *imports, "", "\n\n".join(parts)])
 
@@ -49,7 +49,7 @@ def _source(module: str) -> str:
 
 
 def _closure(module: str, found: list[str]) -> list[str]:
-    """A module after all of this package that it imports at its top."""
+    """The modules of this package that a module imports at the top, then the module itself."""
     for node in ast.parse(_source(module)).body:
         for other in _own(node):
             if other not in found:
@@ -67,7 +67,7 @@ def _own(node: ast.stmt) -> list[str]:
 
 
 def _stand_in(module: str, names: str, modules: list[str]) -> str:
-    """What replaces an import inside a function: nothing, or an error where the module is not in the file."""
+    """What replaces an import inside a function: nothing, or an error if the module is not in the file."""
     known = module in modules or f"{module}.{names}" in modules
     return "pass" if known else 'raise ImportError("this needs the package tinyflux-deep")'
 

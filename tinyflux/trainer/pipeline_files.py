@@ -1,4 +1,4 @@
-"""A saved pipeline's files: its index and its parts, in safetensors and JSON, and the device that each part is on."""
+"""A saved pipeline's files: its index and its parts, in safetensors and JSON; and the placement of parts on devices."""
 
 import json
 from pathlib import Path
@@ -21,12 +21,12 @@ CARD = ("license", "base_model", "datasets")
 
 
 def weights_name(variant: str | None) -> str:
-    """The file of a diffusers part's weights; a variant is a word before the suffix, such as fp16."""
+    """The name of a diffusers part's weights file; a variant is a word before the suffix, such as fp16."""
     return WEIGHTS.replace(".safetensors", f".{variant}.safetensors") if variant else WEIGHTS
 
 
 def find_pipeline(source: str | Path, names: list[str], **where) -> Path:
-    """The folder of a pipeline, fetched where `source` is a Hub repo: the files of those parts alone, and no code."""
+    """The folder of a pipeline. From a Hub repo, only the files of these parts are downloaded, and no code."""
     folder = Path(source)
     if not folder.is_dir():
         if not (match := REPO.fullmatch(str(source))) or match["folder"]:
@@ -40,10 +40,10 @@ def find_pipeline(source: str | Path, names: list[str], **where) -> Path:
 
 
 def read_index(folder: Path, kind: str) -> dict:
-    """The settings in a pipeline's model_index.json. FileNotFoundError, ValueError where it is another pipeline's."""
+    """The settings in a pipeline's model_index.json. Raises FileNotFoundError; ValueError for another pipeline."""
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no pipeline: it has no {INDEX}")
+        raise FileNotFoundError(f"{folder} is not a pipeline: it has no {INDEX}")
     index = json.loads(path.read_text())
     found = index.get("_class_name") if isinstance(index, dict) else index
     if isinstance(found, list):  # a pipeline with its code beside it: [module, class]
@@ -58,11 +58,11 @@ def read_index(folder: Path, kind: str) -> dict:
 
 
 def load_part(folder: Path, name: str, dtype: torch.dtype | None, variant: str | None):
-    """A frozen part of a pipeline's folder: vae, an encoder or a tokenizer. dtype None: as it was saved."""
+    """A frozen part of a pipeline's folder: vae, an encoder or a tokenizer. dtype None: as saved."""
     origin = Pretrained(str(folder / name), local=True)
     if name == "vae":
         path = folder / name / weights_name(variant)
-        if dtype is None and path.is_file():  # diffusers would take float32, whatever the file has
+        if dtype is None and path.is_file():  # diffusers would use float32, whatever the file has
             with safe_open(path, "pt") as file:
                 dtype = file.get_tensor(next(iter(file.keys()))).dtype
         return load_pretrained(AutoencoderKL, origin, torch_dtype=dtype, variant=variant, use_safetensors=True)
@@ -73,9 +73,9 @@ def load_part(folder: Path, name: str, dtype: torch.dtype | None, variant: str |
 
 
 def place(parts: dict[str, nn.Module], device_map: str | dict[str, str]) -> None:
-    """Move parts to their devices: one for all; {part: device}; or "balanced", over the GPUs, largest part first.
+    """Move parts to devices: one for all; {part: device}; or "balanced", over the GPUs, largest part first.
 
-    ValueError for a part or a device that is not there.
+    Raises ValueError for an unknown part or device.
     """
     if device_map == "balanced":
         free = {f"cuda:{i}": 0 for i in range(torch.cuda.device_count())} or {"cpu": 0}
@@ -91,5 +91,5 @@ def place(parts: dict[str, nn.Module], device_map: str | dict[str, str]) -> None
     for name, device in device_map.items():
         try:
             parts[name].to(device)
-        except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        except (RuntimeError, AssertionError) as error:  # torch raises either if there is no such device
             raise ValueError(f"device_map: {name} cannot be on {device}: {str(error).splitlines()[0]}") from error

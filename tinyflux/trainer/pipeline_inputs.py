@@ -1,5 +1,4 @@
-"""What a pipeline's call is given, checked and made into what the Sampler takes; and its pictures, as they are asked
-for."""
+"""Check the inputs of a pipeline call and convert them for the Sampler; convert its pictures to the requested type."""
 
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 def device_of(part: torch.nn.Module) -> torch.device:
-    """Where a part computes; one that is offloaded is elsewhere until it is called."""
+    """The device where a part computes; an offloaded part is elsewhere until it is called."""
     return getattr(getattr(part, "_hf_hook", None), "execution_device", None) or part.device
 
 
@@ -28,16 +27,16 @@ def encode_texts(
     times: int,
     given: tuple[Tensor | None, ...],
 ) -> Prompts:
-    """Prompts of texts, or of the tensors `given` (T5, CLIP, negative T5, negative CLIP), each `times` in a row.
+    """Prompts from texts, or from the tensors `given` (T5, CLIP, negative T5, negative CLIP), each `times` in a row.
 
-    ValueError where they do not fit together.
+    Raises ValueError if they do not match.
     """
     if times < 1:
         raise ValueError(f"num_images_per_prompt must be at least 1, not {times}")
     t5, clip, null_t5, null_clip = given
     for (a, b), name in (((t5, clip), ""), ((null_t5, null_clip), "negative_")):
         if (a is None) != (b is None):
-            raise ValueError(f"{name}prompt_embeds and {name}pooled_prompt_embeds are given together or not at all")
+            raise ValueError(f"give both {name}prompt_embeds and {name}pooled_prompt_embeds, or neither")
     if (prompt is None) == (t5 is None):
         raise ValueError("give either prompt or prompt_embeds with pooled_prompt_embeds")
     if negative is not None and null_t5 is not None:
@@ -46,7 +45,7 @@ def encode_texts(
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r:.80}")
     if not isinstance(negative, str | None) and len(negative) != len(texts):
-        raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one a prompt")
+        raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one per prompt")
     encoded = None
     if t5 is None or null_t5 is None:
         encoded = Prompts.encode(zoo, list(texts) if t5 is None else [], negative or "")
@@ -61,7 +60,7 @@ def encode_texts(
 
 
 def starting_noise(count: int, shape: tuple[int, int, int], generator, latents: Tensor | None, device) -> Tensor:
-    """The noise [B, C, h, w] that a call starts from: the latents given, or keyed by generators' seeds. ValueError."""
+    """The starting noise [B, C, h, w] of a call: the given latents, or keyed by the generators' seeds. ValueError."""
     if latents is not None:
         if latents.shape != (count, *shape):
             raise ValueError(
@@ -70,7 +69,7 @@ def starting_noise(count: int, shape: tuple[int, int, int], generator, latents: 
         return latents.to(device)
     if isinstance(generator, list | tuple):
         if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one a picture")
+            raise ValueError(f"{len(generator)} generators for {count} pictures: give one, or one per picture")
         first = torch.zeros(1, dtype=torch.int64)
         return torch.cat([initial_noise(g.initial_seed(), first, shape, device) for g in generator])
     seed = int(torch.randint(1 << 62, ())) if generator is None else generator.initial_seed()
@@ -80,19 +79,19 @@ def starting_noise(count: int, shape: tuple[int, int, int], generator, latents: 
 def encode_pictures(
     vae: AutoencoderKL, image: PipelineImageInput, height: int | None, width: int | None, count: int, times: int
 ) -> Tensor:
-    """Latents [count, C, h, w] of the pictures to draw over: one for all, or one a prompt, `times` in a row each."""
+    """Latents [count, C, h, w] of the images to draw over: one for all, or one per prompt, each `times` in a row."""
     processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
     pixels = processor.preprocess(image, height, width).to(device_of(vae), vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
     if len(latents) == 1:
         return latents.expand(count, -1, -1, -1)
     if len(latents) * times != count:
-        raise ValueError(f"{len(latents)} images for {count // times} prompts: give one, or one a prompt")
+        raise ValueError(f"{len(latents)} images for {count // times} prompts: give one, or one per prompt")
     return latents.repeat_interleave(times, 0)
 
 
 def given_times(timesteps: list[float] | None, sigmas: list[float] | None) -> tuple[float, ...] | None:
-    """Ascending timesteps out of what a call gives. ValueError."""
+    """Ascending timesteps from a call's timesteps or sigmas. Raises ValueError."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("give either timesteps or sigmas")
     if sigmas is not None:
@@ -102,7 +101,7 @@ def given_times(timesteps: list[float] | None, sigmas: list[float] | None) -> tu
 
 
 def last_part(settings: Settings, strength: float) -> Settings:
-    """The same settings with the last part of their timesteps alone. ValueError."""
+    """The same settings with only the last part of their timesteps. Raises ValueError."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], not {strength}")
     times = settings.schedule()

@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains: prompts encoded once, sampled on all ranks, decoded beside the training."""
+"""Sample pictures during training: prompts are encoded once, all ranks draw, rank 0 decodes in the background."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tinyflux.util.log import say
 
 
 class Preview:
-    """Sample grids of fixed prompts and noise. Building one is a collective: rank 0 alone loads the encoders."""
+    """Sample grids of fixed prompts and noise. Must be built on all ranks; only rank 0 loads the encoders."""
 
     def __init__(
         self,
@@ -39,11 +39,11 @@ class Preview:
         self.prompts: Prompts = encoded[0]
 
     def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics, last: bool) -> None:
-        """Sample the prompts with the averaged weights, and with the trained ones where `raw`, each rank its share;
-        rank 0 then decodes in a thread. While it still decodes the grid before, this one is left out, unless it is the
-        `last`. Must be called on all ranks."""
+        """Draw the prompts with the averaged weights, and with the trained ones if `raw`, each rank its share; rank 0
+        then decodes in a thread. Skipped while the previous grid is still being decoded, unless this is the `last`.
+        Must be called on all ranks."""
         if self.background.is_busy() and not last:
-            say(f"no samples of step {step}: those before are still being decoded (trainer.sample_every)")
+            say(f"no samples of step {step}: the previous ones are not decoded yet (raise trainer.sample_every)")
             return
         with ema.average_parameters():
             drawn = {"": self._latents(model)}
@@ -54,7 +54,7 @@ class Preview:
 
     def _latents(self, model: nn.Module) -> Tensor:
         rank, world, count = dist.get_rank(), dist.get_world_size(), len(self.prompts)
-        # every rank draws equally many, for the forwards of a sharded model are collectives
+        # every rank draws the same number, because the forward of a sharded model needs all ranks
         mine = (torch.arange(-(-count // world)) * world + rank) % count
         latents = self.sampler.latents(model, self.prompts, seed=self.seed, indices=mine, device=self.device)
         everyone = [torch.empty_like(latents) for _ in range(world)]
@@ -75,6 +75,6 @@ class Preview:
             say(f"WARNING: no samples of step {step}: {error}")
 
     def wait(self, patience: float | None = None) -> None:
-        """Wait for the grid that is being decoded, for at most `patience` seconds: then it is given up."""
+        """Wait at most `patience` seconds for the grid that is being decoded, then drop it."""
         if not self.background.wait(patience):
             self.sampler.stop()

@@ -1,4 +1,4 @@
-"""How a checkpoint is best drawn with: what its run recorded in training_config.json, and where each value is from."""
+"""Sampling settings of a checkpoint, as its run recorded them in training_config.json, with their origin."""
 
 import json
 import re
@@ -13,30 +13,30 @@ from tinyflux.util.cards import origins
 if TYPE_CHECKING:
     from tinyflux.shards.source import Source
 
-GUIDANCE, SHIFT, ZOO = 5.0, 3.0, "flux"  # of the published weights, where no run says otherwise
+GUIDANCE, SHIFT, ZOO = 5.0, 3.0, "flux"  # defaults: those of the published weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Zoo, shift and guidance of a run, and what it has seen. Lists are empty where the run did not record them."""
+    """Zoo, shift and guidance of a run, and what it has seen. Unrecorded lists are empty."""
 
     zoo: str = ZOO
     shift: float = SHIFT
     guidance: float = GUIDANCE
     latent_shapes: tuple[tuple[int, int], ...] = ()
-    """Height and width of the latents it was trained on, the most frequent first."""
+    """Heights and widths of the latents it was trained on, most frequent first."""
     words: frozenset[str] = frozenset()
-    """All words of its captions, where they are few enough to be known."""
+    """All words of its captions, if they are few enough to be known."""
     base_model: tuple[str, ...] = ()
     """The Hub repo that the training started from."""
     datasets: tuple[str, ...] = ()
     """The Hub repos of its sources."""
     origin: str = "by default: the checkpoint has no training_config.json"
-    """Where these values are from."""
+    """The origin of these values."""
 
     @classmethod
     def read(cls, path: Path | None) -> "Recipe":
-        """Out of a training_config.json; the defaults where there is none. ValueError where it is no such file."""
+        """Read from a training_config.json; path None gives the defaults. Raises ValueError for another file."""
         if path is None:
             return cls()
         try:
@@ -57,7 +57,7 @@ class Recipe:
             raise ValueError(f"{path} is not the training_config.json of a run: {error!r}") from error
 
     def unseen(self, prompt: str) -> list[str]:
-        """Words of a prompt that no caption of the training had, where those are known."""
+        """Words of a prompt that no training caption had; [] if the words of the captions are not known."""
         return [word for word in words_of(prompt) if self.words and word not in self.words]
 
 
@@ -67,11 +67,11 @@ def words_of(text: str) -> list[str]:
 
 
 def seen(sources: Sequence["Source"], captions: int = 2000) -> dict:
-    """What a run records of its sources for those who draw with it: `latent_shapes`, the most frequent first, and
-    `words`, all words of their captions, where these can be known.
+    """What a run records about its sources for sampling: `latent_shapes`, most frequent first, and `words`, all words
+    of their captions, if these can be known.
 
-    They can where each source is local and of a small vocabulary. By Good and Turing the share of words still unseen is
-    about that of the words met once: it must be below 0.2% of those in `captions` captions from all over the source.
+    They can if each source is local and has a small vocabulary. By Good-Turing, the share of unseen words is about the
+    share of words that occur once; it must be below 0.2% in `captions` captions spread over the source.
     """
     shapes: Counter[tuple[int, int]] = Counter()
     words: set[str] | None = set()
@@ -100,7 +100,7 @@ def _vocabulary(source: "Source", captions: int) -> set[str] | None:
             if opened[0] != shard:
                 opened = shard, source.open(shard)
             counts.update(word for prompt in opened[1].meta(row)["prompts"] for word in words_of(prompt))
-        except ShardError:  # the stream tells of it when it reads it
+        except ShardError:  # the stream reports it when it reads it
             continue
     once = sum(n == 1 for n in counts.values())
     return set(counts) if once <= 0.002 * counts.total() else None

@@ -1,4 +1,4 @@
-"""Sampling: prompts -> latents -> pictures. Pure functions, and a Sampler that holds what they need."""
+"""Sampling: prompts -> latents -> pictures. Pure functions, and a Sampler with their settings."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tinyflux.util import rng
 from tinyflux.util.files import Stopped
 from tinyflux.util.pixels import to_uint8
 
-if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and a rank that trains never needs them
+if TYPE_CHECKING:  # the zoo's libraries take seconds to import, and training ranks do not need them
     from tinyflux.model.zoo import ModelZoo
 
 
@@ -41,14 +41,14 @@ def timestep_schedule(steps: int, shift: float = 3.0) -> list[float]:
 
 
 def initial_noise(seed: int, indices: Tensor, shape: tuple[int, int, int], device: torch.device | str) -> Tensor:
-    """Noise [B, C, H, W] of the pictures number `indices` of a seed: it does not depend on how they are batched."""
+    """Noise [B, C, H, W] of a seed's pictures number `indices`; independent of batching."""
     seeds = torch.from_numpy(rng.sample_seeds(seed, 0, indices.numpy()))
     return rng.normal(seeds.to(device), "noise", tuple(shape))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, for the length of a `with` block."""
+    """Eval mode without gradients, for a `with` block."""
     training = model.training
     model.eval()
     try:
@@ -60,7 +60,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How latents are drawn. ValueError names what is out of range."""
+    """Settings for drawing latents. Raises ValueError with the name of a bad one."""
 
     steps: int = 28
     """Steps of the solver."""
@@ -69,14 +69,14 @@ class Settings:
     shift: float = 3.0
     """Flux shift of the timesteps; use that of the training."""
     solver: str = "euler"
-    """A name of `SOLVERS`: euler and ab2 call the network once a step, heun and midpoint twice."""
+    """A name of `SOLVERS`: euler and ab2 call the network once per step, heun and midpoint twice."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Timesteps, first and last, between which guidance applies (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
+    """First and last timestep at which guidance applies (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
     guidance_rescale: float = 0.0
-    """Share, in [0, 1], of the guided velocity that gets the unguided one's deviation (Lin et al., 2023,
-    arXiv:2305.08891)."""
+    """Share, in [0, 1], of the guided velocity that is rescaled to the standard deviation of the conditional velocity
+    (Lin et al., 2023, arXiv:2305.08891)."""
     timesteps: tuple[float, ...] | None = None
-    """Ascending timesteps in [0, 1] to use as they are, instead of `steps` and `shift`."""
+    """Ascending timesteps in [0, 1], instead of `steps` and `shift`."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -96,17 +96,17 @@ class Settings:
             raise ValueError(f"timesteps must be two or more ascending numbers in [0, 1], not {times}")
 
     def schedule(self) -> list[float]:
-        """The timesteps from the first to the last, one more than there are steps."""
+        """The timesteps from first to last, one more than steps."""
         return timestep_schedule(self.steps, self.shift) if self.timesteps is None else list(self.timesteps)
 
     def guides(self, t: float) -> bool:
-        """Does guidance apply at t? Where not, the negative prompt need not be run."""
+        """Whether guidance applies at t. If not, the negative prompt need not be run."""
         first, last = self.guidance_interval
         return self.guidance != 1 and first <= t <= last
 
 
 def guide(null: Tensor, text: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """null + scale (text - null), a share `rescale` of it with the deviation of text (arXiv:2305.08891, eq. 14-16)."""
+    """null + scale (text - null); a share `rescale` of it gets text's deviation (arXiv:2305.08891, eq. 14-16)."""
     v = null + scale * (text - null)
     if not rescale:
         return v
@@ -115,7 +115,7 @@ def guide(null: Tensor, text: Tensor, scale: float, rescale: float = 0.0) -> Ten
 
 
 class _Stopped(Exception):
-    """on_step asked to stop; the latents so far are the exception's argument."""
+    """on_step asked to stop; the exception's argument is the current latents."""
 
 
 def denoise(
@@ -128,11 +128,11 @@ def denoise(
     settings: Settings,
     on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
-    """Latents from noise: the solver's steps along the velocity, guided in one batch of both prompts.
+    """Latents from noise by the solver's steps; guidance runs both prompts in one batch.
 
-    noise [B, C, H, W], t5 [B, L, D] and clip [B, D] of the prompts, null_t5 and null_clip, the same of the negative
-    prompts. on_step(step, t, latents) is called after each step: what it returns is used from there on, and None stops
-    there. Returns float32 [B, C, H, W].
+    noise [B, C, H, W], t5 [B, L, D] and clip [B, D] of the prompts; null_t5 and null_clip of the negative prompts.
+    on_step(step, t, latents) is called after each step; its result replaces the latents, and None stops. Returns
+    float32 [B, C, H, W].
     """
     H, W = noise.shape[2:]
     img_ids = model.create_img_ids(1, H, W, noise.device)[0]  # [H*W, 3]
@@ -140,7 +140,7 @@ def denoise(
     both = torch.cat((null_t5, t5)), torch.cat((null_clip, clip))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        at = torch.tensor(t, dtype=torch.float32, device=x.device)  # a number would be compiled in, again for each t
+        at = torch.tensor(t, dtype=torch.float32, device=x.device)  # a number would be recompiled for each t
         if not settings.guides(t):
             return model(x, t5, clip, at, img_ids).float()
         null, text = model(x.repeat(2, 1, 1), *both, at, img_ids).float().chunk(2)
@@ -178,7 +178,7 @@ class Prompts:
 
     @classmethod
     def encode(cls, zoo: "ModelZoo", texts: list[str], negative: str | list[str] = "") -> "Prompts":
-        """Encode with the zoo's T5 and CLIP, loading what is not there. negative: one for all, or one a text."""
+        """Encode with the zoo's T5 and CLIP, loading them if necessary. negative: one for all, or one per text."""
         for name in ("t5", "clip"):
             if getattr(zoo, name) is None:
                 getattr(zoo, f"load_{name}")()
@@ -192,16 +192,16 @@ class Prompts:
         return len(self.texts)
 
     def repeat(self, times: int) -> "Prompts":
-        """Each prompt that many times in a row."""
+        """Each prompt repeated `times` times in a row."""
         texts = [text for text in self.texts for _ in range(times)]
         tensors = (self.t5, self.clip, self.null_t5, self.null_clip)
         return Prompts(texts, *(x.repeat_interleave(times, 0) if len(x) == len(self) else x for x in tensors))
 
 
 class Sampler:
-    """Draws pictures for prompts: `zoo` encodes and decodes, the model is given with each call.
+    """Draws pictures for prompts: `zoo` encodes and decodes, the model is passed to each call.
 
-    latent_shape (C, H, W): the zoo's unless given. settings: those of `Settings`.
+    latent_shape (C, H, W): default, the zoo's. settings: fields of `Settings`.
     The k-th picture of a seed has its own noise, so the batch size does not change it.
     """
 
@@ -228,10 +228,9 @@ class Sampler:
         noise: Tensor | None = None,
         on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
-        """Latents [B, C, H, W] of the prompts number `indices` (default: all of them, in order).
+        """Latents [B, C, H, W] of the prompts number `indices` (default: all in order).
 
-        noise [B, C, H, W], by prompt number, is taken instead of the seed's. on_step: see `denoise`; it is called for
-        each batch.
+        noise [B, C, H, W], by prompt number, replaces the seed's. on_step: see `denoise`; it is called for each batch.
         """
         config = model.config
         width, expected = prompts.t5.shape[-1], config.joint_attention_dim
@@ -244,7 +243,7 @@ class Sampler:
         parts = []
         for chunk in indices.split(self.batch_size):
             start = initial_noise(seed, chunk, self.latent_shape, device) if noise is None else noise[chunk]
-            nulls = [x[chunk % len(x)] for x in (prompts.null_t5, prompts.null_clip)]  # one for all, or one each
+            nulls = [x[chunk % len(x)] for x in (prompts.null_t5, prompts.null_clip)]  # one for all, or one per prompt
             text = prompts.t5[chunk], prompts.clip[chunk]
             parts.append(denoise(model, start, *text, *nulls, self.settings, on_step))
         return torch.cat(parts)
@@ -261,7 +260,7 @@ class Sampler:
         return torch.cat(pictures)
 
     def stop(self) -> None:
-        """End a `decode` of another thread after the picture that it is at; there will be no other."""
+        """End a `decode` in another thread after its current picture, and all later ones."""
         self.stopped = True
 
     def __call__(
@@ -274,7 +273,7 @@ class Sampler:
         first: int = 0,
         on_step: Callable[[int, float, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one a prompt: those from number `first` of the seed.
+        """Pictures [B, 3, H, W] in [-1, 1], on the CPU, one per prompt; the first is the seed's picture number `first`.
 
         on_step: see `latents`.
         """
@@ -293,12 +292,12 @@ def generate_samples(
     seed: int = 0,
     **settings,
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] for prompts: a Sampler of those settings, used once."""
+    """Pictures [B, 3, H, W] in [-1, 1] for prompts, from a Sampler with these settings."""
     return Sampler(zoo, **settings)(model, prompts, negative=negative_prompt, seed=seed)
 
 
 def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] as one uint8 [3, H', W'] on white, as near a square as can be."""
+    """Pictures [B, 3, H, W] in [-1, 1] as one uint8 grid [3, H', W'] on white; default: nearly square."""
     B, _, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(B))
     rows = math.ceil(B / columns)
@@ -310,9 +309,9 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
 
 
 def save_samples(images: Tensor, path: str | Path, columns: int | None = None, parameters: dict | None = None) -> Path:
-    """Write pictures [B, 3, H, W] in [-1, 1] as one PNG grid; its folder is made. Returns the path.
+    """Write pictures [B, 3, H, W] in [-1, 1] as one PNG grid; creates the folder. Returns the path.
 
-    parameters: kept in the file as JSON, in the text chunk "parameters".
+    parameters: stored as JSON in the text chunk "parameters".
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

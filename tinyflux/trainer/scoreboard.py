@@ -1,4 +1,4 @@
-"""Evaluations of a run while it trains: drawn on all ranks, scored by rank 0 in a thread, on the CPU."""
+"""Evaluations during training: all ranks draw, rank 0 scores in a thread on the CPU."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from tinyflux.util.log import say
 
 
 class Scoreboard:
-    """Scores the averaged weights on `count` held-out samples of the run; each rank holds them all.
+    """Scores the averaged weights on `count` held-out samples of the run; each rank holds all of them.
 
-    The sampler's zoo decodes and scores on rank 0 alone, and stays on the CPU. ValueError where nothing is held out.
+    Only rank 0's zoo decodes and scores, on the CPU. Raises ValueError if nothing is held out.
     """
 
     def __init__(self, stream: Stream, sampler: Sampler, count: int, folder: Path, device: torch.device, seed: int):
@@ -38,10 +38,10 @@ class Scoreboard:
         self.background = Background("scores")
 
     def draw(self, model: nn.Module, ema: EMA, step: int, metrics: Metrics, last: bool) -> None:
-        """Losses and pictures, each rank its share; rank 0 then scores in a thread. While it still scores those
-        before, these are left out, unless they are the `last`. Must be called on all ranks."""
+        """Compute losses and pictures, each rank its share; rank 0 then scores them in a thread. Skipped while earlier
+        scores are still being computed, unless this is the `last`. Must be called on all ranks."""
         if self.background.is_busy() and not last:
-            say(f"no scores of step {step}: those before are still being computed (trainer.evaluate_every)")
+            say(f"no scores of step {step}: the previous ones are not done yet (raise trainer.evaluate_every)")
             return
         with ema.average_parameters():
             mine = self.evaluator.forward(model, self.device, dist.get_rank(), dist.get_world_size())
@@ -61,7 +61,7 @@ class Scoreboard:
         except Stopped:
             say(f"no scores of step {step}: the training stops")
             return
-        except (RuntimeError, OSError, ValueError) as error:  # such as too little memory, or a full disk
+        except (RuntimeError, OSError, ValueError) as error:  # such as out of memory, or a full disk
             say(f"WARNING: no scores of step {step}: {error}")
             return
         metrics.scalars(board_values(scores), step)
@@ -69,6 +69,6 @@ class Scoreboard:
         say(f"scores of step {step}: {told}  {self.folder / f'step_{step}_ema.html'}")
 
     def wait(self, patience: float | None = None) -> None:
-        """Wait for the scores that are being computed, for at most `patience` seconds: then they are given up."""
+        """Wait at most `patience` seconds for the scores that are being computed, then drop them."""
         if not self.background.wait(patience):
             self.evaluator.sampler.stop()

@@ -1,4 +1,4 @@
-"""Scores of pictures: how well they fit their prompts, and how far they are, as a set, from real ones."""
+"""Scores of pictures: how well they match their prompts, and the distance of a set of pictures from real ones."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tinyflux.model.zoo import ModelZoo
 
-# of every published CLIP (Radford et al., 2021)
+# normalisation of all published CLIP models (Radford et al., 2021)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipScorer:
-    """Pictures and prompts in CLIP's common space, by the zoo's CLIP with its vision tower.
+    """Embeds pictures and prompts with the zoo's CLIP, including its vision tower.
 
-    Errors as of `ModelZoo.load_whole_clip`.
+    Raises as `ModelZoo.load_whole_clip`.
     """
 
     def __init__(self, zoo: "ModelZoo"):
@@ -26,7 +26,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [B, D] of pictures [B, 3, H, W] in [-1, 1]: the short side resized, the middle cut out."""
+        """Unit vectors [B, D] of pictures [B, 3, H, W] in [-1, 1], after resizing the short side and a centre crop."""
         pixels = pixels.float()
         scale = self.side / min(pixels.shape[2:])
         if scale != 1:
@@ -41,18 +41,18 @@ class ClipScorer:
 
     @torch.no_grad()
     def texts(self, pooled: Tensor) -> Tensor:
-        """Unit vectors [B, D] of prompts, from the pooled vectors [B, D'] that samples keep."""
+        """Unit vectors [B, D] of prompts, from the pooled vectors [B, D'] in the shards."""
         pooled = pooled.to(self.clip.device, self.clip.dtype)
         return F.normalize(self.clip.text_projection(pooled).float(), dim=-1).cpu()
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """100 max(0, cosine) [B] of unit vectors [B, D] (Hessel et al., 2021, arXiv:2104.08718, without their factor)."""
+    """100 max(0, cosine) [B] of unit vectors [B, D] (Hessel et al., 2021, arXiv:2104.08718, without the factor 2.5)."""
     return 100 * (images * texts).sum(-1).clamp(min=0)
 
 
 def cmmd(real: Tensor, drawn: Tensor, sigma: float = 10.0) -> float:
-    """CLIP's maximum mean discrepancy of two sets of unit vectors [N, D], [M, D], times 1000; 0 for equal sets.
+    """CLIP maximum mean discrepancy of two sets of unit vectors [N, D], [M, D], times 1000; 0 for equal sets.
 
     Jayasumana et al., 2024, arXiv:2401.09603: a Gaussian kernel, and the mean over all pairs as in their code.
     """
@@ -67,15 +67,15 @@ def frechet(real: Tensor, drawn: Tensor) -> float:
     """Frechet distance of two sets of features [N, D], [M, D] as Gaussians (Heusel et al., 2017, arXiv:1706.08500)."""
     real, drawn = real.double(), drawn.double()
     a, b = torch.cov(real.T), torch.cov(drawn.T)
-    # the trace of sqrt(AB) is the sum of the roots of AB's eigenvalues, none of which is negative
+    # the trace of sqrt(AB) is the sum of the square roots of AB's eigenvalues, which are not negative
     roots = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
     return ((real.mean(0) - drawn.mean(0)).square().sum() + a.trace() + b.trace() - 2 * roots).item()
 
 
 class Inception:
-    """FID's features [B, 2048] of pictures, by torch-fidelity (the extra [eval]) and its weights file.
+    """FID's features [B, 2048] of pictures, from torch-fidelity (the extra [eval]) and its weights file.
 
-    Errors: ValueError without that package, FileNotFoundError without the file.
+    Raises ValueError without that package, FileNotFoundError without the file.
     """
 
     def __init__(self, weights: Path):

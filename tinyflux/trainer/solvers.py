@@ -1,8 +1,8 @@
 """Solvers of the sampling ODE dx/dt = v(x, t), from t=0 (noise) to t=1 (data): one function each.
 
-A solver takes velocity(x, t), the noise x, the timesteps in order, and on_step(x, t), which is called with x after each
-step; what it returns is used from there on. To add a solver, write its function and add its line to `SOLVERS`.
-This module imports no torch: the commands show the names in their help, which should appear at once.
+A solver takes velocity(x, t), the noise x, the timesteps in order, and on_step(x, t), which is called after each step
+and returns the x to continue with. To add a solver, write its function and add its line to `SOLVERS`.
+This module does not import torch, because the commands' --help lists the names.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) for sharded parameters.
 
-The arithmetic is that of torch.optim.Adafactor, which DTensor cannot run (torch 2.13: in-place work on partial norms).
+The arithmetic is that of torch.optim.Adafactor, which DTensor cannot run (torch 2.13: in-place ops on partial norms).
 """
 
 from collections.abc import Iterable
@@ -19,15 +19,15 @@ LARGEST_UPDATE = 1.0  # root mean square of an update before it is scaled down
 
 
 def build(model: nn.Module, config: TrainerConfig) -> "Adafactor":
-    """Adafactor of all that is trained; `config.learning_rate` is relative to each parameter's size."""
+    """Adafactor for all trained parameters; `config.learning_rate` is relative to each parameter's size."""
     return Adafactor(decay_groups(model.parameters(), config.weight_decay), lr=config.learning_rate)
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Second moments of a matrix as one row and one column of means; no momentum.
+    """Stores the second moments of a matrix as one row and one column of means; no momentum.
 
-    params: vectors and matrices that FSDP sharded by rows, and groups of them. lr: step relative to each parameter's
-    root mean square, at most 1 / sqrt(step). Two all-reduces a step, whatever the number of parameters.
+    params: vectors and matrices that FSDP sharded by rows, or groups of them. lr: step size relative to each
+    parameter's root mean square, at most 1 / sqrt(step). Two all-reduces per step, for any number of parameters.
     """
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.0):

@@ -16,13 +16,13 @@ EPS = 1e-8
 
 
 def build(model: nn.Module, config: TrainerConfig) -> "AdamW":
-    """AdamW of all that is trained."""
+    """AdamW for all trained parameters."""
     groups = decay_groups(model.parameters(), config.weight_decay)
     return AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """The trained parameters as an optimizer's groups: only matrices decay; norms, biases and gates are vectors."""
+    """The trained parameters as optimizer groups: only matrices decay; norms, biases and gates are vectors."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -37,8 +37,8 @@ def local(x: Tensor) -> Tensor:
 
 
 class AdamW(torch.optim.Optimizer):
-    """params: sharded by rows or whole, and groups of them. The state is there from the start: `step`, `exp_avg` and
-    `exp_avg_sq` of each parameter. found_inf: 0-d, where it is 1 the step is not taken."""
+    """params: sharded by rows or unsharded, or groups of them. The state exists from the start: `step`, `exp_avg` and
+    `exp_avg_sq` of each parameter. found_inf: 0-d, 1 skips the step."""
 
     skips_on_device = True
 

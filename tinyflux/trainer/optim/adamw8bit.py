@@ -1,7 +1,7 @@
-"""AdamW with moments of 8 bits (Dettmers et al. 2022, arXiv 2110.02861): torchao's, from the extra [8bit].
+"""AdamW with 8-bit moments (Dettmers et al. 2022, arXiv 2110.02861): torchao's, from the extra [8bit].
 
-Blocks of 256 values share a scale. Here they lie inside the rows of a matrix, however many ranks hold those: the same
-values on 1 or 64 ranks, and a checkpoint that another rank count resumes bit for bit.
+Blocks of 256 values share a scale. Here a block never crosses a row of the matrix, so the values do not depend on the
+number of ranks, and a checkpoint can be resumed on another number of ranks, bit for bit.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build(model: nn.Module, config: TrainerConfig) -> "AdamW8bit":
-    """AdamW8bit of all that is trained."""
+    """AdamW8bit for all trained parameters."""
     groups = decay_groups(model.parameters(), config.weight_decay)
     return AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def is_small(p: Tensor) -> bool:
-    """Whether a parameter keeps its moments in 32 bits: too few values, or rows that are no whole blocks."""
+    """Whether a parameter keeps 32-bit moments: it has too few values, or its rows are not a multiple of blocks."""
     return p.ndim != 2 or p.numel() < SMALLEST or p.shape[1] % BLOCK > 0
 
 
 class AdamW8bit(torchao.optim.AdamW8bit):
-    """torchao's, with blocks that do not depend on the sharding. params: sharded by rows, and groups of them. The state
-    is there from the start."""
+    """torchao's AdamW8bit, with blocks that do not depend on the sharding. params: sharded by rows, or groups of them.
+    The state exists from the start."""
 
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.95)):
         super().__init__(params, lr=lr, betas=betas)
@@ -54,14 +54,14 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         return _sharded(zeros, p, p.shape)
 
     def step(self, closure=None) -> None:
-        # its compiler is for CUDA; on a CPU it would take minutes and a C++ compiler to save microseconds
+        # its compilation is for CUDA; on a CPU it would take minutes and a C++ compiler to save microseconds
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
         with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
             super().step(closure)
 
     @torch.no_grad()
     def plain_state(self, p: DTensor) -> dict[str, Tensor]:
-        """A parameter's state in plain sharded tensors, which share its memory: codes [rows, columns] and scale
+        """A parameter's state as plain sharded tensors that share its memory: codes [rows, columns] and scale
         [rows, blocks] of each moment."""
         state = self.state[p]
         if is_small(p):
@@ -80,7 +80,7 @@ class AdamW8bit(torchao.optim.AdamW8bit):
 
 
 def _sharded(local: Tensor, p: DTensor, shape: tuple[int, ...]) -> DTensor:
-    """The tensor of this shape whose rows are distributed as those of `p`, without a copy."""
+    """A DTensor of this shape with its rows sharded like those of `p`, without a copy."""
     stride = (*shape[1:], 1)
     return DTensor.from_local(
         local, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, AdamW for the rest.
 
-torch.optim.Muon takes one unsharded matrix at a time: sharded ones would be gathered for each of its products, and
-every rank would compute all of them. Here each matrix is orthogonalised by one rank of its shard group, matrices of
-one shape together.
+torch.optim.Muon handles one unsharded matrix at a time: sharded ones would be gathered for each product, and every rank
+would compute all of them. Here one rank of the shard group orthogonalises each matrix, and matrices of the same shape
+are batched.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ SMALLEST_NORM = 1e-7
 
 
 def build(model: nn.Module, config: TrainerConfig) -> "Muon":
-    """Muon of a TinyFluxDeep: its blocks' matrices are orthogonalised, all else gets AdamW's update."""
+    """Muon for a TinyFluxDeep: the updates of the blocks' matrices are orthogonalised, the rest uses AdamW."""
     stacks = {}
     for block in (*model.double_blocks, *model.single_blocks):
         for name, p in block.named_parameters():
@@ -41,18 +41,17 @@ def build(model: nn.Module, config: TrainerConfig) -> "Muon":
 
 
 def stacked_matrices(name: str, p: Tensor) -> int:
-    """Number of matrices that a parameter of a block holds, one upon the other: fused projections are maps of their
-    own (queries, keys, values; shift, scale, gate), and orthogonalised together the largest would hold the others
-    down."""
+    """Number of matrices stacked in a parameter of a block. Fused projections (queries, keys, values; shift, scale,
+    gate) are separate maps; if they were orthogonalised together, the largest would dominate."""
     fused = name.endswith(("qkv.weight", "norm.linear.weight", "norm1.linear.weight"))
     return p.shape[0] // p.shape[1] if fused else 1
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices of nearly the same singular vectors whose singular values are near 1: Newton-Schulz iterations.
+    """Orthogonalise matrices by Newton-Schulz iterations: nearly the same singular vectors, singular values near 1.
 
-    x float32 [M, rows, columns], M matrices. In float32 the result hardly depends on how the gradient was summed, and
-    the products are under 1% of a step's.
+    x float32 [M, rows, columns], M matrices. In float32 the result hardly depends on the summation order of the
+    gradient, and these products are under 1% of a step.
     """
     wide = x if x.shape[1] <= x.shape[2] else x.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
@@ -66,9 +65,9 @@ def orthogonal(x: Tensor) -> Tensor:
 def move(
     values: list[Tensor], by: list[Tensor], *, rate: float, decay: float, skip: Tensor | None, maximize: bool = False
 ) -> None:
-    """values -= rate * (by + decay * values), or with `maximize` - by, in place. All must be contiguous.
+    """values -= rate * (by + decay * values), with -by if `maximize`, in place. All must be contiguous.
 
-    torch's fused SGD changes nothing where `skip` (0-d) is 1, and does not make the host wait for that.
+    torch's fused SGD does nothing if `skip` (0-d) is 1, without making the host wait.
     """
     sgd(
         values,
@@ -86,10 +85,9 @@ def move(
 
 
 class Muon(AdamW):
-    """stacks: each matrix that is orthogonalised, sharded by rows or whole, and how many it holds, one upon the other;
-    their state is `momentum`. rest: parameters for AdamW, and groups of them. scale: root mean square of an
-    orthogonalised update; 0.2 is that of AdamW's, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982,
-    eq. 4).
+    """stacks: parameters to orthogonalise, sharded by rows or unsharded -> number of matrices stacked in each; their
+    state is `momentum`. rest: parameters for AdamW, or groups of them. scale: root mean square of an orthogonalised update;
+    0.2 matches AdamW, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class Muon(AdamW):
     ):
         self.stacks, self.scale = stacks, scale
         self.exchanges: dict[tuple[int, ...], Exchange] = {}
-        # by shape: dealt out in turn, every rank gets equal shares of each
+        # sorted by shape, so that round-robin gives every rank an equal share of each shape
         matrices = sorted(stacks, key=lambda p: tuple(p.shape))
         super().__init__([{"params": matrices, "weight_decay": weight_decay}, *rest], lr, betas)
 
@@ -114,7 +112,7 @@ class Muon(AdamW):
         if parameters[0] not in self.stacks:
             return super()._update(group, parameters)
         gradients, momenta = [local(p.grad) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
-        # a mean that decays is a step towards the gradient
+        # updating an exponential moving average is a step towards the gradient
         move(momenta, gradients, rate=1 - MOMENTUM, decay=1.0, skip=self.found_inf, maximize=True)
         updates = self._orthogonal(parameters, torch._foreach_lerp(gradients, momenta, MOMENTUM))  # Nesterov's
         weights = [local(p) for p in parameters]
@@ -124,19 +122,19 @@ class Muon(AdamW):
         """This rank's rows of the scaled updates, from its rows of the momenta. Must be called on all ranks."""
         exchange = self._exchange_of(parameters)
         whole = exchange.to_owners(rows)
-        alike: dict[tuple, list[int]] = {}  # places in `whole`
+        alike: dict[tuple, list[int]] = {}  # indices into `whole`
         for k, i in enumerate(exchange.owned):
             alike.setdefault((*parameters[i].shape, self.stacks[parameters[i]]), []).append(k)
         for (height, width, count), places in alike.items():
             matrices = torch.stack([whole[k] for k in places]).view(-1, height // count, width)
             matrices = orthogonal(matrices) * (self.scale * max(matrices.shape[1:]) ** 0.5)
-            matrices = matrices.contiguous()  # fused kernels look at memory, not at strides
+            matrices = matrices.contiguous()  # fused kernels ignore strides
             for k, matrix in zip(places, matrices.view(-1, height, width), strict=True):
                 whole[k] = matrix
         return exchange.to_rows(whole, rows[0])
 
     def _exchange_of(self, parameters: list[nn.Parameter]) -> Exchange:
-        key = tuple(map(id, parameters))  # nearly always the same: those that have a gradient
+        key = tuple(map(id, parameters))  # nearly always the same parameters: those with a gradient
         if key not in self.exchanges:
             first, shards = parameters[0], None
             if isinstance(first, DTensor):

@@ -1,4 +1,4 @@
-"""The optimizer of a run: made by its name, stepped, its state."""
+"""The optimizer of a run: build it by name, take a step, get its state."""
 
 import importlib
 
@@ -10,9 +10,9 @@ from tinyflux.trainer.optim.registry import OPTIMIZERS
 
 
 def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    """The optimizer `config.optimizer` of the parameters that are trained: sharded, or for adamw and muon whole.
+    """The optimizer `config.optimizer` for the trained, sharded parameters; adamw and muon also accept unsharded ones.
 
-    Raises ValueError where it needs a package that is not installed.
+    Raises ValueError if it needs a package that is not installed.
     """
     entry = OPTIMIZERS[config.optimizer]
     try:
@@ -29,14 +29,14 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optim
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        if not isinstance(group["lr"], float):  # torchao's: compiled, so a number would be compiled in
+        if not isinstance(group["lr"], float):  # torchao's is compiled and keeps the rate in a tensor
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
 
 
 def take_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """The optimizer's update, unless `skip` (0-d) is 1. Where its kernel reads that, the host does not wait for it."""
+    """Take the optimizer's step unless `skip` (0-d) is 1. If its kernel reads `skip`, the host does not wait."""
     if getattr(optimizer, "skips_on_device", False):
         optimizer.found_inf = skip
         optimizer.step()
@@ -45,7 +45,7 @@ def take_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Parameter name -> entry -> tensor, sharded as the parameter is. Tensors are live: loading into them updates the
+    """Parameter name -> entry -> tensor, sharded like the parameter. Tensors are live: loading into them updates the
     optimizer."""
     state_of = getattr(optimizer, "plain_state", optimizer.state.__getitem__)
     return {name: state_of(p) for name, p in model.named_parameters() if p in optimizer.state}

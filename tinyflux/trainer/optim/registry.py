@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """module: the file beside this; its `build(model, config)` gives the optimizer. state_bytes: of a trained
-    parameter; rows, columns and scales are not counted. extra: of the distribution, with what it needs."""
+    """module: a file in this folder; its `build(model, config)` returns the optimizer. state_bytes: per trained
+    parameter, without row, column and scale vectors. extra: the extra of the distribution that it needs."""
 
     module: str
     state_bytes: int
@@ -17,5 +17,5 @@ OPTIMIZERS = {
     "adamw": Entry("adamw", 8),
     "adamw8bit": Entry("adamw8bit", 2, extra="8bit"),
     "adafactor": Entry("adafactor", 0),
-    "muon": Entry("muon", 4),  # 8 of the few parameters outside the blocks
+    "muon": Entry("muon", 4),  # 8 for the few parameters outside the blocks
 }
