@@ -127,7 +127,7 @@ def linked_folder(path: Path) -> None:
     os.symlink("../elsewhere", path)
 
 
-PASSED = "passed over"
+PASSED = "skipped"
 PNG = flag("PNG")
 # name -> (file name, its bytes or what makes it, what becomes of it: its colours, PASSED, or why it is left out)
 FILES: dict[str, tuple[str, bytes | Callable[[Path], None], list | str]] = {

@@ -169,7 +169,7 @@ def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
     assert contents(tmp_path / "work") == contents(Path(cache.rows.source.url))
     assert len(build_cache(zoo, **options)) == len(again) == N
 
-    with pytest.raises(ValueError, match=r"the inputs are not those that it was built of: 1 \(portraits/0\) changed"):
+    with pytest.raises(ValueError, match=r"the inputs differ from those of its build: 1 \(portraits/0\) changed"):
         build_cache(zoo, prompts=["changed", *PROMPTS[1:]], **options)
     with pytest.raises(ValueError, match=r"(?s)started with other settings.*batch_size: 4 against 2"):
         build_cache(zoo, batch_size=2, **options)

@@ -56,7 +56,7 @@ def test_unknown_preset():
         ("[optimizer]\nlr = 1\n", "unknown key optimizer: Accepted here: data, dry_run, model"),
         ("trainer = 3\n", r"must be a table, \[trainer\]"),
         ("[trainer]\nlearning_rate = '1e-4'\n", "trainer.learning_rate is '1e-4': it must be a number"),
-        ("[trainer]\ntotal_steps = 'many'\n", "trainer.total_steps is 'many': it must be a whole number"),
+        ("[trainer]\ntotal_steps = 'many'\n", "trainer.total_steps is 'many': it must be an integer"),
         ("[trainer]\ndtype = 'float8'\n", "trainer.dtype is 'float8': it must be one of bfloat16, float32"),
         ("[trainer]\ntext_dropout = 2\n", r"trainer.text_dropout is 2: it must be in \[0, 1\]"),
         ("[parallel]\ntimeout = 0\n", "parallel.timeout is 0: it must be at least 1"),

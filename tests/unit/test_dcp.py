@@ -53,11 +53,11 @@ def test_the_folder_stands_in_for_a_file_that_was_not_written(checkpoints, step)
     root = step.parent
     loaded = load_checkpoint(root / "step_4.pt")
     assert loaded["step"] == 4 and equal(loaded["model"].state_dict(), load_model(checkpoints / "step_4").state_dict())
-    with pytest.raises(FileNotFoundError, match=r"step_5.pt: no such checkpoint; there are in .*: step_4$"):
+    with pytest.raises(FileNotFoundError, match=r"step_5.pt: no such checkpoint; existing ones are in .*: step_4$"):
         load_checkpoint(root / "step_5.pt")
     with pytest.raises(FileNotFoundError, match="best.pt: no such checkpoint"):
         load_checkpoint(root / "best.pt")
-    with pytest.raises(FileNotFoundError, match=r"step_7: no such checkpoint; there are in .*checkpoints: .*step_4.pt"):
+    with pytest.raises(FileNotFoundError, match=r"step_7: no such .*existing ones are in .*checkpoints: .*step_4.pt"):
         load_model(checkpoints.parent / "step_7")
     write_metadata(step, read_metadata(step) | {"reasons": ["best", "step"]})
     assert load_checkpoint(root / "best.pt")["step"] == 4
@@ -88,7 +88,7 @@ def test_incomplete_damaged_and_misplaced_folders(step):
     with pytest.raises(CheckpointError, match="metadata.json is damaged: its checksum differs"):
         load_checkpoint(step)
     (step / "metadata.json").unlink()
-    with pytest.raises(CheckpointError, match="metadata.json is missing: its save was cut off"):
+    with pytest.raises(CheckpointError, match="metadata.json is missing: the save was interrupted"):
         load_checkpoint(step)
 
 

@@ -197,8 +197,8 @@ class _Harm:
 
 
 REFUSED = {
-    "a pickle that runs code": (pt(_Harm()), "refused, the file holds more than tensors"),
-    "the same, old": (pickle.dumps(_Harm(), 2), "refused, the file holds more than tensors"),
+    "a pickle that runs code": (pt(_Harm()), "refused, the file contains more than tensors"),
+    "the same, old": (pickle.dumps(_Harm(), 2), "refused, the file contains more than tensors"),
     "cut short": (npy(torch.zeros(16, 8, 8))[:500], "its header says float32"),
     "a header that promises too much": (
         npy(torch.zeros(16, 8, 8)).replace(b"(16, 8, 8)", b"(1600000000000, 8, 8)").replace(b" " * 11 + b"\n", b"\n"),

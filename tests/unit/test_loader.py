@@ -188,11 +188,11 @@ def test_sources(folder, caplog):
     for source in (folder, folder / "checkpoints"):  # a run folder: config.json above
         with caplog.at_level(logging.WARNING):
             assert weight(load_model(source)).equal(ema)
-        assert "no raw weights here: loading step_7_ema.safetensors" in caplog.text
+        assert "no trained weights here: loading step_7_ema.safetensors" in caplog.text
     assert load_checkpoint(folder)["step"] == 7
     save_file(published(), folder / "checkpoints" / "a.safetensors")
     save_file(published(), folder / "checkpoints" / "b.safetensors")
-    with pytest.raises(CheckpointError, match="b.safetensors and a.safetensors could both be meant"):
+    with pytest.raises(CheckpointError, match="both b.safetensors and a.safetensors match"):
         load_model(folder)
 
 
@@ -348,7 +348,7 @@ def test_hub(folder, tmp_path_factory, monkeypatch, caplog):
         assert weight(from_pretrained("user/tiny:runs/a")).equal(step)  # config.json from the folder above
         with caplog.at_level(logging.WARNING):
             assert weight(from_pretrained("user/tiny", revision="v1")).equal(published(seed=4)["img_in.weight"])
-        assert "no EMA weights here: loading model.safetensors" in caplog.text
+        assert "no averaged (EMA) weights here: loading model.safetensors" in caplog.text
         with pytest.raises(RepositoryNotFoundError, match="user/other"):
             from_pretrained("user/other")
         with pytest.raises(RevisionNotFoundError):

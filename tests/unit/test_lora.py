@@ -110,7 +110,7 @@ def test_both_layouts(trained, lora, base, tmp_path):
         (lambda keys: keys.pop("single_blocks_0_attn_qkv.lora_B"), "missing single_blocks_0_attn_qkv.lora_B"),
         (lambda keys: keys.update(ext_double_0=torch.ones(1)), "unexpected or missing ext_double_0"),
         (lambda keys: keys.update({"x.lora_A": torch.ones(2, 3), "x.lora_B": torch.ones(3, 2)}), "has no layer x"),
-        (lambda keys: keys.update({"single_blocks_0_attn_qkv.lora_A": torch.ones(5, 32)}), "do not fit each other"),
+        (lambda keys: keys.update({"single_blocks_0_attn_qkv.lora_A": torch.ones(5, 32)}), "do not match"),
         (lambda keys: keys.update({"single_blocks_0_attn_qkv.lora_A": torch.ones(4, 31)}), "is for [96, 31]"),
     ],
 )

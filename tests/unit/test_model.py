@@ -305,7 +305,7 @@ BAD = {
     "model.lune_dropout is 1.0: it must be in": {"lune_dropout": 1.0},
     "model.patch_size is 2: it must be": {"patch_size": 2},
     "model.num_single_layers is -1: it must be at least 0": {"num_single_layers": -1},
-    "model.in_channels is '16': it must be a whole number": {"in_channels": "16"},
+    "model.in_channels is '16': it must be an integer": {"in_channels": "16"},
     "model.use_sol_prior is 'no': it must be true or false": {"use_sol_prior": "no"},
     "model.mlp_ratio is 0.0: it must be more than 0": {"mlp_ratio": 0.0},
 }

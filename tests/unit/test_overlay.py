@@ -158,7 +158,7 @@ def test_models_that_do_not_fit_what_is_kept_are_refused(mine, capsys):
     path = next((zoo / "clip").glob("*.safetensors"))
     save_file({name: tensor * 0.9 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     assert redo(mine, "new", "bare", "--only", "lune", zoo=zoo) == 2
-    assert "what is made would not fit what is kept" in (message := capsys.readouterr().err)
+    assert "the new groups would not match the base" in (message := capsys.readouterr().err)
     assert "clip.sha256: " in message and not (mine / "new" / "manifest.json").exists()
     assert redo(mine, "both", "bare", "--only", "lune", "prompt", zoo=zoo) == 0  # all that CLIP made is made again
 
@@ -176,7 +176,7 @@ def test_images_that_are_gone_or_changed_are_refused(mine, capsys, change, reaso
     change(mine / "images")
     assert redo(mine, "new", "bare", "--only", "lune") == 2
     message = capsys.readouterr().err
-    assert reason in message and "An overlay has all rows of its base" in message
+    assert reason in message and "An overlay needs all rows of its base" in message
     assert not (mine / "new" / "manifest.json").exists()
 
 
@@ -249,8 +249,8 @@ def test_it_is_repaired(mine, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--from", "nowhere"), "nowhere: no finished source is there"),
-        (("--from", "hf://datasets/a/b"), "must be a folder here"),
+        (("--from", "nowhere"), "nowhere: not a finished source"),
+        (("--from", "hf://datasets/a/b"), "must be a local folder"),
         (("--from", "bare", "--out", "bare"), "is the base itself"),
         (("--from", "bare", "--out", "full"), "was started with"),
         (("--from", "bare", "--only", "latents"), "--only latents: Accepted here: lune, prompt, sol"),
@@ -276,7 +276,7 @@ def test_a_source_of_another_place_or_damaged(mine, capsys):
     (mine / "elsewhere").mkdir()
     picture(mine / "elsewhere" / "x.png", 1)
     assert redo(mine, "new", "bare", "--only", "lune") == 2
-    assert "An overlay has all rows of its base" in capsys.readouterr().err
+    assert "An overlay needs all rows of its base" in capsys.readouterr().err
     shutil.rmtree(mine / "bare" / ".build")
     assert redo(mine, "new", "bare", "--only", "lune") == 2
     assert "has none of the images of" in capsys.readouterr().err

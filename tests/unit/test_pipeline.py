@@ -226,7 +226,7 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
         TinyFluxPipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         TinyFluxPipeline.from_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="unknown argument unet; the parts"):
+    with pytest.raises(TypeError, match="unknown argument unet; parts"):
         TinyFluxPipeline.from_pretrained(saved, unet=None)
     folder = copied(saved, tmp_path / "cut")
     replace(folder / "transformer" / WEIGHTS, (saved / "transformer" / WEIGHTS).read_bytes()[:-9])

@@ -196,7 +196,7 @@ def test_private_and_tokens(hub, client, source):
     assert done.returncode == 1 and "error: " in done.stderr
     hub.private.clear()
     done = client.push(source, "--private")
-    assert done.returncode == 2 and "is a public repo and --private was asked for" in done.stderr
+    assert done.returncode == 2 and "is a public repo, but --private was given" in done.stderr
 
 
 # what is done to a source -> what is said; nothing is sent
@@ -303,7 +303,7 @@ def test_what_overlays_a_push_breaks_is_said(hub, client, layered, caplog):
     make_source(layered[0], [3, 2], shapes=((4, 4), (2, 8)), captions=[1, 3], producer={"vae": {"revision": "new"}})
     hub.repos[REPO].append(hub.files(REPO) | {"theirs/manifest.json": b"<html>", "theirs/index.safetensors": b"?"})
     assert client.push(layered[0]).returncode == 0
-    assert f"{REPO}/portraits-text was made for the old portraits, so it cannot be read" in caplog.text
+    assert f"{REPO}/portraits-text was built for the old portraits and is unreadable" in caplog.text
     assert "theirs is left out of the card" in caplog.text
 
 

@@ -103,7 +103,7 @@ def test_another_zoo_and_a_missing_step(run_dir, tmp_path, capsys):
     assert call(run_dir, "--prompt", "a", "--zoo", zoo) == 2
     assert "T5 and CLIP give 16 and 128 features, this network takes 128 and 128" in capsys.readouterr().err
     assert call(run_dir / "checkpoints" / "step_7", "--prompt", "a") == 2
-    assert "no such checkpoint; there are in" in (told := capsys.readouterr().err)
+    assert "no such checkpoint; existing ones are in" in (told := capsys.readouterr().err)
     assert "step_5.safetensors, step_5_ema.safetensors" in told
 
 

@@ -72,7 +72,7 @@ REFUSED = {
     ),
     "true is no number": (
         '[a]\nkind = "shapes"\ndataset_id = true\ncount = 2',
-        "dataset_id is True: it must be a whole number",
+        "dataset_id is True: it must be an integer",
     ),
     "no images": ('[a]\nkind = "shapes"\ndataset_id = 1\ncount = 0', "count is 0: it must be at least 1"),
     "bad weight": (
@@ -84,7 +84,7 @@ REFUSED = {
         "size is 100: it must be a multiple of 64",
     ),
     "bad name": ('["a.b"]\nkind = "shapes"\ndataset_id = 1\ncount = 2', "made of letters, digits, - and _"),
-    "no table": ("dataset_id = 1", "'dataset_id' stands outside a table"),
+    "no table": ("dataset_id = 1", "'dataset_id' is outside a table"),
     "no TOML": ("[a", "not a TOML file"),
     "one id twice": (
         '[a]\nkind = "shapes"\ndataset_id = 1\ncount = 2\n[b]\nkind = "shapes"\ndataset_id = 1\ncount = 2',
@@ -118,7 +118,7 @@ def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(SourceError, match="no images found"):
         Counted(tmp_path / "listing", source(tmp_path), 0, part_size=4).begin()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SourceError, match="is a file, kind 'imagefolder' wants a folder"):
+    with pytest.raises(SourceError, match="is a file, but kind 'imagefolder' needs a folder"):
         inputs_of(source(tmp_path, location="file"))
 
 

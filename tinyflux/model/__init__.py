@@ -1,1 +1,1 @@
-"""The network, its checkpoints, and the frozen models that features are extracted with."""
+"""The network, its checkpoints, and the frozen models for feature extraction."""

@@ -1,5 +1,5 @@
-"""A head that only training has: tokens of a block learn to predict a teacher's feature grid, DINO's for instance
-(REPA, Yu et al. 2024, arXiv:2410.06940). Exported weights do not hold it."""
+"""A head for training only: a block's tokens learn to predict a teacher's feature grid, such as DINO's (REPA, Yu et al.
+2024, arXiv:2410.06940). It is not exported."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from tinyflux.model.layers import Linear
 
-WIDEN = 4  # width of the head's hidden layers, in those of the network
+WIDEN = 4  # width of the head's hidden layers, as a multiple of the network's width
 
 
 def pooling(size: int, cells: int) -> Tensor:
-    """Weights [cells, size] of the mean over each of `cells` equal parts of a line of `size` points."""
+    """Weights [cells, size] that average `size` points over `cells` equal parts."""
     edges = torch.arange(cells + 1, dtype=torch.float32) * (size / cells)
     points = torch.arange(size, dtype=torch.float32)
     overlap = torch.minimum(edges[1:, None], points + 1) - torch.maximum(edges[:-1, None], points)
@@ -19,8 +19,8 @@ def pooling(size: int, cells: int) -> Tensor:
 
 
 class AlignHead(nn.Module):
-    """block: the place of the block that it reads, counted through double blocks, then single ones. features: shape of
-    the teacher's grid, (D, rows, columns)."""
+    """block: index of the block that it reads, first double blocks, then single blocks. features: shape of the
+    teacher's grid, (D, rows, columns)."""
 
     def __init__(self, dim: int, block: int, features: tuple[int, int, int]):
         super().__init__()

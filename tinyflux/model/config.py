@@ -1,4 +1,4 @@
-"""The shape of the network, without torch: commands show their options at once."""
+"""The sizes of the network. Does not import torch, so that --help is fast."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from tinyflux.util.settings import Above, AtLeast, Within, check, require
 
 @dataclass
 class TinyFluxConfig:
-    """The network's shape. The defaults are the published 245M-parameter model."""
+    """The network's sizes. The defaults are the published 245M-parameter model."""
 
     hidden_size: Annotated[int, AtLeast(1)] = 512
     """Channels: num_attention_heads x attention_head_dim."""
@@ -29,7 +29,7 @@ class TinyFluxConfig:
     num_single_layers: Annotated[int, AtLeast(0)] = 25
     mlp_ratio: Annotated[float, Above(0)] = 4.0
     axes_dims_rope: Annotated[tuple[int, int, int], AtLeast(0)] = (16, 56, 56)
-    """Rotary channels of (frame, row, column); they sum to attention_head_dim."""
+    """Rotary channels of (frame, row, column); their sum is attention_head_dim."""
     use_lune_expert: bool = True
     lune_expert_dim: Annotated[int, AtLeast(1)] = 1280
     """Width of the Lune teacher's features."""
@@ -41,10 +41,10 @@ class TinyFluxConfig:
     """Points along each side of the Sol map."""
     sol_hidden_dim: Annotated[int, AtLeast(2)] = 256
     sol_geometric_weight: Annotated[float, Within(0, 1)] = 0.7
-    """Initial share of the geometric prior against the learned one, in [0, 1]."""
+    """Initial share of the geometric prior relative to the learned one, in [0, 1]."""
     freeze_sol: bool = False
     use_t5_vec: bool = True
-    """Condition on a vector pooled from the T5 states besides the CLIP one."""
+    """Condition on a vector pooled from the T5 states, in addition to the CLIP vector."""
 
     def __post_init__(self):
         self.axes_dims_rope = tuple(self.axes_dims_rope)
@@ -71,7 +71,7 @@ class TinyFluxConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "TinyFluxConfig":
-        """Keys that start with `_` are metadata and left out; ValueError names any other unknown key."""
+        """Keys that start with `_` are metadata and ignored. Raises ValueError for other unknown keys."""
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(known)):
@@ -83,7 +83,7 @@ class TinyFluxConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "TinyFluxConfig":
-        """ValueError, with the path, where the file holds no object of known keys."""
+        """Raises ValueError, with the path, if the file is not an object with known keys."""
         try:
             values = json.loads(Path(path).read_text())
             if not isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""A run's own checkpoint folders (torch.distributed.checkpoint), read whole by one process without a process group.
+"""Read a run's checkpoint folders (torch.distributed.checkpoint) in one process, without a process group.
 
-`metadata.json` is written last: without it a folder does not count. It has the sizes and checksums of all files, and
-its own checksum. DCP's `.metadata` is a pickle; it is unpickled with only the few types that DCP needs, so a folder
-cannot run code.
+`metadata.json` is written last: a folder without it is not valid. It has the sizes and checksums of all files, and its
+own checksum. DCP's `.metadata` is a pickle; only the few types that DCP needs are unpickled, so a folder cannot run
+code.
 """
 
 import json
@@ -37,7 +37,7 @@ TYPES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "pathlib": {"Path", "PosixPath"},
-    "pathlib._local": {"Path", "PosixPath"},  # where Python 3.13 writes that they are
+    "pathlib._local": {"Path", "PosixPath"},  # their module in Python 3.13
 }
 
 
@@ -69,9 +69,9 @@ def _check_name(source: Path, name: str) -> None:
 
 
 class Damaged(ValueError):
-    """A checkpoint is not what was written: a file is missing, or its size or checksum is another one.
+    """A checkpoint is damaged: a file is missing, or its size or checksum is wrong.
 
-    A file that cannot be read at all (EIO, ESTALE) is an OSError: it may be sound.
+    A file that cannot be read (EIO, ESTALE) raises OSError instead: it may be intact.
     """
 
 
@@ -80,19 +80,19 @@ def _checksum(metadata: dict) -> int:
 
 
 def write_metadata(folder: Path, metadata: dict) -> None:
-    """Complete a checkpoint: from now on the folder counts."""
+    """Write a checkpoint's metadata, which makes it complete."""
     metadata = json.loads(json.dumps(metadata))  # as it will be read
     atomic_write(folder / METADATA, json.dumps({**metadata, "crc32": _checksum(metadata)}, indent=2))
 
 
 def read_metadata(folder: Path) -> dict:
-    """The metadata of a complete checkpoint. Raises Damaged where it is not what was written."""
+    """The metadata of a complete checkpoint. Raises Damaged."""
     path = folder / METADATA
     try:
         metadata = json.loads(path.read_bytes())
         crc = metadata.pop("crc32")
     except FileNotFoundError as error:
-        raise Damaged(f"{path} is missing: its save was cut off") from error
+        raise Damaged(f"{path} is missing: the save was interrupted") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise Damaged(f"{path} is damaged: {error}") from error
     if crc != _checksum(metadata):
@@ -110,7 +110,7 @@ def crc32(path: Path) -> int:
 
 
 def check_files(folder: Path) -> dict:
-    """The metadata of a checkpoint whose files are all what was written. Raises Damaged naming the one that is not."""
+    """The metadata of a checkpoint, after checking all its files. Raises Damaged with the bad file."""
     metadata = read_metadata(folder)
     for name, (size, crc) in metadata["files"].items():
         _check_name(folder / METADATA, name)
@@ -128,9 +128,9 @@ def check_files(folder: Path) -> dict:
 
 
 def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
-    """The full tensors of a checkpoint folder whose names begin with `model.`, `ema.` or `optimizer.`, on the CPU.
+    """The full tensors of a checkpoint folder whose names start with `model.`, `ema.` or `optimizer.`, on the CPU.
 
-    One process alone reads them: no process group is needed, and in a run none is disturbed.
+    Reads in one process, without using a process group.
     """
     reader = _Reader(folder)
     stored = reader.read_metadata().state_dict_metadata
@@ -139,7 +139,7 @@ def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
         for name, entry in stored.items()
         if name.partition(".")[0] in kinds
     }
-    # true, and as intended
+    # true and intended
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
@@ -151,22 +151,22 @@ def of_kind(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 
 def lora_alpha(metadata: dict) -> float | None:
-    """Alpha of the adapters that a checkpoint's run trained, None where it trained none."""
+    """Alpha of the adapters of a checkpoint's run, None if it has no adapters."""
     trainer = (metadata.get("config") or {}).get("trainer") or {}
     return trainer["lora_alpha"] if trainer.get("lora_rank") else None
 
 
 def read_adapters(folder: Path, kind: str) -> Lora | None:
-    """The adapters of a checkpoint folder, trained ("model") or averaged ("ema"); None where its run trained none."""
+    """The adapters of a checkpoint folder, trained ("model") or averaged ("ema"); None if it has none."""
     alpha = lora_alpha(read_metadata(folder))
     return None if alpha is None else detach(of_kind(read_tensors(folder, kind), kind), alpha)[1]
 
 
 def read_checkpoint(folder: Path, *kinds: str) -> dict:
-    """What a `step_N.pt` of this folder holds, but its weights as they are in memory: `model`, `ema`, `optimizer` (by
-    parameter name), as far as they are asked for, `scheduler`, `step`, `epoch`, `best_loss`, `trainer_config`.
+    """The content of this folder's `step_N.pt`, with weights in the layout in memory: `model`, `ema`, `optimizer` (by
+    parameter name), if requested, and `scheduler`, `step`, `epoch`, `best_loss`, `trainer_config`.
 
-    The weights are those of the network alone: adapters are merged into them.
+    Adapters are merged into the weights.
     """
     state, metadata = read_tensors(folder, *kinds), read_metadata(folder)
     content: dict = {kind: of_kind(state, kind) for kind in kinds if kind != "optimizer"}

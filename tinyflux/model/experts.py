@@ -1,7 +1,7 @@
 """The two distilled heads: Lune predicts a teacher's mid-block features, Sol its attention statistics.
 
-While training the teachers' values steer the network and the heads learn to predict them; at inference the heads'
-own predictions take their place.
+In training, the network gets the teachers' values as input and the heads learn to predict them; in inference, the
+heads' predictions replace them.
 """
 
 import math
@@ -13,7 +13,7 @@ from tinyflux.model.layers import Linear
 
 
 def choose(teacher: Tensor | None, predicted: Tensor, use_teacher: Tensor | None) -> Tensor:
-    """The teacher's values [B, ...] where given and `use_teacher` (bool [B], None = all) says so, else predicted."""
+    """The teacher's values [B, ...], if given, where `use_teacher` (bool [B], None = all) is true, else `predicted`."""
     if teacher is None:
         return predicted
     teacher = teacher.to(predicted.dtype)
@@ -23,7 +23,7 @@ def choose(teacher: Tensor | None, predicted: Tensor, use_teacher: Tensor | None
 
 
 class LunePredictor(nn.Module):
-    """Trajectory guidance: features [B, E] predicted from time and pooled text, and their signal into `vec`."""
+    """Trajectory guidance: predicts features [B, E] from time and pooled text, and their signal for `vec`."""
 
     def __init__(self, dim: int, pooled_dim: int, hidden: int, expert_dim: int, dropout: float):
         super().__init__()
@@ -50,7 +50,7 @@ class LunePredictor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Signal [B, C] to add to the condition, and the predicted features [B, E].
 
-        dropout_mask [B, hidden] takes the place of the dropout layer: zeros and 1 / (1 - p).
+        dropout_mask [B, hidden], values 0 and 1 / (1 - p), replaces the dropout layer.
         """
         x = self.input_proj(torch.cat([time, pooled], dim=-1))
         for layer in self.predictor:
@@ -63,7 +63,7 @@ class LunePredictor(nn.Module):
 
 
 class SolPrior(nn.Module):
-    """Structural prior: attention temperature [B, H] and spatial map [B, s, s], part geometric, part learned."""
+    """Structural prior: attention temperature [B, H] and spatial map [B, s, s], partly geometric, partly learned."""
 
     def __init__(self, dim: int, pooled_dim: int, hidden: int, heads: int, spatial_size: int, geometric_weight: float):
         super().__init__()

@@ -1,8 +1,7 @@
 """Norms, rotary positions, attention and the two kinds of transformer block.
 
 B samples, L text tokens, N image tokens, T = L + N tokens joined as [text, image], H heads of width D, C = H*D
-channels. Blocks take and return plain tensors, so that each can be compiled, checkpointed and
-sharded by itself.
+channels. Blocks take and return plain tensors, so that each can be compiled, checkpointed and sharded separately.
 """
 
 import torch
@@ -13,7 +12,7 @@ ROPE_THETA = 10000.0
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that leaves its values to `TinyFluxDeep.init_weights`."""
+    """`nn.Linear` without initialisation: `TinyFluxDeep.init_weights` does it."""
 
     def reset_parameters(self) -> None:
         pass
@@ -29,7 +28,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         if scale is None:
             return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
-        # the weight goes into the [B, 1, C] scale: one pass over the tokens less
+        # fold the weight into the [B, 1, C] scale, which saves one pass over the tokens
         return torch.addcmul(shift, F.rms_norm(x, self.weight.shape, None, 1e-6), self.weight * (1 + scale))
 
 
@@ -66,7 +65,7 @@ def rope_frequencies(dim: int, device: torch.device | str = "cpu") -> Tensor:
 def rope_table(ids: Tensor, axes_dims: tuple[int, ...], text_tokens: int) -> Tensor:
     """Cosines and sines of the joined tokens, float32 [2, 1 or B, T, 1, 1, D/2] (Su et al., 2021, arXiv:2104.09864).
 
-    `ids` [1 or B, N, axes] are the image tokens' positions. Text stands at position zero: it is not rotated.
+    `ids` [1 or B, N, axes] are the image tokens' positions. Text is at position zero and not rotated.
     """
     angles = [ids[..., i, None].float() * rope_frequencies(d, ids.device) for i, d in enumerate(axes_dims)]
     angles = F.pad(torch.cat(angles, dim=-1), (0, 0, text_tokens, 0))  # [1 or B, T, D/2]
@@ -76,8 +75,8 @@ def rope_table(ids: Tensor, axes_dims: tuple[int, ...], text_tokens: int) -> Ten
 def resize_map(spatial: Tensor, ids: Tensor) -> Tensor:
     """Bilinear values (align_corners False) of a map [B, s, s] at the image tokens, float32 [B, N].
 
-    `ids` [1 or B, N, 3] hold rows and columns in columns 1 and 2; the grid is their largest values plus one. That stays
-    a tensor: reading it back would make the host wait for the device in every forward.
+    `ids` [1 or B, N, 3] have row and column at indices 1 and 2; the grid size is their maximum plus one. It stays a
+    tensor, because reading it would make the host wait for the device in every forward.
     """
     size = spatial.shape[-1]
     yx = ids[..., 1:].float()
@@ -102,7 +101,7 @@ class SpatialModulation(nn.Module):
 
 
 class Attention(nn.Module):
-    """What both blocks share: rotary, temperature and modulation folded into q and k, then one attention call."""
+    """Base class of both attentions: rotary, temperature and modulation are folded into q and k, then one call."""
 
     def __init__(self, heads: int, head_dim: int, modulated: bool):
         super().__init__()
@@ -116,7 +115,7 @@ class Attention(nn.Module):
         temper [B, T]: factor of each query, 1 / temperature. spatial [B, N]. Both None when the Sol head is off.
         """
         qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))  # [B, T, 3, H, D]
-        qk, v = qkv.split([2, 1], dim=2)  # not slices: those would each fill a whole gradient
+        qk, v = qkv.split([2, 1], dim=2)  # not slices: each slice would allocate a full gradient
         v = v.squeeze(2)
         cos, sin = rope.unbind(0)
         even, odd = qk.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, T, 2, H, D/2]
@@ -160,7 +159,7 @@ class SelfAttention(Attention):
 
 
 class DoubleBlock(nn.Module):
-    """Text and image streams with their own weights, one joint attention."""
+    """Text and image streams with separate weights and joint attention."""
 
     def __init__(self, heads: int, head_dim: int, mlp_dim: int, modulated: bool):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Weights in and out: the only place that knows how the published layout differs from the one in memory.
+"""Load and save weights: the only module that knows how the published layout differs from the one in memory.
 
-Published checkpoints have 0-d gates (in memory 1-d: FSDP2 refuses 0-d parameters), rotary frequencies as buffers
-(in memory computed) and `sol_prior.spatial_to_qk_scale`, which nothing uses (not in memory). Whatever values a
-checkpoint holds there are dropped on the way in; on the way out it is weight 0, bias 1, as every published one has it.
-All else maps one to one, bit for bit, and nothing is ever loaded in part.
+Published checkpoints have 0-d gates (1-d in memory, because FSDP2 refuses 0-d parameters), rotary frequencies as
+buffers (computed in memory) and the unused `sol_prior.spatial_to_qk_scale` (not in memory). Its values are dropped when
+loading; saving writes weight 0 and bias 1, as in all published checkpoints. Everything else maps one to one, bit for
+bit. Loading is strict: partial checkpoints are refused.
 """
 
 import functools
@@ -42,7 +42,7 @@ def _constants(config: TinyFluxConfig, dtype: torch.dtype = torch.float32) -> di
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same entries without what wrappers left in their names, and without heads that only training has."""
+    """The same entries without wrapper prefixes in their names, and without heads for training only."""
     out = {}
     for key, value in state.items():
         for wrapper in WRAPPERS:
@@ -56,7 +56,7 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(state: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    """CheckpointError that lists every missing, unexpected and mis-shaped entry."""
+    """Raises CheckpointError with all missing, unexpected and mis-shaped entries."""
     faults = [f"  missing {key} {list(shape)}" for key, shape in expected.items() if key not in state]
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -90,7 +90,7 @@ def published_shapes(config: TinyFluxConfig) -> dict[str, torch.Size]:
 
 
 def to_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
-    """The model's state dict in the published layout, unsharded. CheckpointError where it does not fit config."""
+    """The model's state dict in the published layout, unsharded. Raises CheckpointError if it does not fit config."""
     state = _unwrapped(state)
     _check(state, memory_shapes(config))
     out = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
@@ -99,12 +99,12 @@ def to_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, 
 
 
 def from_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str, Tensor]:
-    """Published entries in the model's own layout, in the dtypes they have. CheckpointError lists every misfit."""
+    """Published entries in the layout in memory, with unchanged dtypes. Raises CheckpointError with all misfits."""
     state = _unwrapped(state)
     _check(state, published_shapes(config))
     dropped = _constants(config)
     for key, value in dropped.items():
-        # bfloat16 files round the frequencies; anything further off was trained with other positions
+        # bfloat16 files round the frequencies; larger differences mean that it was trained with other positions
         if key.startswith("rope.") and not torch.allclose(state[key].float().cpu(), value, rtol=1e-2, atol=0):
             raise CheckpointError(f"{key} is not that of theta 10000: this is another network")
     return {k: v.reshape(1) if k in GATES else v for k, v in state.items() if k not in dropped}
@@ -113,7 +113,7 @@ def from_published(state: dict[str, Tensor], config: TinyFluxConfig) -> dict[str
 def save_published(model_or_state: nn.Module | dict, path: str | Path, config: TinyFluxConfig | None = None) -> None:
     """Write a `.safetensors` file in the published layout, and `config.json` beside it.
 
-    All or nothing: a temporary file, fsync, rename. ValueError where the folder's config.json is another model's.
+    The write is atomic (temporary file, fsync, rename). Raises ValueError if config.json is another model's.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -121,7 +121,7 @@ def save_published(model_or_state: nn.Module | dict, path: str | Path, config: T
     if isinstance(model_or_state, nn.Module):
         config, model_or_state = config or model_or_state.config, model_or_state.state_dict()
     if config is None:
-        raise ValueError(f"{path}: a state dict needs its config to be saved with")
+        raise ValueError(f"{path}: to save a state dict, pass its config too")
     state = {key: value.contiguous() for key, value in to_published(model_or_state, config).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name("config.json")
@@ -129,13 +129,13 @@ def save_published(model_or_state: nn.Module | dict, path: str | Path, config: T
         with replaced(beside) as temporary:
             config.save_json(temporary)
     elif TinyFluxConfig.from_json(beside) != config:
-        raise ValueError(f"{beside} is another model's: save to a folder of its own")
+        raise ValueError(f"{beside} is another model's: save to another folder")
     with replaced(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
 
 
 def read_weights(path: Path) -> dict:
-    """Whatever a `.safetensors` or `.pt` file holds, on the CPU. CheckpointError where it is damaged or unsafe."""
+    """The content of a `.safetensors` or `.pt` file, on the CPU. Raises CheckpointError if it is damaged or unsafe."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -146,14 +146,14 @@ def read_weights(path: Path) -> dict:
     try:
         content = load_plain(path)
     except ValueError as error:
-        raise CheckpointError(f"{error}. Fetch it again, or have its weights saved as .safetensors") from error
+        raise CheckpointError(f"{error}. Download it again, or use weights saved as .safetensors") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
 
 
 def _read_folder(folder: Path, config_path: Path | None, kinds: tuple[str, ...]) -> tuple[dict, TinyFluxConfig]:
-    """A run's own checkpoint folder as what its `.pt` would hold, and the config."""
+    """A run's checkpoint folder with the content of its `.pt`, and the config."""
     if config_path is None:
         raise CheckpointError(f"{folder}: no config.json beside it, in {folder.parent}")
     config = TinyFluxConfig.from_json(config_path)
@@ -190,12 +190,12 @@ def _read(
 
 
 def check_place(device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """ValueError where models cannot be on that device here, or not in that dtype."""
+    """Raises ValueError if the device cannot be used here, or the dtype is not supported."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype}: models are loaded in {', '.join(map(str, DTYPES))}")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
+    except (RuntimeError, AssertionError, ImportError) as error:  # kinds of devices raise different errors
         raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -204,7 +204,7 @@ def _build(path: Path, state: dict, config: TinyFluxConfig, device, dtype: torch
         state = from_published(state, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # one dtype for all: where a file mixes them, the one that holds every value
+    # one dtype for all: if a file mixes them, the one that can represent every value
     dtype = dtype or functools.reduce(torch.promote_types, {value.dtype for value in state.values()})
     with torch.device("meta"):
         model = TinyFluxDeep(config)
@@ -219,12 +219,12 @@ def load_model(
     use_ema: bool = False,
     revision: str | None = None,
 ) -> TinyFluxDeep:
-    """The model, in eval mode, out of a `.safetensors` or `.pt` file, a directory or `user/repo[:sub/folder]`.
+    """The model, in eval mode, from a `.safetensors` or `.pt` file, a folder or `user/repo[:sub/folder]`.
 
-    A directory is one of weights, a run's, or a run's `checkpoints/step_N`. dtype None keeps the file's. use_ema
-    chooses among a directory's files and the two sets of weights in a `.pt` or step_N.
-    Errors: FileNotFoundError; CheckpointError for damaged, unsafe or misfitting files, with every misfit listed;
-    ValueError for a device or dtype that cannot be.
+    A folder may have weights, or be a run or a run's `checkpoints/step_N`. dtype None keeps the file's. use_ema selects
+    averaged or trained weights, among a folder's files or in a `.pt` or step_N.
+    Raises FileNotFoundError; CheckpointError for a damaged, unsafe or misfitting file, with all misfits; ValueError for
+    an unusable device or dtype.
     """
     check_place(device, dtype)
     path, content, config = _read(source, use_ema, revision)
@@ -233,7 +233,7 @@ def load_model(
         if isinstance(content.get("ema"), dict):
             state = content["ema"]
         else:
-            log.warning("%s holds no EMA weights: loading the raw ones", path)
+            log.warning("%s has no averaged (EMA) weights: loading the trained ones", path)
     return _build(path, state, config, device, dtype)
 
 
@@ -244,17 +244,17 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> TinyFluxDeep:
-    """`load_model` with the EMA weights unless told otherwise; `revision` pins a branch, tag or commit."""
+    """`load_model`, by default with the averaged weights; `revision`: a branch, tag or commit."""
     return load_model(repo, device, dtype, use_ema, revision)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict:
-    """A training checkpoint: `model` (a TinyFluxDeep), `step`, `epoch`, `ema` (its state dict for that model), and
-    `optimizer`, `scheduler`, `best_loss`, `trainer_config` as a `.pt` holds them; None where there is none.
+    """A training checkpoint: `model` (a TinyFluxDeep), `step`, `epoch`, `ema` (a state dict for that model), and
+    `optimizer`, `scheduler`, `best_loss`, `trainer_config` as in a `.pt`; missing ones are None.
 
-    path: a `step_N.pt` or `best.pt` (where it was not written, the checkpoint folder of that step beside it is read), a
-    run's own folder `checkpoints/step_N`, or whatever `load_model` takes. Of a `.safetensors` file the step is read
-    from its name.
+    path: a `step_N.pt` or `best.pt` (if it was not written, the step's checkpoint folder beside it is read), a run's
+    folder `checkpoints/step_N`, or anything that `load_model` takes. The step of a `.safetensors` file comes from its
+    name.
     """
     check_place(device, dtype)
     path, content, config = _read(path, False, None, ("model", "ema", "optimizer"))

@@ -1,4 +1,4 @@
-"""Which file a checkpoint is, in a folder, a run or a repo of the Hub."""
+"""Find a checkpoint's file in a folder, a run or a Hub repo."""
 
 import logging
 import re
@@ -17,13 +17,13 @@ REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<folder>[\w.-]+(/[\w.-]+)*)/?)
 
 
 class CheckpointError(ValueError):
-    """A file that is not a whole checkpoint of this network; the message says which and why."""
+    """A file is not a complete checkpoint of this network; the message names the file and the reason."""
 
 
 def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
-    """The file to load of a folder: model or ema, else the newest step, else the best, else the only one, else None.
+    """The file to load from a folder: model or ema, else the newest step, else the best, else the only file, else None.
 
-    Weights of the wanted kind come first; where there are only others those are taken, with a warning.
+    Weights of the requested kind are preferred; if there are only others, they are used with a warning.
     """
     ranked = []
     for name in names:
@@ -39,17 +39,17 @@ def pick_weights(names: Iterable[str], use_ema: bool) -> str | None:
     ranked.sort()
     wanted, *rank, name = ranked[-1]
     if len(ranked) > 1 and ranked[-2][:-1] == (wanted, *rank):
-        raise CheckpointError(f"{name} and {ranked[-2][-1]} could both be meant: name one of them")
+        raise CheckpointError(f"both {name} and {ranked[-2][-1]} match: name one of them")
     if not wanted:
-        log.warning("no %s weights here: loading %s", "EMA" if use_ema else "raw", name)
+        log.warning("no %s weights here: loading %s", "averaged (EMA)" if use_ema else "trained", name)
     return name
 
 
 def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tuple[Path, Path | None]:
     """The weights file and its config.json (or None) of a file, a directory or `user/repo[:sub/folder]`.
 
-    A run's own checkpoint folder, `checkpoints/step_N`, is returned itself, and so it is for `step_N.pt` and `best.pt`
-    where no such file was written.
+    For a run's checkpoint folder, `checkpoints/step_N`, the folder itself is returned; also for a `step_N.pt` or
+    `best.pt` that was not written.
     """
     path = Path(source)
     if path.suffix == ".pt" and not path.exists():
@@ -58,7 +58,7 @@ def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tu
         return path, path.with_name("config.json") if path.with_name("config.json").is_file() else None
     if path.is_dir():
         if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
-            raise CheckpointError(f"{path}: {METADATA} is missing: its save was cut off, so take another checkpoint")
+            raise CheckpointError(f"{path}: {METADATA} is missing: the save was interrupted; use another checkpoint")
         for folder in (path, path / "checkpoints"):
             names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
             if name := pick_weights(names, use_ema):
@@ -73,14 +73,14 @@ def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tu
     known = [f"{folder}: {', '.join(names)}" for folder in (path.parent, path.parent / "checkpoints")
              if (names := _checkpoints(folder))]  # fmt: skip
     if known:
-        raise FileNotFoundError(f"{source}: no such checkpoint; there are in {'; in '.join(known)}")
+        raise FileNotFoundError(f"{source}: no such checkpoint; existing ones are in {'; in '.join(known)}")
     if path.suffix in (".safetensors", ".pt") or not match:
         raise FileNotFoundError(f"{source}: no such file or directory, and not of the form user/repo[:sub/folder]")
     return _locate_on_hub(match["repo"], match["folder"] or "", use_ema, revision)
 
 
 def _folder_of(path: Path) -> Path | None:
-    """The checkpoint folder that a `step_N.pt` or `best.pt` that was not written would have been made of."""
+    """The checkpoint folder of a `step_N.pt` or `best.pt` that was not written."""
     folders = sorted(path.parent.glob("step_*"), key=lambda folder: _step(folder.name), reverse=True)
     for folder in folders:
         if (folder / METADATA).is_file():
@@ -96,7 +96,7 @@ def _step(name: str) -> int:
 
 
 def _checkpoints(folder: Path) -> list[str]:
-    """Names of the checkpoints in a folder, by step: their folders where they are whole, and weights files."""
+    """Names of the checkpoints in a folder, by step: complete checkpoint folders and weights files."""
     if not folder.is_dir():
         return []
     names = [path.name for path in folder.iterdir()
@@ -105,14 +105,14 @@ def _checkpoints(folder: Path) -> list[str]:
 
 
 def find_training_config(source: str | Path, use_ema: bool = True, revision: str | None = None) -> Path | None:
-    """The training_config.json of the run that a checkpoint is of, None where there is none. Errors as of `locate`."""
+    """The training_config.json of a checkpoint's run, None if there is none. Raises as `locate`."""
     weights, _ = locate(source, use_ema, revision)
     for folder in weights.parents[:2]:
         if (path := folder / "training_config.json").is_file():
             return path
     if Path(source).exists() or not (match := REPO.fullmatch(str(source))):
         return None
-    try:  # of the weights' own commit
+    try:  # from the commit of the weights
         commit = weights.parents[len(PurePosixPath(match["folder"] or "").parts)].name
         name = str(PurePosixPath(match["folder"] or "", "training_config.json"))
         return Path(hf_hub_download(match["repo"], name, revision=commit))
@@ -140,5 +140,5 @@ def _locate_on_hub(repo: str, folder: str, use_ema: bool, revision: str | None) 
     fetched = Path(hf_hub_download(repo, str(weights), revision=revision))
     commit = fetched.parents[len(weights.parts) - 1].name
     log.info("loading %s of %s at revision %s", weights, repo, commit)
-    # the config of the same commit: a push in between cannot mix two models
+    # the config from the same commit, so that a push in between cannot mix two models
     return fetched, Path(hf_hub_download(repo, str(config), revision=commit)) if config else None

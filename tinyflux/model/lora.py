@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters of a network's linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-They are trained with peft (the extra [lora]) and kept in two layouts: PEFT's folder, adapter_config.json and
-adapter_model.safetensors, and the original package's file, with NAME.lora_A and NAME.lora_B for each layer, NAME being
-its path with underscores. Both are read without peft: the weights simply become those of the layers.
+They are trained with peft (the extra [lora]) and stored in two layouts: PEFT's folder, with adapter_config.json and
+adapter_model.safetensors, and the original package's file, with NAME.lora_A and NAME.lora_B for each layer (NAME is its
+path with underscores). Reading needs no peft: adapters are merged into the layers' weights.
 """
 
 import json
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names of PEFT's folder
 PREFIX = "base_model.model."  # of PEFT's keys
-A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # how peft names an adapter in memory
-BASE = ".base_layer."  # where peft puts the layer that is adapted
-PLAIN = {  # further settings of a PEFT adapter, and the values that a plain LoRA has
+A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names of an adapter in memory
+BASE = ".base_layer."  # peft's name of the adapted layer
+PLAIN = {  # other settings of a PEFT adapter, and their values in a plain LoRA
     "bias": "none",
     "modules_to_save": None,
     "use_dora": False,
@@ -39,7 +39,7 @@ class Lora:
 
     @torch.no_grad()
     def add_to(self, model: nn.Module, strength: float = 1.0) -> None:
-        """Add it to a network's weights. ValueError lists the layers that do not fit, and nothing is changed then."""
+        """Add it to a network's weights. Raises ValueError with the misfitting layers; then nothing is changed."""
         layers = linear_layers(model)
         faults = [f"  the network has no layer {path}" for path in self.pairs if path not in layers]
         for path, (a, b) in self.pairs.items():
@@ -47,7 +47,7 @@ class Lora:
                 shape = list(layers[path].weight.shape)
                 faults.append(f"  {path} is {shape}, the adapter is for {[b.shape[0], a.shape[1]]}")
         if faults:
-            raise ValueError("the LoRA is of another network:\n" + "\n".join(faults))
+            raise ValueError("the LoRA does not fit this network:\n" + "\n".join(faults))
         for path, (a, b) in self.pairs.items():
             weight = layers[path].weight
             change = b.to(weight.device).float() @ a.to(weight.device).float()
@@ -87,12 +87,12 @@ class Lora:
     def _rank(self) -> int:
         ranks, scales = {len(a) for a, _ in self.pairs.values()}, set(self.scales.values())
         if len(ranks) != 1 or len(scales) != 1:
-            raise ValueError(f"a LoRA is saved with one rank and one scale; this one has {ranks} and {scales}")
+            raise ValueError(f"a saved LoRA must have one rank and one scale; this one has {ranks} and {scales}")
         return ranks.pop()
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can be adapted, by their paths."""
+    """The layers that can get adapters, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -104,11 +104,10 @@ def attach(
     seed: int = 0,
     weights: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor] | None:
-    """Freeze a network and give the layers that match `targets` (fnmatch) adapters that change nothing yet.
+    """Freeze a network and add adapters, which have no effect yet, to the layers that match `targets` (fnmatch).
 
-    weights: of the network, for one on the meta device; they are returned under the names that it has now, with the
-    adapters' first values. Those depend on the seed alone. Raises ValueError where a target matches no layer, or peft
-    is not installed.
+    weights: of a network on the meta device; they are returned under the new names, with the adapters' initial values,
+    which depend only on the seed. Raises ValueError if a target matches no layer, or peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -148,7 +147,7 @@ def attach(
 
 
 def detach(state: dict[str, Tensor], alpha: float) -> tuple[dict[str, Tensor], Lora]:
-    """A state dict of a network with adapters as that of the network alone, and its adapters."""
+    """Split a state dict with adapters into that of the network and the adapters."""
     base = {name.replace(BASE, "."): x for name, x in state.items() if not name.endswith((A, B))}
     paths = [name.removesuffix(A) for name in state if name.endswith(A)]
     pairs = {path: (state[path + A], state[path + B]) for path in paths}
@@ -156,7 +155,7 @@ def detach(state: dict[str, Tensor], alpha: float) -> tuple[dict[str, Tensor], L
 
 
 def merged(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A state dict of a network with adapters as that of a network that computes the same without."""
+    """A state dict with the adapters merged into the weights."""
     base, lora = detach(state, alpha)
     for path, (a, b) in lora.pairs.items():
         base[f"{path}.weight"] = base[f"{path}.weight"] + lora.scales[path] * (b @ a)
@@ -164,7 +163,7 @@ def merged(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 
 def read_lora(path: str | Path, model: nn.Module) -> Lora:
-    """An adapter for a network from PEFT's folder, its weights file, or an original package's file.
+    """An adapter for a network, from PEFT's folder, its weights file, or a file of the original package.
 
     Raises FileNotFoundError, and ValueError for a damaged file or one that is not a plain LoRA.
     """
@@ -177,7 +176,7 @@ def read_lora(path: str | Path, model: nn.Module) -> Lora:
         with safe_open(file, "pt") as content:
             metadata, tensors = content.metadata() or {}, {key: content.get_tensor(key) for key in content.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no .safetensors file: {error}") from error
+        raise ValueError(f"{file} is damaged or not a .safetensors file: {error}") from error
     try:
         if any(key.startswith(PREFIX) for key in tensors):
             return _from_peft(tensors, json.loads((folder / CONFIG).read_text()))
@@ -187,7 +186,7 @@ def read_lora(path: str | Path, model: nn.Module) -> Lora:
 
 
 def _pairs(tensors: dict[str, Tensor], a: str, b: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each layer, from keys with these ends."""
+    """A and B of each layer, from keys with these suffixes."""
     pairs = {
         key.removesuffix(a): (tensors[key], tensors.get(key.removesuffix(a) + b)) for key in tensors if key.endswith(a)
     }
@@ -196,14 +195,14 @@ def _pairs(tensors: dict[str, Tensor], a: str, b: str) -> dict[str, tuple[Tensor
         raise ValueError(f"unexpected or missing {', '.join(faults[:5])}: not a plain LoRA")
     for path, (first, second) in pairs.items():
         if first.ndim != 2 or second.ndim != 2 or len(first) != second.shape[1]:
-            raise ValueError(f"{path}: A {list(first.shape)} and B {list(second.shape)} do not fit each other")
+            raise ValueError(f"{path}: A {list(first.shape)} and B {list(second.shape)} do not match")
     return pairs
 
 
 def _from_peft(tensors: dict[str, Tensor], config: dict) -> Lora:
     for key, plain in PLAIN.items():
         if config.get(key, plain) not in (plain, None):
-            raise ValueError(f"{CONFIG} has {key} = {config[key]!r}: only a plain LoRA is read")
+            raise ValueError(f"{CONFIG} has {key} = {config[key]!r}: only a plain LoRA is supported")
     found = _pairs(tensors, ".lora_A.weight", ".lora_B.weight")
     pairs = {path.removeprefix(PREFIX): pair for path, pair in found.items()}
     power = 0.5 if config.get("use_rslora") else 1  # Kalajdzievski 2023, arXiv 2312.03732
@@ -212,7 +211,7 @@ def _from_peft(tensors: dict[str, Tensor], config: dict) -> Lora:
 
 def _from_original(tensors: dict[str, Tensor], config: dict, model: nn.Module) -> Lora:
     if config.get("targets") or config.get("layers"):
-        raise ValueError("it has settings of its own for some layers: only a LoRA with one scale is read")
+        raise ValueError("it has separate settings for some layers: only a LoRA with one scale is supported")
     names = {path.replace(".", "_"): path for path in linear_layers(model)}
     found = _pairs(tensors, ".lora_A", ".lora_B")
     if unknown := [name for name in found if name not in names]:

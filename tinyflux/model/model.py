@@ -2,7 +2,7 @@
 
 Everything is in the dtype of the weights except the timestep, positions, rotary table, spatial map and temperature,
 which stay in float32. Under FSDP2 with low-precision parameters use `MixedPrecisionPolicy(cast_forward_inputs=False)`:
-its default would round those, and the forward casts by itself what has to be cast.
+the default would round these, and the forward does the necessary casts.
 """
 
 import math
@@ -20,7 +20,7 @@ TIME_FREQUENCIES = 128
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t in [0, 1] itself, then an MLP."""
+    """Sinusoids of t in [0, 1], then an MLP."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -34,10 +34,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class TinyFluxDeep(nn.Module):
-    """The network. Built under `torch.device("meta")` it has no values until `to_empty` and `init_weights`.
+    """The network. If it is built under `torch.device("meta")`, call `to_empty` and `init_weights` for its values.
 
-    heads: those that only training has, by name; each reads the image tokens behind the block of its number `block`,
-    counted through double blocks, then single ones.
+    heads: heads for training only, by name; each reads the image tokens after block number `block`, counting first
+    double blocks, then single blocks.
     """
 
     def __init__(self, config: TinyFluxConfig | None = None, heads: dict[str, nn.Module] | None = None):
@@ -65,7 +65,7 @@ class TinyFluxDeep(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(*block) for _ in range(cfg.num_single_layers))
         self.final_norm = RMSNorm(C)
         self.final_linear = Linear(C, cfg.in_channels)
-        self.heads = nn.ModuleDict(heads)  # last: what is drawn before does not depend on it
+        self.heads = nn.ModuleDict(heads)  # last, so that they do not change the initialisation of the others
         if not self.img_in.weight.is_meta:
             self.init_weights()
 
@@ -90,13 +90,13 @@ class TinyFluxDeep(nn.Module):
         """Velocity [B, N, 16] at the noisy latents `hidden_states` [B, N, 16], or (velocity, info).
 
         encoder_hidden_states [B, L, 768] (T5), pooled_projections [B, 768] (CLIP), timestep [B] or a scalar, 0 = noise.
-        img_ids [N, 3] or [B, N, 3] as `create_img_ids` gives them, None = a square grid. txt_ids is not used: text has
-        no position. lune_features [B, 1280], sol_stats [B, 3], sol_spatial [B, 8, 8]: the teachers' values, used where
-        lune_teacher and sol_teacher (bool [B], None = everywhere) are true; elsewhere the heads' own predictions are.
-        lune_dropout_mask [B, lune_hidden_dim], scaled by 1 / (1 - p), takes the place of the Lune head's dropout.
-        grid: height and width in tokens, for heads that only training has.
-        info: `lune` {expert_pred}, `sol` {pred_stats, pred_spatial}, None where the head is off, the same as lune_pred,
-        sol_stats_pred, sol_spatial_pred, and NAME_pred of each head that only training has.
+        img_ids [N, 3] or [B, N, 3] from `create_img_ids`, None = a square grid. txt_ids is not used: text has no
+        position. lune_features [B, 1280], sol_stats [B, 3], sol_spatial [B, 8, 8]: the teachers' values, used where
+        lune_teacher and sol_teacher (bool [B], None = all) are true; elsewhere the heads' predictions are used.
+        lune_dropout_mask [B, lune_hidden_dim], scaled by 1 / (1 - p), replaces the Lune head's dropout.
+        grid: height and width in tokens, for heads for training only.
+        info: `lune` {expert_pred}, `sol` {pred_stats, pred_spatial}, None if the head is off; the same as lune_pred,
+        sol_stats_pred, sol_spatial_pred; and NAME_pred of each head for training only.
         """
         B, N, _ = hidden_states.shape
         L, dtype = encoder_hidden_states.shape[1], self.img_in.weight.dtype
@@ -121,7 +121,7 @@ class TinyFluxDeep(nn.Module):
         if self.sol_prior is not None:
             temperature, spatial, stats, maps = self.sol_prior(t, time, pooled, sol_stats, sol_spatial, sol_teacher)
             single_temper = (1 / temperature.mean(dim=-1).clamp(min=0.1))[:, None].expand(B, L + N)
-            double_temper = F.pad(single_temper[:, L:], (L, 0), value=1.0)  # there text queries keep the plain scale
+            double_temper = F.pad(single_temper[:, L:], (L, 0), value=1.0)  # text queries keep the plain scale
             spatial = resize_map(spatial, ids)  # [B, N]
             info["sol"] = {"pred_stats": stats, "pred_spatial": maps}
             info |= {"sol_stats_pred": stats, "sol_spatial_pred": maps}
@@ -135,21 +135,21 @@ class TinyFluxDeep(nn.Module):
         for place, block in enumerate(self.single_blocks, len(self.double_blocks)):
             x = block(x, vec, rope, single_temper, spatial)
             info |= self._read(place, x[:, L:], grid)
-        v = self.final_linear(self.final_norm(x[:, L:])).clone()  # FSDP2 hooks the output, and warns of views
+        v = self.final_linear(self.final_norm(x[:, L:])).clone()  # FSDP2 warns about views
         return (v, info) if return_expert_pred else v
 
     def _read(self, place: int, img: Tensor, grid: tuple[int, int] | None) -> dict[str, Tensor]:
-        """What the heads that only training has predict from the image tokens [B, N, C] behind a block."""
+        """Predictions of the heads for training only from the image tokens [B, N, C] after a block."""
         if grid is None:
             return {}
         return {f"{name}_pred": head(img, grid) for name, head in self.heads.items() if head.block == place}
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter: linear layers xavier-uniform, norms one, the rest as the gates and zeros need it.
+        """Initialise every parameter: linear layers xavier-uniform, norms one, gates and zero-initialised layers apart.
 
-        Values are drawn on the CPU in float32, so they depend on the generator (None = torch's own) alone, not on the
-        device, dtype or sharding of the parameters.
+        Values are drawn on the CPU in float32, so they depend only on the generator (None = torch's default), not on
+        the device, dtype or sharding of the parameters.
         """
         zero = ("bias", "gate", "text_balance", "final_linear.weight", "spatial_to_mod.weight")
         for name, parameter in self.named_parameters():
@@ -172,12 +172,12 @@ class TinyFluxDeep(nn.Module):
         return torch.stack([torch.zeros_like(y), y, x], dim=-1).view(-1, 3).expand(batch, -1, -1)
 
     def num_parameters(self, trainable_only: bool = False) -> int:
-        """All, or those with gradients. The published layout counts 2 x heads more, used by nothing (see loader.py)."""
+        """All parameters, or the trained ones. The published layout has 2 x heads more, unused ones (loader.py)."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
 
 def image_positions(img_ids: Tensor | None, tokens: int, device: torch.device) -> Tensor:
-    """Positions [1 or B, N, 3]; one row where all samples share them. None = a square grid."""
+    """Positions [1 or B, N, 3]; one row if all samples share them. None = a square grid."""
     if img_ids is None:
         side = math.isqrt(tokens)
         if side**2 != tokens:
@@ -193,7 +193,7 @@ def image_positions(img_ids: Tensor | None, tokens: int, device: torch.device) -
 
 
 def pool_tokens(states: Tensor) -> Tensor:
-    """[B, L, E] -> float32 [B, E]: each token weighs by the softmax, over tokens, of the mean of its features."""
+    """[B, L, E] -> float32 [B, E]: weights are the softmax, over tokens, of the mean of their features."""
     states = states.float()
     return (states.mean(dim=-1).softmax(dim=-1)[:, None] @ states).squeeze(1)
 
@@ -201,8 +201,8 @@ def pool_tokens(states: Tensor) -> Tensor:
 def flops_per_sample(config: TinyFluxConfig, image_tokens: int, text_tokens: int) -> int:
     """Floating-point operations of one sample's forward: matrix products, 2 per multiply-add, and attention.
 
-    Norms, activations and rotary are left out, as usual for MFU. A training step takes 3 times this (4 times with full
-    activation checkpointing, but MFU counts 3).
+    Norms, activations and rotary are not counted, as usual for MFU. A training step takes 3 times this (4 times with
+    full activation checkpointing, but MFU counts 3).
     """
     C, M, N, L = config.hidden_size, config.mlp_dim, image_tokens, text_tokens
     token = 4 * C * C + 2 * C * M  # qkv, out and MLP: the same for each token of either kind of block

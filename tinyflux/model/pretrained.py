@@ -1,4 +1,4 @@
-"""Frozen models as they are published: where one is, a Hub repo at a resolved commit or local files, and loading it."""
+"""Published frozen models: their place (a Hub repo at a resolved commit, or local files), and how to load them."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where a model is: `at` is a Hub repo or, with `local`, a folder. `file` names a single weights file in it."""
+    """A model's place: `at` is a Hub repo or, with `local`, a folder. `file` is a single weights file in it."""
 
     at: str
     subfolder: str = ""
@@ -36,7 +36,7 @@ class Pretrained:
 
     @classmethod
     def parse(cls, source: str | Path, name: str) -> "Pretrained":
-        """A folder with the model (or with a subfolder `name` that has it), a file, or `user/repo[:sub/folder]`."""
+        """From a folder with the model (or a subfolder `name` that has it), a file, or `user/repo[:sub/folder]`."""
         path = Path(source)
         if path.is_dir():
             inside = (path / name / "config.json").is_file() and not (path / "config.json").is_file()
@@ -49,9 +49,9 @@ class Pretrained:
         return cls(repo, folder)
 
     def resolve(self, probe: str = "config.json") -> "Pretrained":
-        """The same place with the commit that its revision names. It is readable: `probe` has been fetched from it.
+        """The same place with its revision resolved to a commit. Downloads `probe` to check that it is readable.
 
-        Errors: FileNotFoundError, PermissionError (gated), ConnectionError; each says what to do.
+        Raises FileNotFoundError, PermissionError (gated) or ConnectionError, with what to do.
         """
         if self.local:
             if not Path(self.at, self.subfolder, self.file or probe).is_file():
@@ -59,12 +59,12 @@ class Pretrained:
             return self
         name = self._name(self.file or probe)
         with _explained(self, name):
-            # by the name of the revision, not by its commit: so the cache knows what the name stood for, offline too
+            # by the revision's name, not its commit, so that the cache can resolve the name offline
             path = Path(hf_hub_download(self.at, name, revision=self.revision))
         return replace(self, revision=path.parents[name.count("/")].name)
 
     def has(self, name: str) -> bool:
-        """Whether the place has a file, which is fetched. Errors as of `resolve`, but for a file that isn't there."""
+        """Whether the place has a file; downloads it. Raises as `resolve`, except for a missing file."""
         if self.local:
             return Path(self.at, self.subfolder, name).is_file()
         try:
@@ -77,7 +77,7 @@ class Pretrained:
         return True
 
     def path(self) -> Path:
-        """The single file, fetched if it is on the Hub."""
+        """The single file, downloaded if it is on the Hub."""
         name = self._name(self.file)
         return Path(self.at, name) if self.local else Path(hf_hub_download(self.at, name, revision=self.revision))
 
@@ -85,13 +85,13 @@ class Pretrained:
         return f"{self.subfolder}/{file}" if self.subfolder else file
 
     def arguments(self) -> dict:
-        """Keywords of any `from_pretrained`."""
+        """Keyword arguments for `from_pretrained`."""
         if self.local:
             return {"pretrained_model_name_or_path": str(Path(self.at, self.subfolder)), "local_files_only": True}
         return {"pretrained_model_name_or_path": self.at, "subfolder": self.subfolder, "revision": self.revision}
 
     def identity(self) -> dict[str, str]:
-        """What identifies this model: repo and commit, or the sha256 of the local files."""
+        """The model's identity: repo and commit, or the sha256 of the local files."""
         if not self.local:
             place = {"subfolder": self.subfolder, "file": self.file}
             return {"repo": self.at, "revision": str(self.revision)} | {k: v for k, v in place.items() if v}
@@ -109,7 +109,7 @@ class Pretrained:
 
 @contextmanager
 def _explained(place: Pretrained, name: str) -> Iterator[None]:
-    """The Hub's errors in words that say what to do."""
+    """Turn the Hub's errors into messages that say what to do."""
     where, revision = place.at, place.revision or "main"
     try:
         yield
@@ -136,7 +136,7 @@ def _explained(place: Pretrained, name: str) -> Iterator[None]:
 
 @contextmanager
 def _readable(place: Pretrained) -> Iterator[None]:
-    """Says which model a library could not load, and why; RuntimeError."""
+    """Raises RuntimeError with the model that a library could not load, and the reason."""
     try:
         yield
     except MemoryError:
@@ -144,7 +144,7 @@ def _readable(place: Pretrained) -> Iterator[None]:
     except Exception as error:  # damaged files: each library and version raises something else, even plain Exception
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RuntimeError(
-            f"{place}: its files cannot be loaded ({why}). If they were fetched while the Hub was in trouble, remove "
+            f"{place}: its files cannot be loaded ({why}). If their download was interrupted, remove "
             f"{'them' if place.local else 'the repo from the cache (hf cache)'} and run again"
         ) from error
 
@@ -152,11 +152,11 @@ def _readable(place: Pretrained) -> Iterator[None]:
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-SMALLEST_VOCABULARY = 0.9  # of the model's: models round theirs up, by 28 of 32,128 in T5
+SMALLEST_VOCABULARY = 0.9  # of the model's, because models round up their vocabulary (T5: by 28 to 32,128)
 
 
 def load_pretrained(kind: type, place: Pretrained, **options):
-    """`kind.from_pretrained`; ValueError where it would fill in weights that the files lack with random ones."""
+    """`kind.from_pretrained`. Raises ValueError for missing weights, which it would initialise randomly."""
     from diffusers import ModelMixin
     from diffusers.utils import is_accelerate_available
     from transformers.utils import logging
@@ -166,12 +166,12 @@ def load_pretrained(kind: type, place: Pretrained, **options):
         weights = [name for name in weights if not name.endswith(".bin")]
     if variant := options.get("variant"):  # a word before the suffix, such as fp16
         weights = [f"{stem}.{variant}.{suffix}" for stem, _, suffix in (name.rpartition(".") for name in weights)]
-    if not any(place.has(name) for name in weights):  # transformers says so of a Hub that does not answer, too
+    if not any(place.has(name) for name in weights):  # transformers also says so if the Hub does not answer
         raise FileNotFoundError(f"{place} has no weights: one of {', '.join(weights)} is needed")
-    if issubclass(kind, ModelMixin):  # diffusers advises to install accelerate at each model, unless this is set
+    if issubclass(kind, ModelMixin):  # otherwise diffusers suggests installing accelerate for each model
         options = {**options, "low_cpu_mem_usage": is_accelerate_available()}
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers prints a table of the weights that are not of this part of the model
+    logging.set_verbosity_error()  # transformers prints a table of the weights that this part of the model does not use
     try:
         with _readable(place):
             model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
@@ -185,8 +185,8 @@ def load_pretrained(kind: type, place: Pretrained, **options):
 def load_tokenizer(place: Pretrained, vocab_size: int):
     """The tokenizer of a model with `vocab_size` embeddings.
 
-    transformers 5 builds an empty one, in which every word is unknown, where the files cannot be had. Raises
-    FileNotFoundError or ConnectionError where they are missing, ValueError where the vocabulary is not the model's.
+    If the files are missing, transformers 5 builds an empty one, to which every word is unknown. Raises
+    FileNotFoundError or ConnectionError for missing files, ValueError if the vocabulary is not the model's.
     """
     from transformers import AutoTokenizer
 
@@ -196,19 +196,19 @@ def load_tokenizer(place: Pretrained, vocab_size: int):
         tokenizer = AutoTokenizer.from_pretrained(**place.arguments(), trust_remote_code=False)
     if not SMALLEST_VOCABULARY * vocab_size <= len(tokenizer) <= vocab_size:
         known = f"its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}"
-        raise ValueError(f"{place}: {known}: files are missing, or another model's")
+        raise ValueError(f"{place}: {known}: files are missing, or belong to another model")
     return tokenizer
 
 
 def vocabulary_hash(tokenizer) -> str:
-    """SHA-256 of a tokenizer's words and their numbers."""
+    """SHA-256 of a tokenizer's vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def load_unet(path: Path, config: Pretrained, dtype, skipped: tuple[str, ...] = ()):
-    """A UNet out of a weights file, strictly: ValueError that lists what is missing, unexpected or mis-shaped.
+    """A UNet from a weights file, strictly. Raises ValueError with all missing, unexpected and mis-shaped entries.
 
-    skipped: parts whose weights are checked, but stay on the meta device.
+    skipped: parts whose weights are checked but not loaded; they stay on the meta device.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -233,6 +233,6 @@ def load_unet(path: Path, config: Pretrained, dtype, skipped: tuple[str, ...] = 
             wanted = (key for key in found if key.partition(".")[0] not in skipped)
             state = {key: file.get_tensor(key).to(dtype) for key in wanted}  # one by one: not twice in memory
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error}); delete it to have it fetched again") from error
+        raise ValueError(f"{path}: damaged or cut short ({error}); delete it to download it again") from error
     unet.load_state_dict(state, assign=True, strict=not skipped)
     return unet

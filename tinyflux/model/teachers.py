@@ -1,6 +1,6 @@
 """Lune features and Sol statistics of an SD1.5-type UNet.
 
-Timesteps are the teacher's own: 1000 is noise, 0 is data.
+Timesteps are in the teacher's convention: 1000 is noise, 0 is data.
 """
 
 import math
@@ -13,13 +13,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 CHUNK = 1 << 24
-"""Attention probabilities that are held at once on the CPU, over all samples and heads."""
+"""Most attention probabilities in memory at once on the CPU, over all samples and heads."""
 
 
 def chunk_of(device: torch.device) -> int:
-    """How many are held at once on a device: on a GPU about 3% of its memory, at some 9 bytes each.
+    """Most attention probabilities at once on a device: on a GPU about 3% of its memory, at about 9 bytes each.
 
-    By the memory that it has, not what is free: the order of the sums, and with it the last bits, stay the same.
+    It depends on the total memory, not the free memory, so that the summation order, and thus the last bits, stay the
+    same.
     """
     if device.type != "cuda":
         return CHUNK
@@ -43,11 +44,11 @@ def lune_features(unet: UNet2DConditionModel, latents: Tensor, context: Tensor, 
 def sol_statistics(
     unet: UNet2DConditionModel, latents: Tensor, context: Tensor, timesteps: Tensor, size: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """What the UNet's self-attention layers look at, averaged over the layers.
+    """Statistics of the UNet's self-attention, averaged over its layers.
 
     latents [B, 4, h, w], context [B, 77, D], timesteps [B] in [0, 1000]. Returns float32 stats [B, 3] =
-    (locality, entropy, 1 - entropy), each in [0, 1], and a map [B, size, size] of the attention that each place
-    receives, which sums to 1. No layer's attention matrix is kept.
+    (locality, entropy, 1 - entropy), each in [0, 1], and a map [B, size, size] of the attention that each position
+    receives, which sums to 1. No full attention matrix is stored.
     """
     B, _, H, W = latents.shape
     with recorded(unet, (H, W)) as layers:
@@ -63,9 +64,9 @@ def sol_statistics(
 
 
 class SolStatistics:
-    """One layer's entropy [B], locality [B] and importance [B, 1, h, w], summed up over chunks of queries.
+    """One layer's entropy [B], locality [B] and importance [B, 1, h, w], accumulated over chunks of queries.
 
-    `attend` is given the probabilities of a chunk; what it takes from them is averaged over heads, in float32.
+    `add` takes the probabilities of a chunk, averaged over heads, in float32.
     """
 
     def __init__(self, batch: int, grid: tuple[int, int], device: torch.device):
@@ -99,8 +100,8 @@ class SolStatistics:
 class SolAttnProcessor:
     """Attention processor of a self-attention layer that appends its `SolStatistics` to `layers`.
 
-    The layer's output is exact. Queries go through in chunks, so at most `chunk_of` probabilities exist at a time.
-    `grid` is (height, width) of the UNet's latents: the layer's own is found by halving, as the UNet does.
+    The layer's output is exact. Queries are processed in chunks, so that at most `chunk_of` probabilities exist at a
+    time. `grid` is (height, width) of the UNet's latents; the layer's grid is found by halving it, as the UNet does.
     """
 
     def __init__(self, layers: list[SolStatistics], grid: tuple[int, int]):
@@ -129,7 +130,7 @@ class SolAttnProcessor:
 
 
 def halved(grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """The grid of n tokens that comes of halving (rounding up) `grid` some number of times."""
+    """The grid of n tokens that results from halving (rounding up) `grid` some number of times."""
     h, w = grid
     while h * w > n:
         h, w = math.ceil(h / 2), math.ceil(w / 2)
@@ -140,7 +141,7 @@ def halved(grid: tuple[int, int], n: int) -> tuple[int, int]:
 
 @contextmanager
 def recorded(unet: UNet2DConditionModel, grid: tuple[int, int]) -> Iterator[list[SolStatistics]]:
-    """Self-attention layers of `unet` append their statistics, in the order they run, to the list that is given."""
+    """Within the block, the self-attention layers of `unet` append their statistics, in order, to the yielded list."""
     layers: list[SolStatistics] = []
     before = unet.attn_processors
     sol = SolAttnProcessor(layers, grid)

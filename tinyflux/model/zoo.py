@@ -1,4 +1,4 @@
-"""ModelZoo: the frozen models that samples are encoded and teachers' features extracted with."""
+"""ModelZoo: the frozen models that encode images and captions and extract the teachers' features."""
 
 import json
 import logging
@@ -38,9 +38,9 @@ FLUX = {
     "lune": Pretrained(EXPERTS, file="sd15-flow-lune-unet.safetensors"),
     "sol": Pretrained(EXPERTS, file="sd15-flow-sol-unet.safetensors"),
 }
-UNET_CONFIG = Pretrained(SD15, "unet")  # of weights that come as a single file
+UNET_CONFIG = Pretrained(SD15, "unet")  # the config for a UNet that is a single weights file
 CLIP_LENGTH = 77
-WARNED = 10  # prompts that are warned of one by one; more of them are counted
+WARNED = 10  # prompts that get their own warning; more are only counted
 
 
 class ModelZoo:
@@ -48,11 +48,11 @@ class ModelZoo:
 
     zoo: "flux" (the real models, from the Hub), "tiny" (the offline ones that come with this package), or a folder
     with `vae`, `sd_vae`, `clip`, `t5`, `lune` and `sol` in it and an optional `zoo.json` {"image_size", "t5_length"}.
-    dtype: one for all or {name: dtype}; unless given bfloat16 on CUDA, float32 elsewhere. revision: one for all Hub
-    repos or {name: revision}; that of "unet" is the one of SD1.5, whose config a UNet out of a single file has.
-    one_at_a_time: `using` keeps a model on the device, or on the CPU in memory, for no longer than it is used.
-    extraction_only: models of which to leave out what extraction never runs: Lune's up blocks and the VAEs' decoders,
-    2.5 GB in float32.
+    dtype: one for all or {name: dtype}; default bfloat16 on CUDA, else float32. revision: one for all Hub repos or
+    {name: revision}; "unet" is SD1.5's repo, whose config is used for a UNet that is a single file.
+    one_at_a_time: `using` keeps a model on the device (or, on the CPU, in memory) only while it is used.
+    extraction_only: models that are loaded without the parts that extraction never runs (Lune's up blocks, the VAEs'
+    decoders), which saves 2.5 GB in float32.
     Every model is None until its `load_*`, then in eval mode without gradients.
     """
 
@@ -102,16 +102,16 @@ class ModelZoo:
         self._identities: dict[str, dict] = {}
         self._known: dict[Pretrained, dict] = {}
         self.truncated: Counter[str] = Counter()
-        """By model, how many of the prompts encoded so far were longer than it takes."""
+        """For each model, the number of truncated prompts so far."""
         self.timed = False
-        """Wait for the device after each model, so that `seconds` is right on CUDA, too."""
+        """Wait for the device after each model, so that `seconds` is also right on CUDA."""
         self.seconds: Counter[str] = Counter()
-        """By model, how long `using` had it; on CUDA its kernels may still run then unless `timed` is set."""
+        """For each model, the seconds within `using`; on CUDA only correct if `timed` is set."""
         self._warned: set[str] = set()
 
     @classmethod
     def of(cls, image_size: int, t5_length: int, tokenizers: dict, **models: nn.Module) -> "ModelZoo":
-        """A zoo of models that are loaded already, each on its own device; tokenizers {"t5", "clip"}."""
+        """A zoo of loaded models, each on its own device; tokenizers {"t5", "clip"}."""
         zoo = cls()
         zoo.image_size, zoo.t5_length, zoo.tokenizers = image_size, t5_length, tokenizers
         for name, model in models.items():
@@ -120,11 +120,11 @@ class ModelZoo:
         return zoo
 
     def load_vae(self, source: str | Path | None = None) -> AutoencoderKL:
-        """The FLUX VAE. `source`, here and below: a folder or `user/repo[:sub/folder]` instead of the zoo's own."""
+        """The FLUX VAE. `source`, here and below: a folder or `user/repo[:sub/folder]` that replaces the zoo's."""
         return self._load_vae("vae", source)
 
     def load_sd_vae(self, source: str | Path | None = None) -> AutoencoderKL:
-        """The SD1.5 VAE, for what the teachers see."""
+        """The SD1.5 VAE, for the teachers' inputs."""
         return self._load_vae("sd_vae", source)
 
     def load_clip(self, source: str | Path | None = None) -> CLIPTextModel:
@@ -132,9 +132,9 @@ class ModelZoo:
         return self._load_text("clip", source, CLIPTextModel)
 
     def load_whole_clip(self) -> CLIPModel:
-        """The zoo's CLIP with its vision tower and projections, to score pictures with; the zoo does not keep it.
+        """The zoo's CLIP with vision tower and projections, for scores; the zoo does not keep it.
 
-        ValueError where the zoo's CLIP is a text encoder alone.
+        Raises ValueError if the zoo's CLIP is only a text encoder.
         """
         clip = load_pretrained(CLIPModel, self._find("clip", None), dtype=self._dtype("clip"))
         return clip.eval().requires_grad_(False).to(self.device)
@@ -176,7 +176,7 @@ class ModelZoo:
     def _load_unet(self, name: str, source: str | Path | None) -> UNet2DConditionModel:
         place = self._find(name, source, single_file=True)
         if place.file:
-            self._unet_config = self._unet_config.resolve()  # once, as those of the models
+            self._unet_config = self._unet_config.resolve()  # only once, like those of the models
             unet = load_unet(place.path(), self._unet_config, self._dtype(name), skipped=self._skipped(name))
         else:
             unet = load_pretrained(UNet2DConditionModel, place, torch_dtype=self._dtype(name))
@@ -194,7 +194,7 @@ class ModelZoo:
 
     def _find(self, name: str, source: str | Path | None, single_file: bool = False) -> Pretrained:
         if source is None:
-            self._places[name] = self._places[name].resolve()  # once: the commit stays the same from here on
+            self._places[name] = self._places[name].resolve()  # only once, so that the commit stays the same
             return self._places[name]
         place = Pretrained.parse(source, name)
         if place.file and not single_file:
@@ -204,10 +204,10 @@ class ModelZoo:
     def _keep(self, name: str, place: Pretrained, model: nn.Module) -> nn.Module:
         model = model.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cuda" and isinstance(model, AutoencoderKL | UNet2DConditionModel):
-            model = model.to(memory_format=torch.channels_last)  # what convolutions on tensor cores take
+            model = model.to(memory_format=torch.channels_last)  # the layout for convolutions on tensor cores
         setattr(self, name, model)
         if place not in self._known:
-            self._known[place] = place.identity()  # once: it reads whole files
+            self._known[place] = place.identity()  # only once: it reads whole files
         self._identities[name] = self._known[place] | {"dtype": str(self._dtype(name)).removeprefix("torch.")}
         return model
 
@@ -219,33 +219,33 @@ class ModelZoo:
         return [name for name in (*FLUX, "tinyflux") if getattr(self, name) is not None]
 
     def unload(self, name: str) -> None:
-        """Forgets a model and frees its memory. One that isn't loaded is left so."""
+        """Unload a model and free its memory. Does nothing if it isn't loaded."""
         self._check_name(name)
         setattr(self, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def unload_all(self) -> None:
-        """Forgets every model."""
+        """Unload all models."""
         for name in self.loaded():
             self.unload(name)
 
     def offload(self, name: str) -> None:
-        """Moves a model to the CPU, where it still works."""
+        """Move a model to the CPU, where it still works."""
         self.required(name).to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def onload(self, name: str) -> None:
-        """Moves a model back to the zoo's device."""
+        """Move a model back to the zoo's device."""
         self.required(name).to(self.device)
 
     @contextmanager
     def using(self, name: str) -> Iterator[nn.Module]:
-        """A loaded model for the length of a `with` block.
+        """A loaded model, for a `with` block.
 
-        With `one_at_a_time` it is brought for that alone: onto the device from the CPU's memory, or, where the CPU is
-        the device, loaded and unloaded.
+        With `one_at_a_time`, it is moved to the device only for the block, or, if the device is the CPU, loaded only
+        for the block.
         """
         start = time.perf_counter()
         if self.one_at_a_time and getattr(self, name) is None:
@@ -264,10 +264,10 @@ class ModelZoo:
                 self.offload(name)
 
     def compile(self, **options) -> None:
-        """Compile what takes a build's time, of the models that are loaded: the VAEs' encoders and the UNets.
+        """Compile the slow parts of the loaded models: the VAEs' encoders and the UNets.
 
-        options: of `torch.compile`. Sol's self-attention stays as it is: its processor collects the statistics outside
-        of any graph.
+        options: of `torch.compile`. Sol's self-attention is not compiled, because its processor collects statistics
+        outside of any graph.
         """
         for vae in (self.vae, self.sd_vae):
             if vae is not None:
@@ -281,11 +281,11 @@ class ModelZoo:
                     module.compile(**options)
 
     def revision(self, name: str) -> str | None:
-        """The commit of a model, None for local files. Errors as of loading."""
+        """The commit of a model, None for local files. Raises as loading."""
         return (self._unet_config.resolve() if name == "unet" else self._find(name, None)).revision
 
     def required(self, name: str) -> nn.Module:
-        """A loaded model; RuntimeError that names the call that loads it."""
+        """A loaded model. Raises RuntimeError, with the call that loads it, if it is not loaded."""
         self._check_name(name)
         if (model := getattr(self, name)) is None:
             raise RuntimeError(f"{name} is not loaded: call zoo.load_{name}({'source' * (name == 'tinyflux')}) first")
@@ -303,17 +303,17 @@ class ModelZoo:
 
     @property
     def factor(self) -> int:
-        """Pixels along a side of a latent pixel."""
+        """Pixels per side of a latent pixel."""
         return 2 ** (len(self._vae_config()["block_out_channels"]) - 1)
 
     def _vae_config(self) -> Mapping:
-        """Of the VAE, read alone where the VAE isn't loaded."""
+        """The VAE's config; if the VAE isn't loaded, only the config is read."""
         if self.vae is not None:
             return self.vae.config
         return AutoencoderKL.load_config(**self._find("vae", None).arguments())
 
     def latent_shape_of(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of an image. Reads only the VAE's config where the VAE isn't loaded."""
+        """(C, h, w) of an image. If the VAE isn't loaded, only its config is read."""
         config, factor = self._vae_config(), self.factor
         if height < 1 or width < 1 or height % factor or width % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {height} x {width}")
@@ -323,7 +323,7 @@ class ModelZoo:
     def encode_images(self, pixels: Tensor | list) -> Tensor:
         """Latents [B, C, h, w]: the VAE's mode times its scaling factor, without a shift.
 
-        pixels: [B, 3, H, W] in [-1, 1], or PIL images of one size.
+        pixels: [B, 3, H, W] in [-1, 1], or PIL images of the same size.
         """
         return _encode(self.required("vae"), pixels)
 
@@ -343,7 +343,7 @@ class ModelZoo:
 
     @torch.no_grad()
     def encode_t5(self, prompts: str | list[str]) -> Tensor:
-        """T5 states [B, L, D], L = `t5_length`; padding is masked in the encoder, its own states are kept."""
+        """T5 states [B, L, D], L = `t5_length`. Padding is masked in the encoder; its states are included."""
         t5 = self.required("t5")
         tokens = self._tokenize("t5", prompts, self.t5_length).to(t5.device)
         return t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -355,7 +355,7 @@ class ModelZoo:
 
     @torch.no_grad()
     def encode_clip_hidden(self, prompts: str | list[str]) -> Tensor:
-        """CLIP's last hidden states [B, 77, D], the teachers' condition."""
+        """CLIP's last hidden states [B, 77, D], the teachers' text condition."""
         return self._clip(prompts).last_hidden_state
 
     @torch.no_grad()
@@ -381,7 +381,7 @@ class ModelZoo:
         return tokens
 
     def _warn_of(self, prompt: str) -> None:
-        """Say once a prompt what the tokenizers that are loaded cut off it or do not know."""
+        """Warn, once per prompt, if the loaded tokenizers truncate it or do not know a word."""
         if prompt in self._warned or len(self._warned) >= WARNED:
             return
         faults = []
@@ -390,7 +390,7 @@ class ModelZoo:
             encoded = tokenizer(prompt, verbose=False, return_offsets_mapping=True)
             ids, places = encoded.input_ids, encoded.offset_mapping
             if len(ids) > length:
-                end = places[length - 2][1]  # of the last token before the one that ends every text
+                end = places[length - 2][1]  # of the last token before the end token
                 faults.append(f"{name} keeps {length} of {len(ids)} tokens, up to '...{prompt[:end][-40:]}'")
             lost = [prompt[a:b] for i, (a, b) in zip(ids, places, strict=True) if i == tokenizer.unk_token_id and a < b]
             if lost and tokenizer.unk_token_id != tokenizer.pad_token_id:
@@ -399,13 +399,13 @@ class ModelZoo:
             log.warning("prompt %r: %s", prompt[:40], "; ".join(faults))
             self._warned.add(prompt)
             if len(self._warned) == WARNED:
-                log.warning("more prompts of this kind are counted, but not told one by one")
+                log.warning("further warnings about prompts are only counted")
 
     def fingerprint(self) -> dict:
-        """What the outputs depend on, of every model that was loaded, also after its unload.
+        """Everything that the outputs depend on, for each model that was loaded, even if it has been unloaded.
 
         Its repo and commit (or the hash of its local files), dtype and scaling factor; which latent of the VAE's
-        distribution is taken; T5's length.
+        distribution is used; T5's length.
         """
         return {**self._identities, "latent": "mode", "t5_length": self.t5_length}
 
@@ -413,9 +413,9 @@ class ModelZoo:
 def _encode(vae: AutoencoderKL, pixels: Tensor | list) -> Tensor:
     if not isinstance(pixels, Tensor):
         if len(sizes := {image.size for image in pixels}) != 1:
-            raise ValueError(f"images of one batch need one size, these have {sorted(sizes)}")
+            raise ValueError(f"all images of a batch must have the same size, these have {sorted(sizes)}")
         pixels = to_pixels(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in pixels])))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % factor for side in pixels.shape[2:]):
-        raise ValueError(f"pixels are {list(pixels.shape)}; [B, 3, H, W] with sides divisible by {factor} are needed")
+        raise ValueError(f"pixels are {list(pixels.shape)}, must be [B, 3, H, W] with sides divisible by {factor}")
     return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode() * vae.config.scaling_factor

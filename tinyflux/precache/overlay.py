@@ -1,6 +1,6 @@
-"""`--only`: further groups, or other captions, of the rows of a finished source, as an overlay of it.
+"""`--only`: build more groups, or other captions, for the rows of a finished source, as its overlay.
 
-Shards, counts and keys are the base's; what is not made again stays where it is and is not copied.
+Shards, counts and keys are the base's; all other groups stay in the base and are not copied.
 """
 
 import io
@@ -28,13 +28,13 @@ from tinyflux.shards.manifest import Base, Manifest, diff_fingerprints, shard_na
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.util.settings import did_you_mean
 
-LIKENESS = 4.0  # of 255, on average: more than libraries' versions change a preview by, less than another image does
+LIKENESS = 4.0  # mean difference (of 255) of previews of one image: library versions give less, other images more
 
 
 class Overlay(FromImages):
-    """What `sharding.build --only` makes of a source and of its base, which is built already.
+    """Builds an overlay for `sharding.build --only` from a source and its finished base.
 
-    Raises FileNotFoundError, LedgerError where the base cannot be added to.
+    Raises FileNotFoundError; LedgerError if the base cannot have such an overlay.
     """
 
     def __init__(self, config: BuildConfig, source: ImageSource, ledger: Ledger, place: Place):
@@ -42,12 +42,12 @@ class Overlay(FromImages):
         self.groups, self.inputs = groups_of(config.only), None
         where = config.old or f"data/{source.name}"
         if "://" in where:
-            raise LedgerError(f"--from {where}: must be a folder here; fetch it with python -m sharding.pull")
+            raise LedgerError(f"--from {where}: must be a local folder; get a copy with python -m sharding.pull")
         self.folder = Path(where)
         if not (self.folder / "manifest.json").is_file():
-            raise FileNotFoundError(f"--from {where}: no finished source is there, for it has no manifest.json")
+            raise FileNotFoundError(f"--from {where}: not a finished source: there is no manifest.json")
         if ledger.out.resolve() == self.folder.resolve():
-            raise LedgerError(f"--out {ledger.out}: is the base itself, which stays as it is; choose another folder")
+            raise LedgerError(f"--out {ledger.out}: is the base itself, which must not change; choose another folder")
         self.manifest = manifest = Manifest.load(self.folder)
         if manifest.base is not None:
             raise LedgerError(f"--from {where}: is an overlay; name its base, {manifest.base.location}")
@@ -57,7 +57,7 @@ class Overlay(FromImages):
                 f"[{source.name}]"
             )
         there = next((group.timesteps for group in manifest.groups.values() if group.timesteps), None)
-        if there is not None:  # of one source all teachers have the same
+        if there is not None:  # all teachers of a source have the same timesteps
             if config.timesteps not in (None, len(there)):
                 raise LedgerError(f"--timesteps {config.timesteps}: the teachers of {self.folder} have {len(there)}")
             self.timesteps = there
@@ -70,23 +70,23 @@ class Overlay(FromImages):
     def _number(self, name: str) -> int:
         number = name.removeprefix(f"{self.source.name}-").removesuffix(".tar")
         if not number.isdigit() or shard_name(self.source.name, int(number)) != name:
-            raise LedgerError(f"--from {self.folder}: {name} is not named as a build names shards")
+            raise LedgerError(f"--from {self.folder}: {name} is not a shard name that a build gives")
         return int(number)
 
     @property
     def of_images(self) -> bool:
-        """Whether images are looked at, not their captions alone."""
+        """Whether images are needed, not only captions."""
         return set(self.groups) != {"text"}
 
     @cached_property
     def notes(self) -> dict:
-        """The settings that the base was built with, as far as they are known here."""
+        """The settings of the base's build, as far as they are known."""
         path = self.folder / ".build" / "config.json"
         return json.loads(path.read_bytes())["settings"] if path.is_file() else {}
 
     def asked(self, begun: dict) -> dict:
         self.settings = super().asked(begun or self.notes)["settings"]
-        for name in ("lune", "sol", "preview", "shapes"):  # nothing of it is decided here
+        for name in ("lune", "sol", "preview", "shapes"):  # the base decides these
             del self.settings[name]
         return {"settings": self.settings, "only": {"groups": sorted(self.groups), "base": self.manifest.sha256}}
 
@@ -123,8 +123,8 @@ class Overlay(FromImages):
         if differing:
             lines = "\n  ".join(dict.fromkeys(differing))
             raise LedgerError(
-                f"{self.folder}: what is made would not fit what is kept (there, against what is asked for):\n"
-                f"  {lines}\nAsk for the same, or build the source again"
+                f"{self.folder}: the new groups would not match the base (old against new):\n"
+                f"  {lines}\nUse the old settings, or build the source again"
             )
         return made
 
@@ -133,7 +133,7 @@ class Overlay(FromImages):
         self.inputs = self._inputs()
 
     def _inputs(self) -> dict[str, Input] | None:
-        """The source's inputs now by origin; None where the noted inputs of the base are enough."""
+        """The source's current inputs by origin; None if the base's listing is enough."""
         if "text" not in self.groups and self.listing.load():
             return None
         source = self.source
@@ -151,7 +151,7 @@ class Overlay(FromImages):
 
     @cached_property
     def listing(self):
-        """The inputs that the base was built of, as its build noted them."""
+        """The base's inputs, as listed by its build."""
         folder = self.folder / ".build" / "inputs"
         if self.source.parts() is not None:
             return Parted(folder, self.source, self.config.seed)
@@ -186,7 +186,7 @@ class Overlay(FromImages):
         return [Work(part, tasks, self.manifest.shards[self.shards[part]].shape)]
 
     def reread(self, file: ShardFile, row: int, index: int, meta: dict, shape: int) -> Ready:
-        """A sample of the base, in a thread, with what is needed to make groups of it. Raises Rejected."""
+        """Read a sample of the base and its image again, in a thread. Raises Rejected."""
         seed, item = self.seed_of(index), self._item(index, meta["origin"])
         prompts = self.source.prompts(item, seed) if "text" in self.groups else meta["prompts"]
         picture = None
@@ -200,7 +200,7 @@ class Overlay(FromImages):
         return Ready(index, meta["origin"], seed, prompts, picture, meta=meta)
 
     def done_with(self, part: int) -> None:
-        """What its images were read of is kept, for shards of other parts may need it."""
+        """Keep the files of the images, because shards of other parts may need them."""
 
     def changes(self) -> str:
         return ""
@@ -211,15 +211,15 @@ class Overlay(FromImages):
             item = self.listing.rows(part)[row][1]
             if item.origin == origin:
                 return item
-            raise Rejected(f"the notes of the base have another image of this number, {item.origin}")
+            raise Rejected(f"the base's listing has another image with this number, {item.origin}")
         if origin not in self.inputs:
             raise Rejected("image is gone: the source has none of this origin now")
         return self.inputs[origin]
 
     def rejected(self, index: int, origin: str, reason: Rejected) -> dict:
         raise ValueError(
-            f"{origin} (sample {sample_key(self.source.dataset_id, index)} of {self.folder}): {reason}. An overlay has "
-            "all rows of its base: put the image back as it was, or build the source again"
+            f"{origin} (sample {sample_key(self.source.dataset_id, index)} of {self.folder}): {reason}. An overlay"
+            " needs all rows of its base: restore the image, or build the source again"
         )
 
     def null(self) -> dict[str, Tensor] | None:
@@ -232,7 +232,7 @@ class Overlay(FromImages):
 
 
 def groups_of(only: Iterable[str]) -> tuple[str, ...]:
-    """The groups that --only names: teachers by their group, captions as `prompt`. Raises ValueError."""
+    """The groups of --only: teachers by their group, captions as `prompt`. Raises ValueError."""
     from tinyflux.precache.extract import EXTRACTORS
 
     known = {"prompt" if group == "text" else group: group for group in EXTRACTORS if group != "latents"}
@@ -243,7 +243,7 @@ def groups_of(only: Iterable[str]) -> tuple[str, ...]:
 
 
 def alike(a: bytes, b: bytes) -> bool:
-    """Are these previews of one picture?"""
+    """Whether these are previews of the same image."""
     if a == b:
         return True
     first, second = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.float32) for data in (a, b))

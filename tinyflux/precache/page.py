@@ -1,4 +1,4 @@
-"""The page of `sharding.inspect`: one HTML file with everything in it. All text is escaped, nothing is loaded."""
+"""The page of `sharding.inspect`: one self-contained HTML file. All text is escaped, nothing is loaded."""
 
 import base64
 import io
@@ -25,8 +25,7 @@ details:not([open]) summary span {
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }
 summary small { color: #1f6fb2 } details ol { margin: .3rem 0; padding-left: 1.3rem }
 """
-AREA, LONGEST, SHORT = 6400, 2000, 120  # pixels of a picture; characters of a caption at most, and without a fold
-# nothing but what is in the page itself
+AREA, LONGEST, SHORT = 6400, 2000, 120  # pixels of a picture; most characters of a caption, and most unfolded ones
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -40,8 +39,8 @@ def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], f
     parts.append("<h2>Samples</h2>")
     if report.shown and "sol_spatial" in report.shown[0].tensors:
         parts.append(
-            "<p>Beside each picture: where Sol's attention goes at a few timesteps. Each map goes from its own minimum "
-            "(clear) to its own maximum (red), which stand below it.</p>"
+            "<p>Beside each picture: Sol's attention at a few timesteps. Each map is scaled from its own minimum "
+            "(clear) to its own maximum (red), which are given below it.</p>"
         )
     counts = {shape: sum(sample.shape == shape for sample in report.shown) for shape in report.source.shapes}
     for shape, count in sorted(counts.items(), key=lambda item: -item[1]):
@@ -68,7 +67,7 @@ def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], f
 
 
 def table(rows: list[tuple]) -> str:
-    """The first row is the head."""
+    """An HTML table; the first row is the header."""
 
     def cells(row: tuple, tag: str) -> str:
         shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row)
@@ -101,7 +100,7 @@ def card(i: int, sample: Shown, report: Report) -> str:
 
 
 def captions(prompts: list[str]) -> str:
-    """A sample's captions: a long one, and all but the first, are folded away."""
+    """A sample's captions; long ones, and all except the first, are folded."""
     shown = [shortened(prompt) for prompt in prompts] or [""]
     if len(shown) == 1 and len(shown[0]) <= SHORT:
         return f'<p class="caption">{escape(shown[0])}</p>'
@@ -121,13 +120,13 @@ def figure(content: str, caption: str) -> str:
 
 
 def box_of(shape: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of pictures of a latent shape on the page, of one area."""
+    """Width and height on the page of a latent shape's pictures; all have the same area."""
     h, w = shape
     return round((AREA * w / h) ** 0.5), round((AREA * h / w) ** 0.5)
 
 
 def jpeg(data: bytes | None, name: str, box: tuple[int, int]) -> str:
-    """An image element, which others may show again by its name; a picture of another shape keeps its own."""
+    """An image element, which can be reused by its name; a picture with another aspect keeps it."""
     return "" if data is None else image(data, "jpeg", box, f'id="{name}"')
 
 
@@ -137,7 +136,7 @@ def image(data: bytes, kind: str, box: tuple[int, int], more: str) -> str:
 
 
 def overlaid(values: np.ndarray, box: tuple[int, int], limits: tuple[float, float]) -> str:
-    """A map [h, w] as an image element: clear where it is at the lower limit, red at the upper one."""
+    """A map [h, w] as an image element: clear at the lower limit, red at the upper limit."""
     low, high = limits
     scaled = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     shares = np.clip((scaled - low) / (high - low), 0, 1) if high > low else np.zeros_like(scaled)
@@ -175,7 +174,7 @@ def heatmap(matrix: np.ndarray, buckets: tuple[float, ...]) -> str:
 
 
 def histogram(name: str, stats: list[FieldStats]) -> str:
-    """The distribution of a field's values, of all its shapes, but for the outermost 0.1% at either end."""
+    """Histogram of a field's values over all its shapes, without the outermost 0.1% at each end."""
     parts = [part for one in stats for part in one.some]
     if not parts:
         return ""

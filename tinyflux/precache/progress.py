@@ -1,4 +1,4 @@
-"""What a build says: its bar, where its time went, and what it made."""
+"""Output of a build: progress bar, time spent, and result."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from tinyflux.util.cli import table
 
 
 class Progress:
-    """The bar: images of all ranks, images/s, time left, rejects."""
+    """The progress bar: images of all ranks, images/s, time left, rejects."""
 
     def __init__(self, ledger: Ledger, engine: Engine, show: bool):
         self.ledger, self.engine = ledger, engine
@@ -27,12 +27,12 @@ class Progress:
             desc=ledger.source,
             unit="image",
             disable=not show,
-            mininterval=0.2 if tty else 30,  # a log file wants few lines
+            mininterval=0.2 if tty else 30,  # fewer lines in a log file
         )
         self.others, self.looked = 0, time.monotonic()
 
     def __call__(self) -> None:
-        if time.monotonic() - self.looked > 5:  # seconds; a look at the notes of the other ranks
+        if time.monotonic() - self.looked > 5:  # seconds between looks at the other ranks' notes
             self.ledger.look()
             self.others = max(self.others, sum(self.ledger.done) - self.before - self.engine.images)
             self.left_out = max(self.left_out, self.ledger.done[1])
@@ -46,7 +46,7 @@ class Progress:
 
 
 def say_complete(ledger: Ledger, max_rejected: float, changes: str, *, quiet: bool = False) -> int:
-    """Say that there is nothing left to do, and what has changed since. Returns the exit status."""
+    """Print that the build is complete, and what has changed since. Returns the exit status."""
     manifest = Manifest.load(ledger.out)
     if not quiet:
         print(f"{ledger.out}: complete, {manifest.count} samples in {len(manifest.shards)} shards")
@@ -56,22 +56,22 @@ def say_complete(ledger: Ledger, max_rejected: float, changes: str, *, quiet: bo
 
 
 def shares(seconds: Mapping[str, float]) -> str:
-    """The share of each model in the time of all."""
+    """Each model's share of the models' time."""
     total = sum(seconds.values())
     return ", ".join(f"{name} {each / total:.1%}" for name, each in sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def say_speed(engine: Engine, seconds: float, truncated: Mapping[str, int], models: Mapping[str, float]) -> None:
-    """Print where the time of this run went, and how many captions were longer than a text model takes."""
+    """Print how the time was spent, and how many captions were truncated by the text models."""
     if longer := ", ".join(f"{n} for {name}" for name, n in sorted(truncated.items()) if n):
-        print(f"captions that were too long and are cut: {longer}")
+        print(f"captions that were too long and were truncated: {longer}")
     spent = engine.stages.seconds
     if engine.images:
         work = ", ".join(f"{stage} {spent[stage]:.1f}" for stage in ("list", "decode", "compress", "write"))
         waits = spent["wait for decode"] + spent["wait for write"]
         print(
             f"this run: {engine.images} images in {seconds:.1f} s, {engine.images / seconds:.1f} images/s: "
-            f"encode {spent['encode']:.1f} s, waiting for files {waits:.1f} s; beside it, summed over threads: {work} s"
+            f"encode {spent['encode']:.1f} s, waiting for files {waits:.1f} s; in parallel, sums over threads: {work} s"
         )
     if models:
         print(f"models: {sum(models.values()):.1f} s: {shares(models)}")
@@ -86,9 +86,10 @@ def finish(
     base: Base | None = None,
     quiet: bool = False,
 ) -> int:
-    """Merge if all parts are done, print the summary, and return the exit status."""
+    """Write the manifest if all parts are done, print the summary, and return the exit status."""
     if left := ledger.unfinished():
-        print(f"{ledger.out}: {len(left)} of {len(ledger.parts)} parts are still being made by others; the last merges")
+        parts = f"{len(left)} of {len(ledger.parts)} parts"
+        print(f"{ledger.out}: {parts} are still being built by other ranks; the last one writes the manifest")
         return 0
     manifest = ledger.merge(producers, timesteps, base)
     samples, rejected = ledger.done
@@ -103,7 +104,7 @@ def finish(
 
 
 def _say_shapes(ledger: Ledger) -> None:
-    """Print the pictures of each shape, if there are several, and how many of them were odd."""
+    """Print the number of pictures of each shape, if there are several, and the remarks about images."""
     shapes: dict[tuple, list[int]] = {}
     remarks: Counter[str] = Counter()
     for note in ledger.all_notes():

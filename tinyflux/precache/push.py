@@ -1,4 +1,4 @@
-"""A source on its way to a dataset repo of the Hugging Face Hub, in a folder of its name, with a dataset card."""
+"""Push a source to a dataset repo on the Hugging Face Hub, to a folder of its name, with a dataset card."""
 
 import hashlib
 import logging
@@ -27,11 +27,11 @@ from tinyflux.util import files
 
 log = logging.getLogger(__name__)
 
-COMMIT = 100  # new shards a commit
+COMMIT = 100  # new shards per commit
 
 
 class Pushed(NamedTuple):
-    """What a push did: shards of the source, those that were sent, files removed, and the URL to train from."""
+    """What a push did: shards of the source, shards sent, files removed, and the URL for training."""
 
     shards: int
     sent: int
@@ -40,7 +40,7 @@ class Pushed(NamedTuple):
 
 
 def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = None) -> bool:
-    """Whether the repo's file has this content, as far as the repo tells: by its LFS hash, or by git's."""
+    """Whether the repo's file has this content, by its LFS hash or git hash."""
     if remote is None or remote.size != size:
         return False
     if remote.lfs is not None:
@@ -49,7 +49,7 @@ def same(remote: RepoFile | None, size: int, sha256: str, data: bytes | None = N
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raises FileNotFoundError or ValueError where a shard is missing or has another size than the manifest says."""
+    """Raises FileNotFoundError or ValueError if a shard is missing or has not the size in the manifest."""
     for shard in manifest.shards:
         path = folder / shard.path
         if not path.is_file():
@@ -63,19 +63,19 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def place_of(folder: Path, manifest: Manifest) -> str:
-    """The folder of the repo that a source goes to: of its name, an overlay's as it is called here."""
+    """The folder of a source in the repo: the source's name, or for an overlay the name of its local folder."""
     return manifest.source if manifest.base is None else check_name(folder.resolve().name)
 
 
 def check_base(repo: "Repo", place: str, manifest: Manifest) -> None:
-    """Raises ValueError where the repo lacks the base that an overlay there would look for."""
+    """Raises ValueError if the repo lacks the base of an overlay."""
     if manifest.base is None or "://" in manifest.base.location:
         return
     path = f"{_path_of_base(place, manifest)}/manifest.json"
     if path not in repo.files or files.sha256(repo.file(path)) != manifest.base.sha256:
         raise ValueError(
-            f"{repo.name} has no {path}, or another one than {place} was made for: push the base first, from a folder "
-            "of its own name beside the overlay's"
+            f"{repo.name} has no {path}, or not the one that {place} was built for: push the base first, from a folder "
+            "of the same name beside the overlay's"
         )
 
 
@@ -84,13 +84,13 @@ def _path_of_base(place: str, manifest: Manifest) -> str:
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raises ValueError where a shard's content is not the manifest's."""
+    """Raises ValueError if a shard's content does not match the manifest."""
     if files.sha256(path) != sha256:
         raise ValueError(f"{path}: its content is not what the manifest says; see python -m sharding.verify --deep")
 
 
 class Repo:
-    """A dataset repo on the Hub: what it holds, and commits to it."""
+    """A dataset repo on the Hub: its content, and commits to it."""
 
     def __init__(self, api: HfApi, name: str):
         self.api, self.name = api, name
@@ -98,13 +98,13 @@ class Repo:
         self.files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def text(self, path: str) -> str:
-        """A small file's text, "" where there is none."""
+        """A small file's text, "" if it does not exist."""
         if path not in self.files:
             return ""
         return self.file(path).read_text(encoding="utf-8")
 
     def file(self, path: str) -> Path:
-        """A file, downloaded."""
+        """Download a file."""
         return Path(self.api.hf_hub_download(self.name, path, repo_type="dataset"))
 
     def manifests(self) -> dict[str, Manifest]:
@@ -127,7 +127,7 @@ class Repo:
 
 
 def push(folder: Path, name: str, private: bool, *, rejected: bool = False, license_id: str | None = None) -> Pushed:
-    """Push a source or an overlay. Raises ValueError, OSError, which the Hub's errors become, with what to do."""
+    """Push a source or an overlay. Raises ValueError, and OSError for errors of the Hub, with what to do."""
     with _hub_errors(name):
         return _push(folder, name, private, rejected, license_id)
 
@@ -139,7 +139,7 @@ def _push(folder: Path, name: str, private: bool, rejected: bool, license_id: st
     api = HfApi()
     api.create_repo(name, repo_type="dataset", private=True if private else None, exist_ok=True)
     if private and not api.dataset_info(name).private:
-        raise ValueError(f"{name} is a public repo and --private was asked for: change it on the Hub, or name another")
+        raise ValueError(f"{name} is a public repo, but --private was given: change it on the Hub, or use another repo")
     repo, place = Repo(api, name), place_of(folder, manifest)
     check_base(repo, place, manifest)
 
@@ -184,13 +184,13 @@ def _push(folder: Path, name: str, private: bool, rejected: bool, license_id: st
     bar.close()
     for other, overlay in sorted(manifests.items()):
         if overlay.base and _path_of_base(other, overlay) == place and overlay.base.sha256 != manifest.sha256:
-            log.warning("%s/%s was made for the old %s, so it cannot be read: push it again", name, other, place)
+            log.warning("%s/%s was built for the old %s and is unreadable: build and push it again", name, other, place)
     return Pushed(len(manifest.shards), len(changed), len(gone), f"hf://datasets/{name}/{place}")
 
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Errors of the Hub as OSErrors that say what to do."""
+    """Turn errors of the Hub into OSErrors that say what to do."""
     try:
         yield
     except HTTPError as error:

@@ -1,4 +1,4 @@
-"""Recipes: which inputs a build has, and how a sample is made of one of them. `build` runs them all."""
+"""Recipes: which inputs a build has, and how an input becomes a sample. `build` runs any recipe."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,55 +14,55 @@ from tinyflux.precache.work import Ready, Task, Work
 from tinyflux.shards.manifest import Base
 from tinyflux.util.buckets import BUCKETS
 
-SLICE = 16  # times --shard-size: inputs of a part that is sorted into several shapes
-OF_A_SLICE, OF_A_TAR = 100, 1000  # numbers of shards that such a part has, and one that is not counted beforehand
+SLICE = 16  # inputs of a part that is sorted into several shapes, in multiples of --shard-size
+OF_A_SLICE, OF_A_TAR = 100, 1000  # shard numbers reserved for such a part, and for a part that is not counted before
 
 
 class Recipe:
-    """What a build is made of, and how. Subclasses say what differs between the kinds of builds."""
+    """The inputs of a build and how they are processed. Subclasses define the kinds of builds."""
 
     base: Base | None = None
-    """The source that the build adds to."""
+    """The base, for an overlay."""
     timesteps: tuple[float, ...] = BUCKETS
-    """What the teachers' features are kept at."""
+    """Timesteps of the teachers' features."""
 
     def __init__(self, config: BuildConfig, ledger: Ledger, place: Place):
         self.config, self.ledger, self.place = config, ledger, place
 
     def asked(self, begun: dict) -> dict:
-        """What decides the bytes, apart from the models; `begun`: the settings of the build that is resumed."""
+        """All settings that affect the bytes, except models; `begun`: the settings of a resumed build."""
         raise NotImplementedError
 
     def check(self, begun: dict) -> None:
-        """Tell the ledger the parts that were noted. Raises LedgerError where the build cannot be resumed as asked."""
+        """Tell the ledger the listed parts. Raises LedgerError if the build cannot be resumed with these settings."""
         raise NotImplementedError
 
     def probe(self) -> None:
-        """Raises FileNotFoundError, ValueError where there is nothing to build of, before any model is loaded."""
+        """Raises FileNotFoundError or ValueError if there are no inputs, before any model is loaded."""
 
     def load(self, begun: dict) -> dict[str, dict]:
-        """Load what samples are made with. Returns the fingerprint of each group. Raises ValueError, OSError."""
+        """Load the models. Returns the fingerprint of each group. Raises ValueError, OSError."""
         raise NotImplementedError
 
     def take_inputs(self) -> None:
-        """Note the inputs, or compare them with what was noted. Must be called under the lock. Raises LedgerError."""
+        """List the inputs, or compare them with the listing. Must be called under the lock. Raises LedgerError."""
 
     def changes(self) -> str:
-        """What of the inputs is not as it was when the build began, and what to do; empty where nothing is."""
+        """How the inputs have changed since the build's start, and what to do; empty if they have not."""
         return ""
 
     @property
     def truncated(self) -> Mapping[str, int]:
-        """By text model, how many captions were longer than it takes."""
+        """For each text model, the number of truncated captions."""
         return {}
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """How long each model ran."""
+        """Seconds that each model ran."""
         return {}
 
     def null(self) -> dict[str, Tensor] | None:
-        """T5 states and CLIP vector of the empty prompt; None where the build makes no texts."""
+        """T5 states and CLIP vector of the empty prompt; None if the build has no texts."""
         raise NotImplementedError
 
     def works(self, part: int) -> list[Work]:
@@ -73,7 +73,7 @@ class Recipe:
         """All shards of a part are written."""
 
     def encode(self, group: list[list[Ready]]) -> list[Mapping]:
-        """The tensors of each batch, on the CPU: for each name one tensor a sample."""
+        """The tensors of each batch, on the CPU: for each name, one tensor per sample."""
         raise NotImplementedError
 
     def pack(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
@@ -81,7 +81,7 @@ class Recipe:
         raise NotImplementedError
 
     def rejected(self, index: int, origin: str, reason: Rejected) -> dict:
-        """The entry of an input that is left out. Raises ValueError where none may be."""
+        """The entry of a rejected input. Raises ValueError if rejects are not allowed."""
         return {"index": index, "origin": origin, "reason": str(reason)}
 
 
@@ -89,7 +89,7 @@ class Listed(Recipe):
     """A recipe whose inputs are those of a source, listed by part."""
 
     size = 64
-    """Side in pixels that images are drawn with, where the source draws them."""
+    """Side in pixels of rendered images."""
     several_shapes = False
 
     def __init__(self, config: BuildConfig, source: Source, ledger: Ledger, place: Place, *, strict: bool = False):
@@ -127,16 +127,16 @@ class Listed(Recipe):
             changes := listing.changes(self.same, built=self.built, append=self.config.append)
         ):
             if not ledger.begun_nothing():
-                hint = "take them in with --append" if changes.only_new else "choose another --out"
+                hint = "add them with --append" if changes.only_new else "choose another --out"
                 raise LedgerError(
-                    f"{ledger.out}: the inputs are not those that the build was begun with: {changes}. "
-                    f"Put them back as they were, or {hint}"
+                    f"{ledger.out}: the inputs have changed since the build was started: {changes}. "
+                    f"Restore them, or {hint}"
                 )
             listing.forget()
             listing.begin()
         self._tell_parts()
         if passed := getattr(self.source, "ignored", None):
-            print(f"[{self.source.name}] passed over: {', '.join(f'{n} {what}' for what, n in passed.most_common(12))}")
+            print(f"[{self.source.name}] skipped: {', '.join(f'{n} {what}' for what, n in passed.most_common(12))}")
 
     def changes(self) -> str:
         self.listing.size = self.size
@@ -145,12 +145,12 @@ class Listed(Recipe):
             return ""
         if self.strict:
             raise LedgerError(
-                f"{self.ledger.out}: the inputs are not those that it was built of: {changes}. "
-                "Give the same ones in the same order, or choose another folder"
+                f"{self.ledger.out}: the inputs differ from those of its build: {changes}. "
+                "Give the same inputs in the same order, or choose another folder"
             )
-        options = ["--append takes in the new ones"] if changes.new.count else []
+        options = ["--append adds the new ones"] if changes.new.count else []
         if not changes.only_new:
-            options.append("another --out builds the source as it is now; --only prompt takes changed captions")
+            options.append("another --out builds the current source; --only prompt encodes changed captions")
         return f"the source has changed since: {changes}. {'; '.join(options)}"
 
     def built(self, index: int) -> bool:
@@ -159,7 +159,7 @@ class Listed(Recipe):
         return numbers is not None and any(self.ledger.finished(number) for number in numbers)
 
     def same(self, index: int, item: Input) -> bool:
-        """Whether an input has the content that was built, though its stamp is another."""
+        """Whether an input has the content that was built, although its stamp differs."""
         return False
 
     def rejected(self, index: int, origin: str, reason: Rejected) -> dict:
@@ -171,7 +171,7 @@ class Listed(Recipe):
         chunks, most = self.cut_part(part, self.listing.rows(part)), self.ledger.per_part
         if len(chunks) > most:
             raise LedgerError(f"part {part} has {len(chunks)} shards, at most {most}: raise --shard-size")
-        if most > 1 and self.ledger.plan(part) is None:  # the recipe has none of its own
+        if most > 1 and self.ledger.plan(part) is None:  # the recipe has no plan of its own
             self.ledger.note_plan(part, {"shards": len(chunks)})
         return [
             Work(part * most + n, [self.task(index, item, shape) for index, item in rows])

@@ -1,6 +1,6 @@
-"""sources.toml: which images and captions a source is made of.
+"""sources.toml: the images and captions of each source.
 
-One table a source; its name is the source's name and the prefix of its shards:
+One table per source; its name is the source's name and the prefix of its shards:
 
     [portraits]
     kind = "imagefolder"
@@ -24,8 +24,8 @@ PACKAGED = Path(__file__).parents[2] / "sharding" / "sources.toml"
 def load_sources(file: str | Path | None = None) -> dict[str, Source]:
     """All sources of a sources.toml by name.
 
-    `file` None reads ./sources.toml where there is one, else the packaged file. Raises FileNotFoundError,
-    and SourceError with the table and key of whatever is not understood.
+    `file` None reads ./sources.toml if it exists, else the packaged file. Raises FileNotFoundError, and SourceError
+    with the bad table and key.
     """
     if file is None:
         file = Path("sources.toml") if Path("sources.toml").is_file() else PACKAGED
@@ -42,7 +42,7 @@ def load_sources(file: str | Path | None = None) -> dict[str, Source]:
         if (other := owner.setdefault(source.dataset_id, name)) != name:
             raise SourceError(
                 f"{file}: [{name}] dataset_id: {source.dataset_id} is taken by [{other}]; "
-                "sample keys start with it, so it must be the source's own"
+                "sample keys start with it, so it must be unique"
             )
     return sources
 
@@ -50,7 +50,7 @@ def load_sources(file: str | Path | None = None) -> dict[str, Source]:
 def _source(file: Path, name: str, table: object) -> Source:
     where = f"{file}: [{name}]"
     if not isinstance(table, dict):
-        raise SourceError(f"{file}: {name!r} stands outside a table; a source is a [table] with kind and dataset_id")
+        raise SourceError(f"{file}: {name!r} is outside a table; a source is a [table] with kind and dataset_id")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
         raise SourceError(f"{where}: a source's name is made of letters, digits, - and _")
     if (kind := table.get("kind")) not in KINDS:
@@ -70,7 +70,7 @@ def _source(file: Path, name: str, table: object) -> Source:
 
 
 def find_source(name: str, file: str | Path | None = None, kind: str | None = None, dataset_id: int = 0) -> Source:
-    """The source of that name; with a `kind`, a location that no file lists is a source, too. Raises SourceError."""
+    """The source of that name; with a `kind`, the name may also be a location. Raises SourceError."""
     sources = load_sources(file)
     if name in sources:
         if kind not in (None, sources[name].kind):

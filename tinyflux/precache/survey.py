@@ -1,4 +1,4 @@
-"""What `sharding.inspect` finds: sizes, statistics, prompts, rejects and faults of a source, and a few samples."""
+"""Collect the data for `sharding.inspect`: sizes, statistics, prompts, rejects, faults, and a few samples."""
 
 import json
 from collections import Counter
@@ -13,12 +13,12 @@ from tinyflux.shards.manifest import diff_fingerprints
 from tinyflux.shards.source import Source
 from tinyflux.util.pixels import to_uint8
 
-VALUES = 4096  # of each field of a sample that go into the histogram
+VALUES = 4096  # values per field of a sample for the histogram
 
 
 @dataclass
 class FieldStats:
-    """What the values of a field are like, over the samples read."""
+    """Statistics of a field over the read samples."""
 
     count: int = 0
     total: float = 0.0
@@ -26,7 +26,7 @@ class FieldStats:
     low: float = float("inf")
     high: float = float("-inf")
     bad: int = 0
-    """Values that are NaN or infinite; they are not in the rest."""
+    """Number of NaN or infinite values, which are excluded from the rest."""
     some: list[np.ndarray] = field(default_factory=list)
 
     def add(self, tensor: Tensor) -> None:
@@ -65,7 +65,7 @@ class Shown:
 
 @dataclass
 class Sizes:
-    """How many members there are, and their bytes."""
+    """Number of members, and their bytes."""
 
     members: int = 0
     bytes: int = 0
@@ -73,7 +73,7 @@ class Sizes:
 
 @dataclass
 class Report:
-    """What was found. Sizes in bytes are sums over `scanned` samples, everything else is of `read` ones."""
+    """The collected data. Sizes in bytes are sums over `scanned` samples, everything else covers `read` samples."""
 
     source: Source
     scanned: int = 0
@@ -90,7 +90,7 @@ class Report:
     shown: list[Shown] = field(default_factory=list)
 
     def ratio(self, group: str, shape: tuple[int, int] | None = None) -> float:
-        """Stored bytes to bytes of tensors of a group's members, of one latent shape or of all."""
+        """Stored bytes divided by tensor bytes of a group's members, for one latent shape or all."""
         raw = stored = 0
         for (member, of), sizes in self.stored.items():
             if member == f"{group}{SUFFIX}" and shape in (None, of):
@@ -99,7 +99,7 @@ class Report:
         return stored / raw if raw else float("nan")
 
     def add_sizes(self, shape: tuple[int, int], members: dict[str, int]) -> None:
-        """Take in a sample's members and their bytes."""
+        """Add a sample's members and their bytes."""
         for member, size in members.items():
             group, dot, rest = member.partition(".")
             name = f"{group}{SUFFIX}" if dot and rest.endswith(SUFFIX[1:]) else member
@@ -163,7 +163,7 @@ def cosine(lune: Tensor) -> np.ndarray:
 
 
 def rejects(source: Source) -> Counter[str]:
-    """How often each reason stands in rejected.jsonl; empty where there is none."""
+    """Number of rejects by reason in rejected.jsonl; empty if there is none."""
     try:
         text = source.store.fetch("rejected.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -176,7 +176,7 @@ def rejects(source: Source) -> Counter[str]:
 
 
 def decode(report: Report, zoo_name: str) -> None:
-    """Give the shown samples their reconstructions. Raises ValueError where the VAE is not the source's."""
+    """Decode the latents of the samples on the page. Raises ValueError if the VAE is not the source's."""
     from tinyflux.model.zoo import ModelZoo
     from tinyflux.precache.images import preview
 

@@ -1,4 +1,4 @@
-"""What `sharding.inspect` says of a source, as tables: rows of cells, of which the first row is the head."""
+"""The tables of `sharding.inspect`: rows of cells; the first row is the header."""
 
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,7 @@ from tinyflux.util import cli
 
 
 def tables(report: Report) -> dict[str, list[tuple]]:
-    """All tables by their titles, without those that have nothing but a head."""
+    """All non-empty tables by title."""
     source = report.source
     found = {
         "Layers": layers(source),
@@ -40,7 +40,7 @@ def text(report: Report) -> str:
 
 
 def summary(report: Report) -> list[str]:
-    """What stands above the tables."""
+    """The lines above the tables."""
     manifest, repeated = report.source.manifest, len(report.prompts) - len(set(report.prompts))
     size = sum(layer.manifest.bytes for layer in report.source.layers)
     lines = [
@@ -56,7 +56,7 @@ def summary(report: Report) -> list[str]:
 
 
 def layers(source: Source) -> list[tuple]:
-    """The base, the overlays that are read on it, and those that lie beside it. A lone source has no row."""
+    """The base, its overlays that are read, and overlays in folders beside it. Empty if there are no overlays."""
     rows: list[tuple] = [("layer", "is", "groups", "MB", "manifest")]
     for i, layer in enumerate(source.layers):
         kind = "overlay" if i else "base"
@@ -68,7 +68,7 @@ def layers(source: Source) -> list[tuple]:
 
 
 def beside(source: Source) -> list[tuple]:
-    """The overlays in folders beside a source that name one of its layers as their base and are not read."""
+    """Overlays in folders beside a source that have one of its layers as their base and are not read."""
     used = {layer.manifest.sha256 for layer in source.layers}
     if "://" in source.layers[0].url:
         return []
@@ -84,7 +84,7 @@ def _is_read(source: Source, folder: Path) -> bool:
 
 
 def shapes(source: Source) -> list[tuple]:
-    """How many samples each latent shape has, the most frequent first."""
+    """Samples per latent shape, most frequent first."""
     index, rows = source.manifest.index, []
     for k, (shape, samples) in enumerate(source.manifest.samples_of_shapes().items()):
         rows.append((_by(shape), samples, f"{samples / max(1, index.count):.1%}", int((index.shape == k).sum())))
@@ -110,7 +110,7 @@ def members(report: Report) -> list[tuple]:
 
 
 def fields(report: Report) -> list[tuple]:
-    """What each field is and what its values are like, a row for each latent shape that it follows."""
+    """Type and statistics of each field, with one row per latent shape."""
     rows: list[tuple] = [("field", "dtype", "shape", "bytes", "stored/raw", "mean", "std", "min", "max", "NaN/inf")]
     for name, spec in report.source.fields.items():
         group = next(name_ for name_, group in report.source.groups.items() if name in group.fields)
@@ -125,13 +125,13 @@ def fields(report: Report) -> list[tuple]:
 
 
 def captions(source: Source) -> list[tuple]:
-    """How many samples have how many captions."""
+    """Samples by number of captions."""
     counts = np.bincount(source.captions) if len(source.captions) else []
     return [("captions a sample", "samples"), *((n, int(count)) for n, count in enumerate(counts) if count)]
 
 
 def prompts(report: Report) -> list[tuple]:
-    """How long the prompts are."""
+    """Lengths of the prompts."""
     rows: list[tuple] = [("prompts", "min", "median", "95%", "max")]
     for unit, lengths in (
         ("characters", [len(prompt) for prompt in report.prompts]),
@@ -143,7 +143,7 @@ def prompts(report: Report) -> list[tuple]:
 
 
 def fingerprint(groups: dict[str, Group]) -> list[str]:
-    """What made the groups, a line a value; where they differ in one, each says of which groups it is."""
+    """The producers of the groups, one line per value; a value that differs between groups names its groups."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, group in groups.items():
         for line in diff_fingerprints(group.producer, {}):
@@ -157,7 +157,7 @@ def fingerprint(groups: dict[str, Group]) -> list[str]:
 
 
 def folder_of_sources(folder: Path) -> list[tuple]:
-    """The sources in a folder, overlays with their bases; a folder without any has no row."""
+    """The sources in a folder, overlays with their bases; only the header if there are none."""
     rows: list[tuple] = [("source", "overlay of", "samples", "shards", "shapes", "groups")]
     for name, found in sources_in(folder).items():
         base = found["base"] and found["base"]["location"]

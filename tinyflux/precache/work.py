@@ -1,4 +1,4 @@
-"""What goes through a build: shards to be made, their inputs, and inputs that are read."""
+"""The data passed through a build: shards to build, their inputs, and read inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -10,23 +10,23 @@ from tinyflux.precache.images import Picture
 
 
 class Ready(NamedTuple):
-    """An input that is read: what models take of it, and what of it is known already."""
+    """A read input: the models' inputs, and what is already known about it."""
 
     index: int
     origin: str
     seed: int = 0
-    """Its key for everything random, signed 64-bit."""
+    """The seed of its random draws, signed 64-bit."""
     prompts: Sequence[str] = ()
     picture: Picture | None = None
     tensors: Mapping[str, Tensor] = MappingProxyType({})
     meta: Mapping = MappingProxyType({})
-    """What its .json has, where it is a sample already."""
+    """The content of its .json, if it is already a sample."""
     content: str | None = None
-    """A hash of image and captions, as they were read."""
+    """A hash of the image and captions that were read."""
 
 
 class Task(NamedTuple):
-    """An input of a shard. `read`, called in a thread, gives it ready to be encoded or raises Rejected."""
+    """An input of a shard. `read`, called in a thread, returns it ready to encode or raises Rejected."""
 
     index: int
     origin: str
@@ -34,9 +34,9 @@ class Task(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A shard to be made."""
+    """A shard to build."""
 
     number: int
     tasks: Sequence[Task]
     shape: tuple[int, int] | None = None
-    """(h, w) of its latents, None where the tensors tell."""
+    """(h, w) of its latents, None if the tensors define it."""

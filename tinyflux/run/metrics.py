@@ -22,12 +22,12 @@ LATE = 0.1  # a rank is named if it is later than this fraction of a step
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Keep the records up to `step`, without lines that a kill or a crash left in parts. Nothing is lost: a run that
-    begins at step 0 gets a file of its own."""
+    """Keep the records up to `step`, without lines that a kill or a crash left incomplete. A run that starts at step 0
+    gets a new file, and the old one is renamed."""
     if not step:
         if path.stat().st_size:
             aside = next(p for i in range(1, 10_000) if not (p := path.with_name(f"metrics.{i}.jsonl")).exists())
-            say(f"what was recorded before this start is in {path.rename(aside)}")
+            say(f"earlier records were moved to {path.rename(aside)}")
         return
     kept = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -40,10 +40,10 @@ def _truncate(path: Path, step: int) -> None:
 
 
 class Board:
-    """A TensorBoard writer that outlives a full disk: what cannot be written is left out, and said once."""
+    """A TensorBoard writer that survives a full disk: failed writes are dropped, with one warning."""
 
     def __init__(self, folder: Path, start_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # half a second: only the rank that writes pays it
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second: import it only on the rank that writes
 
         self.folder, self.failed_at = folder, 0.0
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=start_step + 1)
@@ -56,7 +56,7 @@ class Board:
                     return
                 from torch.utils.tensorboard import SummaryWriter
 
-                with replaced(self.folder / ".room") as probe:  # its thread would tell each failure in twenty lines
+                with replaced(self.folder / ".room") as probe:  # its thread would print twenty lines per failure
                     probe.write_bytes(bytes(1 << 16))
                 (self.folder / ".room").unlink()
                 self.writer = SummaryWriter(str(self.folder))
@@ -76,10 +76,10 @@ class Board:
 
 
 class Metrics:
-    """The run's records. Only rank 0 writes; elsewhere every method is a no-op.
+    """The run's records. Only rank 0 writes; on other ranks every method does nothing.
 
-    `start_step`: what was recorded after this step belongs to a future that was lost, and is cut off. The first record
-    after a resume says so: `resumed`.
+    start_step: records after this step belong to steps that are repeated, and are removed. The first record after a
+    resume has `resumed`.
     """
 
     def __init__(self, run_dir: Path, tensorboard_dir: Path | None, start_step: int, total_steps: int):
@@ -100,7 +100,7 @@ class Metrics:
             self.board = Board(tensorboard_dir, start_step)
 
     def record(self, record: dict) -> None:
-        """Append one line. NaN and infinity become null: JSON has neither. Where the disk is full, lines wait."""
+        """Append one line. NaN and infinity become null, because JSON has neither. If the disk is full, lines wait."""
         if self.writes:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.unwritten.append(json.dumps(clean | self.marks).encode() + b"\n")
@@ -113,9 +113,9 @@ class Metrics:
             if (written := self.file.write(data)) != len(data):
                 raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
         except OSError as error:
-            self.file.truncate(self.size)  # no half lines
+            self.file.truncate(self.size)  # no partial lines
             if not self.failed:
-                say(f"WARNING: {self.path}: {error}; training continues, and its lines are written once there is room")
+                say(f"WARNING: {self.path}: {error}; training continues, and the lines are written later")
             self.failed = True
             return
         self.size += len(data)
@@ -152,7 +152,7 @@ class Metrics:
         slowest = record["slowest"]
         if slowest["late_s"] > LATE * record["step_s"]:
             late, wait = slowest["late_s"], slowest["data_wait_s"]
-            parts += [f"rank {slowest['rank']} begins {late:.2f} s late ({wait:.2f} s waiting for data)"]
+            parts += [f"rank {slowest['rank']} starts {late:.2f} s late ({wait:.2f} s waiting for data)"]
         print(*parts, f"left {hours}:{minutes:02}:{seconds:02}", sep="  ", flush=True)
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ class Metrics:
 
 
 def data_report(loader: Stream, step: int, device: torch.device) -> dict:
-    """What the streams of all ranks did since the run was started or resumed. Must be called on all ranks.
+    """Counters of all ranks' streams since the run was started or resumed. Must be called on all ranks.
 
     {"sources": {name: {"samples", "share", "requested", "passes"}}, "bad_samples", "replaced_samples", "late_shards",
     "cache_hits", "fetched_bytes"}; share and requested are parts of a batch, passes those since step 0.
@@ -187,7 +187,7 @@ def data_report(loader: Stream, step: int, device: torch.device) -> dict:
 def scalars(
     record: dict, world: int, device: torch.device, *, flops: float, tokens: int
 ) -> dict[str, float]:
-    """What TensorBoard shows of a step's record with its `data_report`.
+    """TensorBoard scalars of a step's record with its `data_report`.
 
     flops: of the forward pass of one sample; tokens: of one sample.
     """

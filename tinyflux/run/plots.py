@@ -1,4 +1,4 @@
-"""Line charts as SVG, with their points as data for the script that shows values under the mouse."""
+"""Line charts as SVG, with their points as data for a script that shows the values under the mouse pointer."""
 
 import html
 import json
@@ -11,7 +11,7 @@ Points = list[tuple[float, float]]
 
 
 def smooth(points: Points, count: int = 200) -> Points:
-    """At most `count` points: means over equal stretches."""
+    """At most `count` points: means over equal intervals."""
     size = -(-len(points) // count) or 1
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
@@ -26,7 +26,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def plot(title: str, series: dict[str, Points], earlier: dict[str, Points] | None = None, marks: list[int] = ()) -> str:
-    """A line chart; series without points are left out.
+    """A line chart; series without points are skipped.
 
     earlier: the same series of another run, dashed. marks: x of vertical lines, where the run was resumed.
     """

@@ -1,1 +1,1 @@
-"""Small pieces that every layer uses: rectified-flow algebra, timestep buckets, counter-based randomness."""
+"""Shared helpers: rectified-flow algebra, timestep buckets, counter-based randomness, files, settings, errors."""

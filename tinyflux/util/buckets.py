@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def grid(count: int) -> tuple[float, ...]:
-    """That many timesteps, evenly spaced from 0.05 to 0.95."""
+    """`count` timesteps, evenly spaced from 0.05 to 0.95."""
     return tuple(round(0.05 + 0.9 * i / (count - 1), 4) for i in range(count))
 
 

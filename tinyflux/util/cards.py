@@ -1,4 +1,4 @@
-"""The metadata of a card, a README.md of the Hub: what a card says stays, what it lacks is filled in."""
+"""Metadata and sections of a card, the README.md of a Hub repo: existing content is kept, missing content is added."""
 
 import re
 from pathlib import Path
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
 
 def completed(old: dict, defaults: dict, tags: list[str]) -> dict:
-    """The metadata `old`, with those defaults that it lacks and with these tags too."""
+    """The metadata `old` with missing defaults and tags added."""
     data = defaults | {key: value for key, value in old.items() if value not in (None, [], "")}
     return data | {"tags": list(dict.fromkeys([*(old.get("tags") or []), *tags]))}
 
 
 def begun(old: str, repo: str) -> str:
-    """The card `old`, or of a repo that has none an empty one."""
+    """The card `old`, or an empty one for a repo without a card."""
     return old if old.strip() else f"---\ntags: []\n---\n\n# {repo.partition('/')[2]}\n"
 
 
 def renewed(text: str, section: str) -> str:
-    """A card's text with a section in place of the one whose first and last lines are the same, or at its end."""
+    """A card's text with a section that replaces the one with the same first and last lines, or is appended."""
     begin, *_, end = section.splitlines()
     before, found, rest = text.partition(begin)
     after = rest.partition(end)[2] if found else ""
@@ -28,13 +28,13 @@ def renewed(text: str, section: str) -> str:
 
 
 def written(data: "CardData", text: str) -> str:
-    """A card of metadata and text."""
+    """A card from metadata and text."""
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
 
 def origins(config: dict) -> dict[str, list[str]]:
-    """The Hub repos that a run, by its training_config.json, started from and took its sources from: `base_model` and
-    `datasets`, as a card has them; without those that there are none of."""
+    """The Hub repos of a run's starting weights and sources, from its training_config.json: `base_model` and
+    `datasets`, as in a card; keys without repos are left out."""
     start = re.match(r"[\w.-]+/[\w.-]+(?=:|$)", config.get("trainer", {}).get("init_from") or "")
     sources = [re.match(r"hf://datasets/([^/]+/[^/@]+)", url) for url in config.get("data", {}).get("sources") or ()]
     found = {

@@ -111,7 +111,7 @@ def _check(name: str, value: object, hint: Any) -> None:
             require(rule.holds(each), name, value, f"{rule}")
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _of(rules: list) -> str:

@@ -1,4 +1,4 @@
-"""The optimizer of the tiny zoo's trainings, which have minutes."""
+"""The optimizer for training the tiny zoo in minutes."""
 
 import math
 
@@ -10,12 +10,12 @@ class Descent:
     """Muon for matrices and convolutions, AdamW for embeddings and vectors; warm-up, then cosine decay.
 
     Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon): the update is the momentum's nearest orthogonal
-    matrix, by five Newton-Schulz steps. A convolution is the matrix [out, in * kernel]. Here it needs about a third of
-    AdamW's steps.
+    matrix, by five Newton-Schulz steps. A convolution is treated as a matrix [out, in * kernel]. Here it needs about a
+    third of AdamW's steps.
     """
 
     def __init__(self, model: nn.Module, steps: int, lr: float = 0.02, adam_lr: float = 2e-3, warmup: int = 50):
-        """lr 0 leaves everything to AdamW."""
+        """lr 0: AdamW for everything."""
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.parameters = list(model.parameters())
         self.matrices = [p for p in self.parameters if lr and p.ndim > 1 and id(p) not in embeddings]
@@ -26,7 +26,7 @@ class Descent:
         self.step_count, self.steps, self.warmup, self.lr, self.adam_lr = 0, steps, warmup, lr, adam_lr
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
+        """One optimizer step on `loss`."""
         for p in self.parameters:
             p.grad = None
         loss.backward()
@@ -46,7 +46,7 @@ class Descent:
 
 
 def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About the nearest matrix whose singular values are all 1."""
+    """Approximately the nearest matrix with all singular values 1."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):

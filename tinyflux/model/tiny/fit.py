@@ -1,4 +1,4 @@
-"""Brief trainings of the tiny zoo's autoencoders and UNets."""
+"""Short trainings of the tiny zoo's autoencoders and UNets."""
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ SEEN = tuple(name for name in PHOTOGRAPHS if name not in HELD_OUT)
 
 
 def training_pixels(n: int = 3000, seed: int = 1) -> Tensor:
-    """As many shapes as photo crops, float32 [2n, 3, 64, 64]."""
+    """n pictures of shapes and n photo crops, float32 [2n, 3, 64, 64]."""
     return torch.cat([to_pixels(shape_pictures(n, seed)), to_pixels(photo_pictures(n, seed, SEEN))])
 
 
 def fit_vae(vae: AutoencoderKL, steps: int, batch_size: int = 16, seed: int = 0) -> None:
-    """Trains in place, then sets `scaling_factor` so that latents of the training pictures have std 1."""
+    """Train in place, then set `scaling_factor` so that latents of the training pictures have std 1."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     pixels = training_pixels()
@@ -45,7 +45,7 @@ def picture_loss(x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_captioned(sd_vae: AutoencoderKL, clip: nn.Module, tokenizer, n: int = 3000) -> tuple[Tensor, Tensor]:
-    """Latents [N, 4, 8, 8] and CLIP states [N, 77, D] of captioned pictures and photo crops, some without."""
+    """Latents [N, 4, 8, 8] and CLIP states [N, 77, D] of pictures and photo crops, some without a caption."""
     images, captions = captioned(n, seed=2)
     for name in SEEN:
         images += photo_pictures(n // len(SEEN) // 4, 2, (name,))
@@ -58,7 +58,7 @@ def encode_captioned(sd_vae: AutoencoderKL, clip: nn.Module, tokenizer, n: int =
 
 
 def fit_unet(unet: UNet2DConditionModel, latents: Tensor, contexts: Tensor, steps: int, batch_size=48, seed=0) -> None:
-    """Flow matching in the teachers' convention: timestep 1000 is noise, and the network gives noise - data."""
+    """Flow matching in the teachers' convention: timestep 1000 is noise, and the network predicts noise - data."""
     generator = torch.Generator().manual_seed(seed)
     descent = Descent(unet, steps)
     for step in range(steps):

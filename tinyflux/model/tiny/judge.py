@@ -1,4 +1,4 @@
-"""Does a drawn picture show what its prompt asked for? Judged by pixels: colours, and the outline that fits best."""
+"""Check by pixels whether a drawn picture shows its prompt: the colours, and the best-fitting outline."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -9,11 +9,11 @@ import numpy as np
 from tinyflux.model.tiny import patterns, shapes
 from tinyflux.model.tiny.shapes import COLOURS
 
-REGULAR = 0.9  # of the pixels of a pattern that must lie on the side of their colour
+REGULAR = 0.9  # least fraction of a pattern's pixels that must have their colour
 
 
 class Verdict(NamedTuple):
-    """Whether a picture is right in its colours, and in its colours and its form; and what form it looks like."""
+    """Whether a picture's colours are right, whether its colours and form are right, and which form it shows."""
 
     colours: bool
     right: bool
@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt of the demo and what it asks for: a shape on a background, or a pattern in two colours."""
+    """A prompt of the demo and its content: a shape on a background, or a pattern in two colours."""
 
     text: str
     form: str
@@ -30,12 +30,12 @@ class Prompt(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The row of the table that it counts in."""
+        """Its row in the demo's table."""
         return self.form.removeprefix("a ")
 
 
 def prompts() -> Iterator[Prompt]:
-    """Every prompt that the demo's two sources have captions of."""
+    """Every possible caption of the demo's two sources."""
     for first, shape, second in shapes.combinations():
         yield Prompt(shapes.caption(first, shape, second), shape, first, second)
     for kind, first, second in patterns.combinations():
@@ -58,13 +58,13 @@ def judge(image: np.ndarray, prompt: Prompt) -> Verdict:
 
 
 def _nearer(image: np.ndarray, colour: str, other: str) -> np.ndarray:
-    """Pixels nearer to one named colour than to the other, bool [H, W]."""
+    """Which pixels are nearer to one named colour than to the other, bool [H, W]."""
     distance = [np.abs(image.astype(int) - COLOURS[name]).sum(-1) for name in (colour, other)]
     return distance[0] < distance[1]
 
 
 def _colour(pixels: np.ndarray) -> str:
-    """The name of the colour that the median of pixels [N, 3] is nearest to."""
+    """The name of the colour nearest to the median of pixels [N, 3]."""
     median = np.median(pixels, axis=0)
     return min(COLOURS, key=lambda name: np.abs(median - COLOURS[name]).sum())
 

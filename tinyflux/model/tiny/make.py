@@ -1,9 +1,9 @@
-"""Makes the offline zoo: real diffusers and transformers classes with small configs, trained for minutes on a CPU.
+"""Build the offline zoo: real diffusers and transformers classes with small configs, trained for minutes on a CPU.
 
     python -m tinyflux.model.tiny.make --out DIR [--effort 1.0] [--only vae sd_vae text lune sol]
 
-Needs scikit-image for its photographs. `--effort` scales the training steps; `--only` remakes some of the models of
-an existing DIR. A trained zoo takes about ten minutes on two cores.
+Needs scikit-image for its photographs. `--effort` scales the training steps; `--only` rebuilds some of the models in an
+existing DIR. A full build takes about ten minutes on two cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def build_vae(latent_channels: int, widths: tuple[int, ...], quant_conv: bool) -
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
-        norm_num_groups=1,  # more would normalise a flat colour away: the first level has only eight channels
+        norm_num_groups=1,  # more groups would remove a flat colour: the first level has only eight channels
         mid_block_add_attention=False,
         use_quant_conv=quant_conv,
         use_post_quant_conv=quant_conv,
@@ -72,7 +72,7 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def make(out: Path, parts: tuple[str, ...] = PARTS, effort: float = 1.0) -> None:
-    """Makes `parts` in the folder `out`; the parts that they need and that are not among them are read from there."""
+    """Build `parts` in the folder `out`; other parts that they need are read from there."""
     out.mkdir(parents=True, exist_ok=True)
     steps = {part: max(1, round(n * effort)) for part, n in STEPS.items()}
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def make(out: Path, parts: tuple[str, ...] = PARTS, effort: float = 1.0) -> None
             tokenizer.save_pretrained(out / name)
             written = out / name / "tokenizer.json"
             written.write_text(json.dumps(json.loads(written.read_text()), ensure_ascii=False, separators=(",", ":")))
-    if "vision" in parts:  # into the folder of the text tower: a whole CLIP, as the published one is
+    if "vision" in parts:  # into the folder of the text tower, so that it is a complete CLIP like the published one
         tokenizer = AutoTokenizer.from_pretrained(out / "clip")
         whole = vision.build_clip_model(CLIPTextModel.from_pretrained(out / "clip", dtype=torch.float32))
         vision.fit_vision(whole, tokenizer, steps["vision"])

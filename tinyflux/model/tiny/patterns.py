@@ -1,4 +1,4 @@
-"""Captioned stripes and checkerboards: the demo's second source, an image folder as a user would have one."""
+"""Captioned stripes and checkerboards: the demo's second source, written as an image folder."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def caption(kind: str, first: str, second: str) -> str:
 
 
 def draw(kind: str, first: str, second: str) -> Image.Image:
-    """A picture of SIZE x SIZE pixels that begins with the first colour."""
+    """A picture of SIZE x SIZE pixels that starts with the first colour."""
     pixels = np.where(mask(kind)[..., None], COLOURS[second], COLOURS[first])
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -36,7 +36,7 @@ def combinations() -> list[tuple[str, str, str]]:
 
 
 def render(index: int) -> tuple[Image.Image, str]:
-    """Picture and caption number `index` of a series that goes through all combinations, shuffled, again and again."""
+    """Picture and caption number `index` of an endless series that repeats all combinations in shuffled order."""
     every = combinations()
     scene = every[rng.permutation(len(every), "patterns")[index % len(every)]]
     return draw(*scene), caption(*scene)

@@ -1,4 +1,4 @@
-"""What the tiny zoo learns from: shapes in any colours, patterns, and crops of scikit-image's photographs."""
+"""Training pictures of the tiny zoo: shapes in any colours, patterns, and crops of scikit-image's photographs."""
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
 
 
 def shape_pictures(n: int, seed: int, size: int = 64) -> list[Image.Image]:
-    """Half of the captioned series, half with two overlapping shapes in random colours and sizes."""
+    """Half from the captioned series, half with two overlapping shapes in random colours and sizes."""
     draws = np.random.default_rng(seed)
     images = [shapes.render(i, seed, size)[0] for i in range(n // 2)]
     for _ in range(n - n // 2):

@@ -1,4 +1,4 @@
-"""Captioned coloured shapes: the toy pictures that the tiny zoo is trained on and the demo learns to draw."""
+"""Captioned coloured shapes: the toy pictures for training the tiny zoo and the demo's network."""
 
 import itertools
 import math
@@ -66,7 +66,7 @@ def combinations() -> list[tuple[str, str, str]]:
 
 @lru_cache
 def held_out(count: int) -> frozenset[tuple[str, str, str]]:
-    """That many combinations, the same ones every time, for a source to leave out."""
+    """`count` fixed combinations that a source leaves out."""
     every = combinations()
     return frozenset(every[i] for i in rng.permutation(len(every), "held out")[:count])
 
@@ -74,7 +74,7 @@ def held_out(count: int) -> frozenset[tuple[str, str, str]]:
 def render(
     index: int, seed: int = 0, size: int = 64, leave_out: frozenset[tuple[str, str, str]] = frozenset()
 ) -> tuple[Image.Image, str]:
-    """Picture and caption number `index` of the endless series that `seed` names, without some combinations.
+    """Picture and caption number `index` of an endless series keyed by `seed`, without the held-out combinations.
 
     Shape and background colours differ; position and scale vary a little.
     """

@@ -1,9 +1,9 @@
 """The tiny zoo's tokenizers and text encoders.
 
-Both encoders learn what is to be painted: from the pooled CLIP vector, and from every single T5 state, small heads must
-name the form and the first and the second colour of the captioned picture. So each token knows which colour is the
-shape's and which is the background's, or which one the stripes begin with: a network that gives its text tokens no
-positions cannot find that out by itself.
+Both encoders learn the content of the captioned picture: from the pooled CLIP vector and from every T5 state, small
+heads must predict the form and the first and second colour. So each token knows which colour is the shape's and which
+is the background's, or with which one the stripes start. TinyFlux gives text tokens no positions, so it could not find
+this out itself.
 """
 
 import json
@@ -53,7 +53,7 @@ def _corpus() -> list[str]:
 
 
 def train_t5_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-style unigram tokenizer: whole words, pieces of words, and bytes for whatever is left."""
+    """SentencePiece-style unigram tokenizer: whole words, pieces of words, and bytes for the rest."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -80,7 +80,7 @@ def train_t5_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE: lower case, words end in </w>, and all bytes in both forms: nothing is unknown."""
+    """CLIP's byte-level BPE: lower case, words end in </w>, and all bytes in both forms, so that nothing is unknown."""
     blank = CLIPTokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
@@ -100,7 +100,7 @@ def _trained(tokenizer: Tokenizer) -> dict:
 
 
 def fit_text(t5: T5EncoderModel, t5_tokenizer, clip: CLIPTextModel, clip_tokenizer, steps: int, seed: int = 0) -> None:
-    """Trains both encoders in place."""
+    """Train both encoders in place."""
     torch.manual_seed(seed)
     draws = random.Random(seed)
     scenes, colours = list(prompts()), list(shapes.COLOURS)
@@ -140,14 +140,14 @@ def _scene_loss(heads: nn.ModuleDict, states: Tensor, target: Tensor) -> Tensor:
 
 
 def _t5_loss(t5: T5EncoderModel, heads: nn.ModuleDict, tokens, target: Tensor) -> Tensor:
-    """Every state names the whole scene and still knows its own word."""
+    """Loss: every state predicts the whole scene and its own word."""
     states = t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state  # [B, L, D]
     words = F.cross_entropy(heads["words"](states).flatten(0, 1), tokens.input_ids.flatten())
     return _scene_loss(heads, states[: len(target)], target) + 0.3 * words
 
 
 def _clip_loss(clip: CLIPTextModel, heads: nn.ModuleDict, tokens, target: Tensor) -> Tensor:
-    """The pooled vector names the scene and the words of the prompt, in any order."""
+    """Loss: the pooled vector predicts the scene and the set of words in the prompt."""
     pooled = clip(input_ids=tokens.input_ids).pooler_output  # [B, D]
     present = torch.zeros(len(pooled), clip.config.vocab_size).scatter_(1, tokens.input_ids, 1.0)
     return _scene_loss(heads, pooled[: len(target)], target) + F.binary_cross_entropy_with_logits(

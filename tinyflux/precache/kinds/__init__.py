@@ -1,4 +1,4 @@
-"""The kinds of sources. A new one is a file here, with its keys, their checks and its lister, and a line below."""
+"""The kinds of sources. To add one, write a file here with its keys, their checks and its lister, and a line below."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""What every kind of source has: the keys of its table in sources.toml, and inputs that are named but not read yet."""
+"""Base classes of source kinds: the keys of a table in sources.toml, and inputs that are listed but not read yet."""
 
 import hashlib
 import json
@@ -15,26 +15,26 @@ from tinyflux.util.settings import Above, AtLeast, Match, Within, check, require
 
 Text = Annotated[str, Match(r"(?s).+", "that is not empty")]
 MOST_CAPTIONS = 255
-"""Captions of one image that are kept."""
+"""Most captions of one image."""
 DEFAULT_FIELDS = ("text", "caption", "prompt")
 _INNER = ("name", "kind", "base")
 
 
 class SourceError(ValueError):
-    """A source that cannot be read as it is described; the message names the file, table and key."""
+    """A source's description is wrong; the message names the file, table and key."""
 
 
 class Input(NamedTuple):
-    """An image with its captions as a listing has it: plain values, nothing of it read yet."""
+    """An image with its captions in a listing: plain values, not read yet."""
 
     origin: str
     """The image's name in the source."""
     stamp: str
-    """Changes when the input does, as far as can be seen without reading it."""
+    """Changes when the input changes, as far as can be told without reading it."""
     place: Any = None
     """What its kind needs to read it."""
     captions: list | None = None
-    """Its captions where the listing has them; None where they are read with the image."""
+    """Its captions if the listing has them; None if they are read with the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,49 +44,49 @@ class Source:
     name: str
     kind: str
     base: Path
-    """Folder of the sources.toml, which relative locations start from."""
+    """Folder of the sources.toml, the start of relative locations."""
     dataset_id: Annotated[int, Within(0, 9999)]
     weight: Annotated[float, Above(0)] = 1.0
-    """Share suggested to training; a build only shows it."""
+    """Suggested share in training; a build only shows it."""
 
     recipe: ClassVar[str] = ""
-    """What `sharding.build` makes of it: module and class of its recipe."""
+    """Module and class of its recipe."""
     keeps_order: ClassVar[bool] = False
-    """Whether its inputs keep the order that they are listed in; others are put in one keyed by the build's seed."""
+    """Whether its inputs keep their listed order; other inputs get an order keyed by the build's seed."""
 
     def __post_init__(self):
         check(self)
 
     def parts(self) -> list[tuple[str, str]] | None:
-        """(name, stamp) of the parts that it comes in, such as tars; None where its inputs are listed whole."""
+        """(name, stamp) of its natural parts, such as tars; None if all its inputs are listed at once."""
         return None
 
     def done_with(self, part: str) -> None:
-        """Called once all shards of a part are written: what was kept of it can be deleted."""
+        """Called when all shards of a part are written: temporary files can be deleted."""
 
     def inputs_of(self, part: str) -> Iterator[Input]:
         """The inputs of one of these parts, in order. Raises SourceError."""
         raise NotImplementedError
 
     def records(self, size: int, seed: int) -> Iterator[list]:
-        """Lists that begin with a stem: `join` makes inputs of those of one stem, which come to it in the end.
+        """Lists that start with a stem. All records of a stem are later passed to `join`, which makes inputs of them.
 
-        By default each input is a record of its own.
+        By default each input is one record.
         """
         for item in self.inputs(size, seed):
             yield [item.origin, *item]
 
     def stem(self, item: Input) -> str:
-        """The stem that an input's records have."""
+        """The stem of an input's records."""
         return item.origin
 
     def join(self, stem: str, rows: Iterable[list]) -> Iterator[Input]:
-        """The inputs that the records of one stem make."""
+        """The inputs from the records of one stem."""
         for row in rows:
             yield Input(*row[1:])
 
     def inputs(self, size: int, seed: int) -> Iterator[Input]:
-        """Everything that the source holds now. `size` and `seed` are what rendered images are drawn with.
+        """All current inputs of the source. `size` and `seed` are used for rendered images.
 
         Raises FileNotFoundError, SourceError.
         """
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def where(self) -> str:
-        """What it is made of, for tables and messages."""
+        """Its location, for tables and messages."""
         return getattr(self, "location", "")
 
     @property
@@ -107,7 +107,7 @@ class Source:
         if not self.path.exists():
             raise FileNotFoundError(f"[{self.name}] location: {self.path}: no such folder")
         if not self.path.is_dir():
-            raise SourceError(f"[{self.name}] location: {self.path} is a file, kind {self.kind!r} wants a folder")
+            raise SourceError(f"[{self.name}] location: {self.path} is a file, but kind {self.kind!r} needs a folder")
         return self.path
 
     def file(self) -> Path:
@@ -117,7 +117,7 @@ class Source:
         return self.path
 
     def describe(self) -> dict:
-        """The keys that decide a build's samples and are not at their defaults."""
+        """The keys that affect a build's samples and are not at their defaults."""
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -131,7 +131,7 @@ class Source:
 
     @classmethod
     def required(cls) -> list[str]:
-        """The keys that it must have."""
+        """The required keys."""
         return [f.name for f in fields(cls) if f.name not in _INNER and f.default is MISSING]
 
 
@@ -140,7 +140,7 @@ class CaptionedSource(Source):
     """A source whose inputs have captions."""
 
     captions: Literal["first", "longest", "random", "all"] | None = None
-    """Which of several captions to keep; None means all, and that a text file is one caption."""
+    """Which of several captions to keep; None means all, and a text file is one caption."""
     allow_empty_captions: bool = False
 
     def read_texts(self, item: Input) -> list[str]:
@@ -148,15 +148,15 @@ class CaptionedSource(Source):
         return texts(item.captions, "the caption")
 
     def sought(self, item: Input) -> str:
-        """What was looked for where an input has no caption, and what lies there."""
+        """Where a missing caption was looked for, and what was found there."""
         return ""
 
     def prompts(self, item: Input, seed: int) -> list[str]:
-        """The captions of an input by the source's rule; `seed` is the sample's own. Raises Rejected."""
+        """The captions of an input by the source's rule; `seed` is the sample's. Raises Rejected."""
         try:
             given = self.read_texts(item)
             for text in given:
-                text.encode()  # a lone surrogate out of JSON would fail much later
+                text.encode()  # a lone surrogate from JSON would fail much later
         except UnicodeError as error:
             raise Rejected(f"caption is not UTF-8: {error.reason}") from error
         filled = [text for text in (" ".join(text.split()) for text in given) if text]
@@ -174,7 +174,7 @@ class CaptionedSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(CaptionedSource):
-    """A source of images: what all of its kinds have in common."""
+    """Base class of sources of images."""
 
     recipe: ClassVar[str] = "from_images:FromImages"
     crop: Literal["center", "top", "random"] = "center"
@@ -197,11 +197,11 @@ class ImageSource(CaptionedSource):
         raise NotImplementedError
 
     def read_head(self, item: Input) -> bytes | Image.Image:
-        """The beginning of the image's file, or all of it. Raises Rejected."""
+        """The first bytes of the image's file, or all of it. Raises Rejected."""
         return self.read_image(item)
 
     def read_size(self, item: Input) -> tuple[int, int] | None:
-        """Width and height of the upright image; None where it has no readable header. Raises Rejected."""
+        """Width and height of the upright image; None if its header is unreadable. Raises Rejected."""
         return size_of(self.read_head(item)) or size_of(self.read_image(item))
 
 
@@ -214,8 +214,8 @@ def texts(value: object, where: str) -> list[str]:
 
 
 def captions_in(record: dict, fields: Sequence[str] | None) -> list | None:
-    """What a record has under these fields, all of them; by default the first of "text", "caption" and "prompt" that
-    it has. None where it has none of them."""
+    """A record's values of all these fields; by default of the first existing field of "text", "caption" and "prompt".
+    None if it has none of them."""
     names = fields or [name for name in DEFAULT_FIELDS if name in record][:1]
     found = [record[name] for name in names if name in record]
     if not found:
@@ -224,5 +224,5 @@ def captions_in(record: dict, fields: Sequence[str] | None) -> list | None:
 
 
 def digest(*parts: object) -> str:
-    """A short stamp of values that are at hand."""
+    """A short hash of values, for a stamp."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

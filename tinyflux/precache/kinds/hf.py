@@ -24,13 +24,13 @@ from tinyflux.util.settings import AtLeast
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Which rows of a dataset are taken."""
+    """Which rows of a dataset to use."""
 
     split: Text = "train"
     config: Text | None = None
     revision: Text | None = None
     streaming: bool = False
-    """Download nothing first; needs `count`, the number of rows to take."""
+    """Stream instead of downloading first; needs `count`, the number of rows to take."""
     count: Annotated[int, AtLeast(1)] | None = None
 
 
@@ -46,16 +46,16 @@ class HfDataset(Rows, ImageSource):
     def __post_init__(self):
         super().__post_init__()
         if self.streaming and self.count is None:
-            raise ValueError("streaming needs count, how many rows to take")
+            raise ValueError("streaming needs count, the number of rows to take")
 
     @property
     def keeps_order(self) -> bool:
-        """A stream is read from its beginning to its end."""
+        """Whether it is streamed: a stream is read in order."""
         return self.streaming
 
     @cached_property
     def rows(self):
-        """The dataset with the columns that are wanted. Raises SourceError."""
+        """The dataset with only the needed columns. Raises SourceError."""
         try:
             import datasets  # optional: only this kind needs it
         except ImportError as error:
@@ -82,11 +82,11 @@ class HfDataset(Rows, ImageSource):
 
     @property
     def cells(self) -> dict[str, list[str]]:
-        """The columns beside the captions, by the key that names them."""
+        """The columns besides the captions, by the key that names them."""
         return {"image": [self.image]}
 
     def as_read(self, rows):
-        """The dataset with its cells as `read_image` takes them. Raises SourceError for a column of another type."""
+        """The dataset with cells in the form for `read_image`. Raises SourceError for a column of another type."""
         import datasets
 
         kind = rows.features[self.image]
@@ -98,7 +98,7 @@ class HfDataset(Rows, ImageSource):
 
     @cached_property
     def stream(self) -> "_Stream":
-        """Its rows by number, where it is streamed."""
+        """Its rows by number, if it is streamed."""
         return _Stream(self)
 
     def inputs(self, size: int, seed: int) -> Iterator[Input]:
@@ -113,7 +113,7 @@ class HfDataset(Rows, ImageSource):
 
     def read_image(self, item: Input) -> bytes:
         if self.streaming:
-            cell = self.stream.row(item.place).pop(self.image)  # popped: the rows kept stay small
+            cell = self.stream.row(item.place).pop(self.image)  # pop, so that cached rows stay small
         else:
             cell = self.rows[item.place][self.image]
         if not cell:
@@ -128,7 +128,7 @@ class HfDataset(Rows, ImageSource):
 
 
 class _Stream:
-    """Rows of a streaming dataset by number, asked for in nearly rising order by several threads."""
+    """Rows of a streaming dataset by number, requested in nearly ascending order by several threads."""
 
     KEPT = 2048
 

@@ -13,7 +13,7 @@ from tinyflux.precache.images import EXTENSIONS, PICTURES, Rejected
 from tinyflux.precache.inputs import HEAD, lines_of, printable, read_file, records, table_rows
 from tinyflux.precache.kinds.base import ImageSource, Input, SourceError, Text, captions_in, digest, texts
 
-BESIDE = ("txt", "caption", "tags", "json")  # the first that there is
+BESIDE = ("txt", "caption", "tags", "json")  # the first existing file is used
 LISTS = ("metadata.jsonl", "metadata.csv", "prompts.txt")
 
 
@@ -22,20 +22,20 @@ class ImageFolder(ImageSource):
     """All images of a folder and its subfolders.
 
     The captions of a/b.png are in a metadata.jsonl, metadata.csv or prompts.txt of a folder above it, else in a/b.txt,
-    .caption, .tags or .json, or a/b.png.txt and so on; in upper case, too.
+    .caption, .tags or .json, or a/b.png.txt and so on; extensions may be in upper case.
     """
 
     extensions: ClassVar[frozenset[str]] = EXTENSIONS
-    """Of the files that are read."""
+    """Extensions of files that are read."""
     known: ClassVar[frozenset[str]] = PICTURES
-    """Of the files that are looked at; those that are not read are rejected if they have captions."""
+    """Extensions of files that are listed; those that are not read are rejected if they have captions."""
     location: Text
     caption: list[str] | None = None
     """Fields of the captions in metadata.jsonl, metadata.csv and .json; None means "text", "caption" or "prompt"."""
 
     @cached_property
     def ignored(self) -> Counter[str]:
-        """How many files of other extensions were passed over, as they were listed."""
+        """Number of skipped files by extension, filled by the listing."""
         return Counter()
 
     def records(self, size: int, seed: int) -> Iterator[list]:
@@ -57,7 +57,7 @@ class ImageFolder(ImageSource):
                     continue
                 if entry.is_symlink() and os.path.isdir(entry.path):
                     raise SourceError(
-                        f"{entry.path}: is a link to a folder, these are not followed; copy it or mount it"
+                        f"{entry.path}: is a link to a folder, which is not followed; copy or mount the folder instead"
                     )
                 name, extension = below + entry.name, entry.name.rpartition(".")[2].lower()
                 if entry.name in LISTS:
@@ -79,7 +79,7 @@ class ImageFolder(ImageSource):
                 yield [self.stem_of(printable(path)), "listed", path, values]
 
     def _listed(self, folder: Path, name: str, pictures: int) -> Iterator[tuple[str, list]]:
-        """(image, captions) of the lines of a list. Raises SourceError."""
+        """(image, captions) for each line of a list. Raises SourceError."""
         path = folder / name
         if name == "prompts.txt":
             yield from self._prompts(path, pictures)
@@ -98,7 +98,7 @@ class ImageFolder(ImageSource):
             raise SourceError(f"{path}: no record has the field {wanted}; the first has {', '.join(map(str, first))}")
 
     def _prompts(self, path: Path, pictures: int) -> Iterator[tuple[str, list]]:
-        """(image, captions) of a prompts.txt: `a.png<TAB>a caption` or `a.png: a caption`, or a line for each image."""
+        """(image, captions) of a prompts.txt: `a.png<TAB>a caption` or `a.png: a caption`, or one line per image."""
         lines = list(lines_of(path))
         named = [self._named(line) for _, line in lines]
         if all(named):
@@ -109,7 +109,7 @@ class ImageFolder(ImageSource):
             number = lines[named.index(None)][0]
             raise SourceError(
                 f"{path}, line {number}: must be an image's path, a tab or a colon, and its caption; or the file must "
-                "have a line for each image of its folder, in the order of their names: "
+                "have one line for each image of its folder, in the order of their names: "
                 f"it has {len(lines)} for {pictures}"
             )
         images = (e for e in os.listdir(path.parent) if e.rpartition(".")[2].lower() in self.extensions and e[0] != ".")
@@ -121,7 +121,7 @@ class ImageFolder(ImageSource):
         return (name, text) if separator and name.strip().rpartition(".")[2].lower() in self.known else None
 
     def stem_of(self, name: str) -> str:
-        """A name without the extensions of images and captions: what an image and its caption file have in common."""
+        """A name without extensions, which an image and its caption file have in common."""
         stem, dot, extension = name.rpartition(".")
         if dot and extension.lower() in BESIDE:
             name = stem
@@ -190,7 +190,7 @@ class ImageFolder(ImageSource):
 
 def _stamp(entry: os.DirEntry) -> str:
     try:
-        status = entry.stat()  # of what a link leads to
+        status = entry.stat()  # follows a link
     except OSError:
         return "gone"
     return f"{status.st_size} {status.st_mtime_ns}"

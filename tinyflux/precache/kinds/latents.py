@@ -1,4 +1,4 @@
-"""Kind "latents": FLUX latents that somebody has made already, in tables, tars or a folder, with their captions."""
+"""Kind "latents": existing FLUX latents in tables, tars or a folder, with their captions."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ from tinyflux.precache.kinds.webdataset import WebDataset
 from tinyflux.shards.schema import DTYPES
 
 EXTENSIONS = frozenset(("npy", "npz", "safetensors", "pt", "pth"))
-NAMES = ("latents", "latent")  # of the tensor in a file that holds several
+NAMES = ("latents", "latent")  # names of the tensor in a file with several
 LARGEST = 1 << 26  # bytes of the latents of one image
 SIDES = 1024  # latent pixels
 
@@ -48,7 +48,7 @@ class _Table(HfDataset):
         import datasets
 
         kind = rows.features[self.image]
-        if isinstance(kind, datasets.Value) or self.streaming:  # numpy strings would lose the zero bytes at their end
+        if isinstance(kind, datasets.Value) or self.streaming:  # numpy strings would lose trailing zero bytes
             return rows
         return rows.with_format("numpy", columns=[self.image], output_all_columns=True)
 
@@ -67,18 +67,18 @@ class Latents(Rows, CaptionedSource):
     recipe: ClassVar[str] = "from_latents:FromLatents"
     location: Text
     scaling: Literal["raw", "scaled", "shifted"]
-    """What was done to the VAE's output z: nothing; z * scaling_factor; or (z - shift_factor) * scaling_factor."""
+    """How the VAE's output z was scaled: not; z * scaling_factor; or (z - shift_factor) * scaling_factor."""
     latent: Text = "latent"
-    """The column, or the tensor's name in a file that holds several."""
+    """The column, or the tensor's name in a file with several."""
     shape: Text | None = None
     """The column of the shapes of flat latents."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of latents that are plain bytes without a header."""
+    """Dtype of latents that are plain bytes without a header."""
     caption: list[str] | None = None
 
     @cached_property
     def files(self) -> ImageSource:
-        """What lists and reads them."""
+        """The source that lists and reads the files."""
         common = {name: getattr(self, name) for name in ("name", "kind", "base", "dataset_id", "location", "caption")}
         common |= {"captions": self.captions, "allow_empty_captions": self.allow_empty_captions}
         path = self.path
@@ -95,7 +95,7 @@ class Latents(Rows, CaptionedSource):
 
     @property
     def ignored(self) -> dict[str, int]:
-        """How many files of other extensions were passed over."""
+        """Number of skipped files by extension."""
         return getattr(self.files, "ignored", {})
 
     def parts(self) -> list[tuple[str, str]] | None:
@@ -126,7 +126,7 @@ class Latents(Rows, CaptionedSource):
         return self.files.sought(item)
 
     def read_latents(self, item: Input) -> Tensor:
-        """The latents [C, h, w] as they were given, in any thread. Raises Rejected."""
+        """The latents [C, h, w] with their original scaling, in any thread. Raises Rejected."""
         cell = self.files.read_image(item)
         cell, shape = cell if isinstance(cell, tuple) else (cell, None)
         if isinstance(cell, bytes):
@@ -153,7 +153,7 @@ class Latents(Rows, CaptionedSource):
         return found
 
     def _decoded(self, data: bytes, shape) -> Any:
-        """The tensor in the bytes of a file. Nothing in it is executed."""
+        """The tensor in a file's bytes. No code from it is executed."""
         if len(data) > LARGEST:
             raise Rejected(f"unreadable latents: {len(data)} bytes, at most {LARGEST} are accepted")
         try:
@@ -172,7 +172,7 @@ class Latents(Rows, CaptionedSource):
             if self.dtype and shape is not None:
                 return torch.frombuffer(bytearray(data), dtype=DTYPES[self.dtype])
         except pickle.UnpicklingError as error:
-            raise Rejected("unreadable latents: refused, the file holds more than tensors") from error
+            raise Rejected("unreadable latents: refused, the file contains more than tensors") from error
         except (
             ValueError, RuntimeError, EOFError, KeyError, OSError, MemoryError, NotImplementedError,
             zipfile.BadZipFile, safetensors.SafetensorError,
@@ -193,11 +193,11 @@ class Latents(Rows, CaptionedSource):
 
 
 def _numpy(data: bytes) -> np.ndarray:
-    """The array in a .npy file. Raises ValueError, also where its header promises more than is there."""
+    """The array in a .npy file. Raises ValueError, also if its header and its size do not match."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if dtype.hasobject or prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"its header says {dtype} {list(shape)}, which is not what follows")
+        raise ValueError(f"its header says {dtype} {list(shape)}, which does not match its size")
     return np.load(io.BytesIO(data), allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Kind "cache": a legacy cache, a folder of encodings.pt, lune.pt and sol.pt; taken as it is, without any models."""
+"""Kind "cache": a legacy cache, a folder of encodings.pt, lune.pt and sol.pt; converted without any models."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tinyflux.precache.legacy import LegacyCache
 
 @dataclass(frozen=True, kw_only=True)
 class LegacyFolder(Source):
-    """A folder of encodings.pt, and lune.pt and sol.pt where it has them."""
+    """A folder with encodings.pt, and optionally lune.pt and sol.pt."""
 
     location: Text
     recipe: ClassVar[str] = "from_legacy:FromLegacy"

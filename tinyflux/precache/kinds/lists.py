@@ -20,7 +20,7 @@ class JsonLines(ImageSource):
     caption: list[str] | None = None
     """Fields of the captions; None means "text", "caption" or "prompt"."""
     root: Text | None = None
-    """Folder that the paths are relative to and may not leave; None is the list's own."""
+    """Folder of the paths, which may not lead out of it; None is the list's folder."""
 
     def rows(self) -> Iterator[dict]:
         """The records of the list. Raises FileNotFoundError, SourceError."""
@@ -32,7 +32,7 @@ class JsonLines(ImageSource):
         for row in self.rows():
             first, name = first or row, row[self.image]
             if os.path.isabs(name):
-                name = os.path.relpath(name, self.top)  # one that leads outside now starts with .. and is rejected
+                name = os.path.relpath(name, self.top)  # a path that leads outside now starts with .. and is rejected
             values = captions_in(row, self.caption)
             found = found or values is not None
             yield Input(printable(name), f"{self._stamp(name)} {digest(values)}", name, values or [])
@@ -41,13 +41,13 @@ class JsonLines(ImageSource):
             raise SourceError(f"{self.path}: no record has the field {wanted}; the first has {', '.join(first)}")
 
     def join(self, stem: str, rows: Iterable[list]) -> Iterator[Input]:
-        items = [Input(*row[1:]) for row in rows]  # several rows of one image are several captions
+        items = [Input(*row[1:]) for row in rows]  # several rows of an image are several captions
         captions = [text for item in items for text in item.captions]
         yield items[0]._replace(captions=captions, stamp=" ".join(item.stamp for item in items))
 
     @property
     def top(self) -> Path:
-        """The folder that the paths are relative to."""
+        """The folder of the paths."""
         return self.path.parent if self.root is None else self.base / Path(self.root).expanduser()
 
     def _stamp(self, name: str) -> str:

@@ -11,16 +11,16 @@ from tinyflux.model.tiny.shapes import held_out, render
 from tinyflux.precache.kinds.base import ImageSource, Input
 from tinyflux.util.settings import AtLeast, Within
 
-_draw = lru_cache(maxsize=64)(render)  # an image and its caption are asked for separately
+_draw = lru_cache(maxsize=64)(render)  # an image and its caption are requested separately
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes(ImageSource):
-    """Rendered coloured shapes, as many as `count`."""
+    """`count` rendered images of coloured shapes."""
 
     count: Annotated[int, AtLeast(1)]
     held_out: Annotated[int, Within(0, 200)] = 0
-    """Combinations of shape and colours that are never drawn, to see whether a model can compose them."""
+    """Number of combinations of shape and colours that are never rendered, to test whether a model can compose them."""
     keeps_order = True
 
     @property

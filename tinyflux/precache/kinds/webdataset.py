@@ -19,18 +19,18 @@ CAPTIONS = ("txt", "caption", "json")
 
 @dataclass(frozen=True, kw_only=True)
 class WebDataset(ImageSource):
-    """Raw tars of images with .txt, .caption or .json beside them: a folder of tars, files or URLs. Each is a part."""
+    """Raw tars of images with .txt, .caption or .json beside them: a folder of tars, files or URLs. A tar is a part."""
 
     extensions: ClassVar[frozenset[str]] = EXTENSIONS
-    """Of the members that are read."""
+    """Extensions of members that are read."""
     location: Text
     caption: list[str] | None = None
-    """Fields of the captions in the .json; None means that a .txt comes first, then "text", "caption" or "prompt"."""
+    """Fields of the captions in the .json; None means the .txt, else the field "text", "caption" or "prompt"."""
     keeps_order = True
 
     @cached_property
     def places(self) -> dict[str, str]:
-        """Files or URLs of the tars by their names below their common folder. Raises FileNotFoundError."""
+        """Name below the common folder -> file or URL, for each tar. Raises FileNotFoundError."""
         from webdataset.shardlists import expand_urls
 
         if "://" in self.location:
@@ -65,7 +65,7 @@ class WebDataset(ImageSource):
             yield Input(part, "", (part, None, str(fault.why)))
 
     def done_with(self, part: str) -> None:
-        """Forget a tar that was downloaded, once its shards are written."""
+        """Delete a downloaded tar after its shards are written."""
         if "://" in self.places[part]:
             forget(self.places[part])
 
@@ -76,7 +76,7 @@ class WebDataset(ImageSource):
     def read_image(self, item: Input) -> bytes:
         part, place, why = item.place
         if place is None:
-            raise Rejected(f"damaged tar, images of it are lost: {why}")
+            raise Rejected(f"damaged tar, some of its images are lost: {why}")
         return self._slice(part, place)
 
     def sought(self, item: Input) -> str:

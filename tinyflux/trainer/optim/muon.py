@@ -86,8 +86,8 @@ def move(
 
 class Muon(AdamW):
     """stacks: parameters to orthogonalise, sharded by rows or unsharded -> number of matrices stacked in each; their
-    state is `momentum`. rest: parameters for AdamW, or groups of them. scale: root mean square of an orthogonalised update;
-    0.2 matches AdamW, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+    state is `momentum`. rest: parameters for AdamW, or groups of them. scale: root mean square of an orthogonalised
+    update; 0.2 matches AdamW, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
     """
 
     def __init__(
