@@ -198,7 +198,7 @@ def test_the_table_has_shapes_captions_layers_timesteps_and_producers(built, cap
     text = capsys.readouterr().out
     assert [table_row(text, shape)[1:] for shape in ("8x8", "7x10", "10x7")] == [["3", "33.3%", "1"]] * 3
     assert text.count("\nlatents  ") == 3 and "16x7x10" in text and "16x10x7" in text
-    assert "captions a sample  samples\n1                        6\n2                        3\n" in text
+    assert "captions per sample  samples\n1                          6\n2                          3\n" in text
     base = str(built.parent / "photos")
     assert table_row(text, base)[1:5] == ["base", "latents,", "text,", "sol"]
     assert table_row(text, str(built))[1:3] == ["overlay", "lune"]

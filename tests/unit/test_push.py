@@ -267,7 +267,7 @@ def test_overlays_go_beside_their_bases_and_come_back(hub, client, layered, tmp_
     assert not any(name.endswith("rejected.jsonl") for name in files)
     card_text = files["README.md"].decode()
     assert "An overlay: it adds `mask` to the samples of its base, `../portraits-text`" in card_text
-    assert "Latent shapes h x w: 2 x 8: 2, 4 x 4: 3 samples" in card_text and "Up to 3 captions a sample" in card_text
+    assert "Latent shapes h x w: 2 x 8: 2, 4 x 4: 3 samples" in card_text and "Up to 3 captions per sample" in card_text
     code = f"""
 from tinyflux.shards.source import open_source
 source = open_source("hf://datasets/{REPO}/portraits-mask")

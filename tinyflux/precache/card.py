@@ -118,7 +118,7 @@ def _counts(manifest: Manifest) -> list[str]:
         lines += [f"Latent shapes h x w: {shapes} samples; a shard has one.", ""]
     most = int(index.captions.max(initial=0))
     if most > 1:
-        lines += [f"Up to {most} captions a sample, {int(index.captions.sum(dtype=np.int64))} in all.", ""]
+        lines += [f"Up to {most} captions per sample, {int(index.captions.sum(dtype=np.int64))} in total.", ""]
     return lines
 
 

@@ -45,7 +45,7 @@ def summary(report: Report) -> list[str]:
     size = sum(layer.manifest.bytes for layer in report.source.layers)
     lines = [
         f"{manifest.source}: {manifest.count} samples in {len(manifest.shards)} shards, {size / 1e6:.1f} MB, "
-        f"{size / max(1, manifest.count) / 1e3:.1f} kB a sample; dataset id {manifest.dataset_id}",
+        f"{size / max(1, manifest.count) / 1e3:.1f} kB per sample; dataset id {manifest.dataset_id}",
         f"looked at {report.read} samples; {sum(not p for p in report.prompts)} prompts are empty, {repeated} repeat",
     ]
     grids: dict[tuple, list[str]] = {}
@@ -93,7 +93,7 @@ def shapes(source: Source) -> list[tuple]:
 
 def members(report: Report) -> list[tuple]:
     """Bytes of each kind of member, as tensors and as stored; the captions' members are counted together."""
-    rows: list[tuple] = [("member", "fields", "a sample", "raw bytes", "stored", "stored/raw")]
+    rows: list[tuple] = [("member", "fields", "per sample", "raw bytes", "stored", "stored/raw")]
     totals: Counter[str] = Counter()
     for (name, _), sizes in report.stored.items():
         totals[name] += sizes.bytes
@@ -127,7 +127,7 @@ def fields(report: Report) -> list[tuple]:
 def captions(source: Source) -> list[tuple]:
     """Samples by number of captions."""
     counts = np.bincount(source.captions) if len(source.captions) else []
-    return [("captions a sample", "samples"), *((n, int(count)) for n, count in enumerate(counts) if count)]
+    return [("captions per sample", "samples"), *((n, int(count)) for n, count in enumerate(counts) if count)]
 
 
 def prompts(report: Report) -> list[tuple]:

@@ -96,7 +96,7 @@ class DataConfig:
         return found
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of a rank in one step. Raises ValueError where the global batch doesn't divide."""
+        """Micro-batches of a rank in one step. Raises ValueError if the global batch doesn't divide."""
         steps, rest = divmod(self.global_batch_size, world * self.micro_batch_size)
         if rest:
             raise ValueError(
@@ -106,11 +106,11 @@ class DataConfig:
         return steps
 
     def check_shapes(self, world: int) -> None:
-        """Raises ValueError where a micro-batch would mix the shapes of sources that have several."""
+        """Raises ValueError if sources have several shapes and a micro-batch would mix them."""
         unit, micro = self.unit_size, self.micro_batch_size
         if unit % micro:
             raise ValueError(
-                f"the sources have several latent shapes, and a micro-batch has one: data.unit = {unit} must be a "
+                f"the sources have several latent shapes, but a micro-batch has one: data.unit = {unit} must be a "
                 f"multiple of data.micro_batch_size = {micro}: set data.unit = {micro}"
             )
         if self.global_batch_size % (world * unit):

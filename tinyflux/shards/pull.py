@@ -104,6 +104,6 @@ def _check_beside(location: str, url: str) -> None:
     if head != ".." or "/" in name:
         raise ValueError(
             f"the base is named as {location!r}, which is not a folder beside the overlay: pull it by itself, "
-            f"python -m sharding.pull {redacted(url)} FOLDER, to where the overlay looks for it"
+            f"python -m sharding.pull {redacted(url)} FOLDER, where FOLDER is the path that the overlay names"
         )
     check_name(name)

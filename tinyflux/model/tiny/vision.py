@@ -1,7 +1,7 @@
-"""The tiny CLIP's eyes: a vision tower and both projections, trained against its finished text tower.
+"""The tiny CLIP's vision tower and both projections, trained against its finished text tower.
 
-Pictures and captions are pulled together by CLIP's loss (Radford et al., 2021, arXiv:2103.00020); pictures that share a
-caption count as right for each other. The text tower stays as it is, bit for bit.
+The loss is CLIP's (Radford et al., 2021, arXiv:2103.00020), where pictures with the same caption are all positives. The
+text tower does not change, bit for bit.
 """
 
 import torch
@@ -18,7 +18,7 @@ DIM = 64  # of the space that pictures and captions share
 
 
 def build_clip_model(text: CLIPTextModel) -> CLIPModel:
-    """A whole CLIP with this text tower and an untrained vision tower of 64 x 64 pixels."""
+    """A complete CLIP with this text tower and an untrained vision tower for 64 x 64 pixels."""
     vision = CLIPVisionConfig(
         image_size=64, patch_size=8, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         projection_dim=DIM,
@@ -41,7 +41,7 @@ def training_set(n: int, seed: int = 4) -> tuple[Tensor, list[str]]:
 
 
 def fit_vision(clip: CLIPModel, tokenizer, steps: int, batch_size: int = 96, n: int = 5000, seed: int = 0) -> None:
-    """Trains the vision tower and the projections in place."""
+    """Train the vision tower and the projections in place."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     clip.text_model.requires_grad_(False)
@@ -69,13 +69,13 @@ def fit_vision(clip: CLIPModel, tokenizer, steps: int, batch_size: int = 96, n: 
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as CLIP takes them."""
+    """Pixels in [-1, 1], normalised for CLIP."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     return ((pixels + 1) / 2 - mean) / std
 
 
 def _disturbed(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures moved by up to four pixels, with a little noise of their own strength."""
+    """Pictures moved by up to four pixels, with a little noise, whose strength differs per picture."""
     y, x = (4 + torch.randint(-4, 5, (2,), generator=generator)).tolist()
     pixels = F.pad(pixels, (4, 4, 4, 4), mode="replicate")[..., y : y + 64, x : x + 64]
     strength = 0.15 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
