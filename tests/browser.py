@@ -1,4 +1,4 @@
-"""A headless Chromium that is told what to do over its debugging protocol."""
+"""A headless Chromium, controlled by its debugging protocol."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ PATIENCE = 180.0  # seconds; a machine may be busy
 
 
 class Tab:
-    """A tab. `requested` are the addresses that its pages have asked for."""
+    """A tab. `requested`: the addresses that its pages have requested."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
         self.socket, self.requested = socket, []
@@ -34,7 +34,7 @@ class Tab:
                 self._answers.pop(told["id"]).set_result(told)
 
     async def call(self, method: str, **given) -> dict:
-        """A command of the protocol. RuntimeError where it fails."""
+        """Run a command of the protocol. Raises RuntimeError if it fails."""
         self._calls = number = self._calls + 1
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         await self.socket.send_json({"id": number, "method": method, "params": given})
@@ -77,18 +77,18 @@ class Tab:
         await self.call("Input.insertText", text=text)
 
     async def screenshot(self, path: Path) -> None:
-        """What the tab shows, as a PNG."""
+        """A screenshot of the tab, as a PNG."""
         path.write_bytes(base64.b64decode((await self.call("Page.captureScreenshot"))["data"]))
 
 
 def chromium() -> str | None:
-    """Its program, None where there is none."""
+    """Path of the Chromium program, None if there is none."""
     return shutil.which("chromium")
 
 
 @asynccontextmanager
 async def tab(url: str, width: int = 1400, height: int = 1100):
-    """A tab of a Chromium of its own that shows this page."""
+    """A tab of a new Chromium that shows this page."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         argv = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
         argv += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]

@@ -1,4 +1,4 @@
-"""Fixtures that several test files use, and what a run of pytest has once, whatever its number of workers."""
+"""Fixtures of several test files, and the server that all workers of a pytest run share."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""A loopback Hugging Face Hub of dataset and model repos that takes commits and gives files, for the real client.
+"""A loopback Hugging Face Hub of dataset and model repos, with commits and downloads, for the real client.
 
-Shards, pictures and models' weights are stored as LFS objects, as on the Hub; a commit is a whole listing of the repo.
+Shards, pictures and models' weights are stored as LFS objects, as on the Hub; a commit has all files of the repo.
 """
 
 import base64
@@ -60,7 +60,7 @@ def entry(path: str, data: bytes) -> dict:
 
 
 def yaml_faults(card: str) -> list[str]:
-    """What is wrong with a card's metadata, by some of the Hub's rules."""
+    """Faults in a card's metadata, by some of the Hub's rules."""
     data = RepoCard(card, ignore_metadata_errors=True).data.to_dict()
     sizes = {f"{a}<n<{b}" for a, b in pairwise(("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"))}
     rules = {

@@ -1,6 +1,6 @@
-"""Python commands as processes of their own, forked from a server that has the imports behind it.
+"""Python commands as separate processes, forked from a server that has already done the imports.
 
-One server serves a whole run of pytest, whatever its number of workers (tests/conftest.py starts it).
+All workers of a pytest run share one server (tests/conftest.py starts it).
 """
 
 import gc
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ADDRESS = "TINYFLUX_FORK_SERVER"
-"""The environment's variable with the path of the server's socket."""
+"""The environment variable with the path of the server's socket."""
 IMPORTS = (
     "huggingface_hub.constants",
     "tinyflux.model.zoo",
@@ -34,7 +34,7 @@ IMPORTS = (
 
 @contextmanager
 def fork_server() -> Iterator[None]:
-    """Start the server; it imports nothing before it is first needed."""
+    """Start the server; it imports nothing before its first request."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ[ADDRESS] = f"{folder}/socket"
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -54,11 +54,11 @@ def fork_server() -> Iterator[None]:
 
 
 class Forked:
-    """`python ARGV...` in a process group of its own; `subprocess.Popen`'s attributes and methods, as far as they go.
+    """`python ARGV...` in its own process group, with some attributes and methods of `subprocess.Popen`.
 
-    The process is killed when the last reference to this object goes. argv: a script, -m and a module, or -c and code,
-    and its arguments. log: a file that both outputs are added to, in place of `stdout`. file_limit: bytes beyond which
-    writing a file fails.
+    The process is killed when the last reference to this object is deleted. argv: a script, -m and a module, or -c and
+    code, and its arguments. log: a file to which both outputs are appended, instead of `stdout`. file_limit: largest
+    size of a file that it can write, in bytes.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class Forked:
         self.pid = int(told)
 
     def poll(self, timeout: float | None = 0) -> int | None:
-        """The exit status, if the process ended within so many seconds."""
+        """The exit status, if the process ends within `timeout` seconds."""
         if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
             self.returncode = int(self._server.recv(64))
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """The exit status; a process that takes longer is killed and gives -9."""
+        """The exit status; after `timeout` seconds the process is killed, which gives -9."""
         if self.poll(timeout) is None:
             self.kill()
         return self.poll(None)
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """What was said; a process that takes longer is killed."""
+        """The output; after `timeout` seconds the process is killed."""
         timer = threading.Timer(timeout, self.kill)
         timer.start()
         with self.stdout:
@@ -120,7 +120,7 @@ class Forked:
 
 
 def serve(listener: socket.socket) -> None:
-    """Fork for every request, until stdin is closed. Returns in the children alone, with their command in sys.argv."""
+    """Fork for every request, until stdin is closed. Returns only in the children, with their command in sys.argv."""
     imported = False
     while True:
         if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
@@ -146,7 +146,7 @@ def watch(client: socket.socket, request: dict, output: int) -> None:
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        os.read(ready, 1)  # the client knows this process before it does anything
+        os.read(ready, 1)  # wait until the client knows this process
         for fd in (ready, go, client.detach()):
             os.close(fd)
         prepare(**request, output=output)
@@ -180,7 +180,7 @@ def prepare(argv: list[str], env: dict[str, str], cwd: str, file_limit: int | No
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that watch
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
     serve(socket.socket(fileno=int(sys.argv[1])))
     if sys.argv[0] in ("-m", "-c"):
         option, what = sys.argv[0], sys.argv.pop(1)

@@ -1,4 +1,4 @@
-"""What a source lists, as a build takes it: for tests."""
+"""A source's inputs as in a build, for tests."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ from tinyflux.precache.listing import Counted
 
 
 def inputs_of(source: Source, size: int = 64, seed: int = 0) -> list[Input]:
-    """Everything that a source holds, in the order of a build."""
+    """All inputs of a source, in the order of a build."""
     if (parts := source.parts()) is not None:
         return [item for name, _ in parts for item in source.inputs_of(name)]
     with tempfile.TemporaryDirectory() as folder:
@@ -19,7 +19,7 @@ def inputs_of(source: Source, size: int = 64, seed: int = 0) -> list[Input]:
 
 
 def captions_of(source: Source, seed: int = 0) -> dict[str, list[str] | str]:
-    """Origin -> captions, or the reason why not."""
+    """Origin -> captions, or the reason for the rejection."""
     found = {}
     for item in inputs_of(source):
         try:

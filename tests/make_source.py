@@ -1,4 +1,4 @@
-"""The one maker of sources for tests: real shards of random tensors that say which sample they are."""
+"""The source maker of all tests: real shards of random tensors that encode their sample's index."""
 
 import io
 import os
@@ -47,7 +47,7 @@ def make_tensors(
 ) -> dict[str, Tensor]:
     """Tensors of sample `index`: noise keyed by it, and the index itself in latents[0, 0, :2] as two digits of 100.
 
-    captions: of 1 the texts have no axis of captions. sizes: instead of those of SIZES.
+    captions: with 1, texts have no caption axis. sizes: override those of SIZES.
     """
     generator = torch.Generator().manual_seed(index + 1_000_000 * seed)
     known, tensors = SIZES | sizes | {"h": shape[0], "w": shape[1]}, {}
@@ -67,9 +67,9 @@ def make_tensors(
 def make_samples(
     indices, dataset_id: int = 1, *, captions: int | Sequence[int] = 1, overlay: bool = False, **options
 ) -> Iterator[dict]:
-    """Samples for `write_shard`, two of an image. captions: of all, or of each. options go to `make_tensors`.
+    """Samples for `write_shard`, two per image. captions: number for all, or of each. options go to `make_tensors`.
 
-    overlay: as an overlay has them, with neither preview nor, without texts, a .json.
+    overlay: as in an overlay: without preview, and without .json unless they have texts.
     """
     for i in indices:
         count = captions if isinstance(captions, int) else captions[i % len(captions)]
@@ -125,12 +125,12 @@ def make_source(
 
 
 def base_of(folder: Path, base: Path) -> Base:
-    """What the manifest of an overlay in `folder` says of its base."""
+    """The base entry in the manifest of an overlay in `folder`."""
     return Base(os.path.relpath(base, folder), Manifest.load(base).sha256)
 
 
 def make_old_cache(folder: Path, n: int = 7, **changes) -> Path:
-    """A cache as it was before there were shards, of the tensors of `make_tensors`."""
+    """A legacy cache with the tensors of `make_tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     t = {name: torch.stack([make_tensors(i)[name] for i in range(n)]) for name in make_tensors(0)}
     grid = torch.tensor(BUCKETS)

@@ -1,5 +1,5 @@
-"""Counts what would make the host wait for a GPU: reads of tensors' values, and operations whose result's size depends
-on values. Collectives are counted too."""
+"""Count everything that would make the host wait for a GPU: reads of tensor values, and operations whose result's size
+depends on values. Also counts collectives."""
 
 import collections
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ INDEXING = {"index", "index_put", "index_put_"}  # by a mask they wait
 
 
 class _Calls(TorchFunctionMode):
-    """What the code calls; `tolist` and its like never reach the dispatcher."""
+    """Counts calls in the code; `tolist` and similar never reach the dispatcher."""
 
     def __init__(self, count: collections.Counter):
         super().__init__()
@@ -27,7 +27,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """What is dispatched, in the backward too."""
+    """Counts dispatched operations, also in the backward."""
 
     def __init__(self, waits: collections.Counter, operations: collections.Counter):
         super().__init__()
@@ -43,13 +43,13 @@ class _Operations(TorchDispatchMode):
 
 
 class Reads:
-    """reads: by what is called; waits, operations: by what is dispatched, operations without exception."""
+    """reads: called functions that read values; waits: dispatched operations that wait; operations: all dispatched."""
 
     def __init__(self):
         self.reads, self.waits, self.operations = (collections.Counter() for _ in range(3))
 
     @contextmanager
     def counted(self):
-        """Count what is done in a `with` block."""
+        """Count within a `with` block."""
         with _Calls(self.reads), _Operations(self.waits, self.operations):
             yield

@@ -1,5 +1,5 @@
-"""TinyFlux-Deep written the obvious way, with the published parameter names: what the real network is checked against
-and timed against. It shares no code with the package; `config` is anything with TinyFluxConfig's fields.
+"""TinyFlux-Deep written the obvious way, with the published parameter names: the reference for the network's values and
+speed. It shares no code with the package; `config` is any object with TinyFluxConfig's fields.
 """
 
 import math

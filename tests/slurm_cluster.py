@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for as long as a `with` block (needs slurm-wlm and munge, as root)."""
+"""A real Slurm cluster of two nodes on this machine, for a `with` block (needs slurm-wlm and munge, as root)."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
 
 def missing() -> list[str]:
-    """Programs that a cluster needs and this machine lacks."""
+    """Missing programs of a cluster."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 

@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves a folder, and the part of the Hub's API that its client needs, with faults."""
+"""A loopback HTTP server for a folder, with the part of the Hub's API that its client needs, and with faults."""
 
 import json
 import re
@@ -14,11 +14,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class StoreServer(ThreadingHTTPServer):
-    """`faults[name]` holds what happens to the next requests of a file; `bodies` counts the requests answered, `sent`
-    the bytes of bodies.
+    """`faults[name]`: faults of the next requests of a file; `bodies` counts answered requests, `sent` the bytes of
+    bodies.
 
-    rate: bytes a second of all answers together. latency: seconds before each answer. hold: files that are not answered
-    before `held` is set. login: the Authorization header that is asked for. port: to be there again after an outage.
+    rate: bytes per second of all answers together. latency: seconds before each answer. hold: files that are not
+    answered before `held` is set. login: the required Authorization header. port: to restart after an outage.
     """
 
     daemon_threads = True
@@ -37,7 +37,7 @@ class StoreServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def transmit(self, length: int) -> None:
-        """Take the time that `length` bytes need on the one line that all answers share."""
+        """Wait as long as `length` bytes need on the line that all answers share."""
         if self.rate is not None:
             with self._line:
                 self._free_at = max(self._free_at, time.monotonic()) + length / self.rate
@@ -45,7 +45,7 @@ class StoreServer(ThreadingHTTPServer):
             time.sleep(max(0.0, until - time.monotonic()))
 
     def handle_error(self, request, client_address):
-        """A client that went away is none of the server's business."""
+        """Ignore clients that have gone away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[start : end + 1]
         if isinstance(fault, tuple):
             return self._send(fault[0], b"", **fault[1])
-        if fault == "cut":  # promises all of it, breaks off in the middle
+        if fault == "cut":  # announces the full length, but stops in the middle
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.1)
             self.wfile.write(data[: len(data) // 2])
             return None
-        if fault == "page":  # what a proxy says in the place of a file
+        if fault == "page":  # a proxy's page instead of the file
             status, data = 200, b"<!DOCTYPE html><html><body>Please log in</body></html>"
         if fault == "short":  # a consistent answer that lacks the end
             data = data[: len(data) // 2]
@@ -160,7 +160,7 @@ def store_server(root: Path, port: int = 0) -> Iterator[StoreServer]:
 
 
 class S3:
-    """moto's S3 server on loopback; after `stop` its content is still there at the next `start`."""
+    """moto's S3 server on loopback; its content survives `stop` and `start`."""
 
     def __init__(self):
         self.port = 0

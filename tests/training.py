@@ -1,4 +1,4 @@
-"""What the training tests share: small sources of random tensors, and real torchrun processes on them."""
+"""Helpers of the training tests: small sources of random tensors, and real torchrun processes on them."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from launch.train import main
 from tests.forked import Forked
 
 ROOT = Path(__file__).parent.parent
-TINY = {  # the network that tests train, without the sizes that the shards fix
+TINY = {  # the network that tests train, without the sizes that depend on the shards
     "hidden_size": 32,
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -52,7 +52,7 @@ SMALL = [  # a run small enough for a test
 
 
 def make_source(folder: Path, dataset_id: int, samples: int = 24, shard_size: int = 8, **options) -> Path:
-    """A source that SMALL can be trained on; options go to `tests.make_source.make_source`."""
+    """A source for SMALL; options go to `tests.make_source.make_source`."""
     counts = [min(shard_size, samples - first) for first in range(0, samples, shard_size)]
     return sources.make_source(folder, counts, dataset_id=dataset_id, seed=dataset_id, **(sources.TRAINABLE | options))
 
@@ -118,7 +118,7 @@ def run_ranks(argv: Sequence[object], ranks: int, log: Path, timeout: float = 30
 
 def _train_here(argv: list[object]) -> subprocess.CompletedProcess:
     output, threads = io.StringIO(), torch.get_num_threads()
-    torch.set_num_threads(1)  # as the other processes have it: the order of a sum depends on it
+    torch.set_num_threads(1)  # as in the other processes: the summation order depends on it
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = main(argv[1:])
@@ -145,7 +145,7 @@ def start_torchrun(
 
 
 def wait_for(process: Forked, run_dir: Path, when: int | Path) -> None:
-    """Wait until a step of a run is recorded, or a file is there."""
+    """Wait until a step of a run is recorded, or a file exists."""
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if when.exists() if isinstance(when, Path) else len(records(run_dir)) >= when:
@@ -166,7 +166,7 @@ def workers(torchrun: Forked) -> list[int]:
 
 
 def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: int, *options: object) -> tuple[int, str]:
-    """Train on one rank until a step is recorded or a file is there, then send a signal. (Exit status, output)."""
+    """Train on one rank until a step is recorded or a file exists, then send a signal. (Exit status, output)."""
     process = start(run_dir, sources, *options)
     wait_for(process, run_dir, when)
     process.send_signal(number)
@@ -175,13 +175,13 @@ def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: in
 
 
 def records(run_dir: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl."""
+    """The complete lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def curve(run_dir: Path) -> list[dict]:
-    """The records without what depends on the clock or on when the process was started."""
+    """The records without entries that depend on the clock or on the process's start."""
     timing = ("samples_per_s", "step_s", "data_wait", "slowest", "data", "resumed")
     return [{k: v for k, v in record.items() if k not in timing} for record in records(run_dir)]

@@ -1,4 +1,4 @@
-"""A run folder with weights of a small network that nobody trained, for what draws with the packaged zoo."""
+"""A run folder with untrained weights of a small network, for tests that draw with the packaged zoo."""
 
 import json
 from pathlib import Path

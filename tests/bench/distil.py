@@ -2,8 +2,8 @@
 
 python tests/bench/distil.py --sources demo/data/shapes demo/data/patterns [--out bench-runs]
 
-Without a teacher its head is trained by the main loss alone. `launch/demo.py` builds the sources. Runs that are
-finished are not run again.
+Without a teacher, its head is trained only by the main loss. `launch/demo.py` builds the sources. Finished runs are not
+run again.
 """
 
 import sys

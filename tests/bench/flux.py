@@ -2,9 +2,9 @@
 
     python tests/bench/flux.py [FOLDER]     FOLDER (default: a temporary one, 5 GB) keeps the models for another run
 
-No hub need be reached: models with random weights in the real layouts (FLUX VAE, flan-t5-base, CLIP-L, SD1.5's UNet
-and VAE, both experts) are served on loopback. Prints the files that were asked for, the time of each model, the peak
-of the resident memory, and what a build says where the Hub's answer is not what it should be.
+It needs no network: models with random weights in the real layouts (FLUX VAE, flan-t5-base, CLIP-L, SD1.5's UNet and
+VAE, both experts) are served on loopback. Prints the requested files, the time of each model, the peak of the resident
+memory, and the build's messages for bad answers of the Hub.
 """
 
 import json

@@ -3,9 +3,9 @@ the teachers, the VAE, sampling at 28 steps, the stream into pinned memory.
 
     python tests/bench/gpu.py [OUT.json]
 
-Each measurement has a process of its own. One that fails or takes too long is reported, and the others go on; all of it
-ends in ten minutes, and the file is written after each. Without a GPU it runs small on the CPU, which shows that it
-works and nothing more.
+Each measurement runs in a separate process. One that fails or takes too long is reported, and the others continue;
+everything ends within ten minutes, and the file is written after each. Without a GPU, small versions run on the CPU,
+only to show that they work.
 """
 
 import json

@@ -1,12 +1,12 @@
-"""What a training step costs the host, beside the arithmetic: the time of its parts, operations launched, collectives,
+"""A training step's cost on the host, besides the arithmetic: the time of its parts, launched operations, collectives,
 and reads that wait for the device.
 
     OMP_NUM_THREADS=1 python tests/bench/host_time.py            the full depth, 15 + 25 blocks, as narrow as can be
 
-The network is so narrow that nearly all of a CPU's time is that of Python and of dispatch, which a GPU's host has as
-well. A read is `item`, `tolist`, `float`, `bool`, ... of a tensor in the code of a step: on a GPU each waits until all
-that was launched is done, but for the one list of numbers that was copied to pinned memory a step before. A wait is an
-operation that needs values for its result, by what was dispatched, the backward included.
+The network is so narrow that nearly all CPU time is spent in Python and dispatch, as on a GPU's host. A read is `item`,
+`tolist`, `float`, `bool`, ... of a tensor in the code of a step: on a GPU each waits for all launched work, except for
+the one list of numbers that was copied to pinned memory in the previous step. A wait is a dispatched operation, also in
+the backward, whose result's size depends on values.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""A source of 10^9 samples in 4 million shards: what it takes to open it, to go to a step, and to plan steps.
+"""A source of 10^9 samples in 4 million shards: the cost of opening it, seeking a step, and planning steps.
 
     python tests/bench/large_source.py --folder /somewhere/with/6/GB
 
-There are no shards, only their manifest and index, which are written once. Memory is a process's own: the pages of the
-index are the page cache's. The seek is the first step that a plan is asked for, far inside, and includes the order of
-all shards. The steps are those of 64 sources that have as many samples together.
+There are no shards, only their manifest and index, which are written once. Memory is private memory of the process; the
+index is in the page cache. The seek is the first requested step of a plan, deep in a pass, and includes the order of
+all shards. The planned steps are those of 64 sources with as many samples in total.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def make(folder: Path, shards: int) -> None:
 
 
 def own() -> float:
-    """MB of memory that are this process's alone and not of a file."""
+    """MB of this process's private memory, without mapped files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1000
 
 
 def measure(folder: Path, batch: int, ranks: int, val_fraction: float) -> None:
-    """Print what opening and planning take; in a process of its own."""
+    """Print the cost of opening and planning; runs in a separate process."""
     before, began = own(), time.perf_counter()
     config = DataConfig([str(folder)], global_batch_size=batch, val_fraction=val_fraction)
     stream = Stream(open_sources(config), config, 0, ranks)

@@ -1,4 +1,4 @@
-"""Memory and time of listing a source: a real folder tree, and names of no files through the same code.
+"""Memory and time of listing a source: a real folder tree, and made-up names through the same code.
 
     python tests/bench/listing.py --files 200000 --names 10000000
 

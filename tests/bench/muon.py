@@ -2,8 +2,8 @@
 
 python tests/bench/muon.py --sources demo/data/shapes demo/data/patterns [--out bench-runs]
 
-AdamW trains once a seed; Muon trains as long, and in schedules of its own that are shorter. `launch/demo.py` builds
-the sources. Runs that are finished are not run again.
+AdamW trains once per seed; Muon trains as long, and also in shorter schedules. `launch/demo.py` builds the sources.
+Finished runs are not run again.
 """
 
 import sys

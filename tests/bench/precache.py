@@ -1,9 +1,9 @@
-"""Time and memory of the teachers' features, ours against the plain way, on a full-size UNet of SD1.5's shape.
+"""Time and memory of the teachers' features, ours against the obvious way, on a full-size UNet of SD1.5's shape.
 
     python tests/bench/precache.py                                    the CPU, one image at two timesteps
     python tests/bench/precache.py --device cuda --dtype float16 --batch 32
 
-The plain way runs the whole UNet and hooks its mid block for Lune, and keeps every self-attention layer's
+The obvious way runs the whole UNet and hooks its mid block for Lune, and keeps every self-attention layer's
 probabilities for Sol. All variants take turns in one process; ratios are medians within a turn. Weights are random.
 """
 

@@ -1,7 +1,7 @@
-"""What `tests/bench/stream.py` compares: how each reader's data is written, and how it is read.
+"""The readers that `tests/bench/stream.py` compares: how each one's data is written and read.
 
-Every reader is in its best form: shuffled before it decodes, decompressors kept, batches collated in its workers. The
-peers' functions import nothing of this package, so that they run in an environment of their own.
+Every reader is in its best form: it shuffles before decoding, reuses decompressors, and collates batches in workers.
+The peers' functions import nothing from this package, so that they run in a separate environment.
 """
 
 import importlib.machinery
@@ -43,7 +43,7 @@ def make_ours(folder: Path, samples: int) -> None:
 
 
 def make_webdataset(folder: Path, samples: int, compressed: bool) -> None:
-    """Shards with a safetensors member a sample, in a zstd frame or as it is."""
+    """Shards with one safetensors member per sample, in a zstd frame or uncompressed."""
     import safetensors.torch
     import webdataset
 
@@ -76,7 +76,7 @@ def make_mosaicml(folder: Path, samples: int, compressed: bool) -> None:
 
 
 def mosaic():
-    """The package `streaming`. Its vision datasets, which nobody needs here, want torchvision."""
+    """The package `streaming`. Its vision datasets, which are not needed here, require torchvision."""
     if importlib.util.find_spec("torchvision") is None:
         for name in ("torchvision", "torchvision.datasets", "torchvision.transforms.functional"):
             module = types.ModuleType(name)
@@ -109,9 +109,9 @@ def collated(folder: Path, batch: int, threads: int) -> Iterator[dict]:
 
 
 def floor(folder: Path, batch: int, threads: int) -> Iterator[dict]:
-    """A bare pool: eight samples a task, read, decompressed and joined into the batch's memory, nothing checked.
+    """A bare pool: each task reads, decompresses and joins eight samples into the batch's memory, without checks.
 
-    A sample's members are read by one call and decompressed by one, and a task's planes are joined by one a field.
+    A sample's members are read by one call and decompressed by one; a task's planes are joined by one call per field.
     """
     from tinyflux.shards.source import open_source
 

@@ -1,10 +1,10 @@
-"""Time of a training step that begins a save, against the plain steps of the same run, on any device.
+"""Time of a training step that starts a save, against the other steps of the same run, on any device.
 
     python tests/bench/save_step.py                                one rank, 34M parameters, 0.5 GB of state
     torchrun --nproc_per_node 8 tests/bench/save_step.py --blocks 15 25 --grid 64 --batch 16 --dtype bfloat16
 
-A step is timed from its begin to the next one's, so all that a save does in the training's thread counts; what the
-writing thread then takes from the steps after it, where it has no core of its own, is shown as well.
+A step is timed from its start to the next step's start, so everything that a save does in the training thread counts.
+The time that the writing thread takes from later steps, if it has no core of its own, is shown too.
 """
 
 import argparse

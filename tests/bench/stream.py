@@ -3,12 +3,12 @@
     python tests/bench/stream.py --peers /path/to/peers/bin/python
     python tests/bench/stream.py --only ours floor --turns 5
 
-Every reader has a process of its own, delivers shuffled batches of the stored tensors, and takes turns with the others;
-figures are medians over the turns. A peer is measured with 0 to --threads workers in the first turn, and with the best
-number of them from then on. `floor` is what no reader of these shards can beat: a bare pool of as many threads that
-reads, decompresses and joins, with nothing around it. Memory is what the process and its children hold (PSS) above the
-process before it opened anything. LitData and MosaicML are peers, not dependencies: an environment with this package's
-dependencies and `pip install litdata mosaicml-streaming` holds them, and --peers names its interpreter.
+Every reader runs in its own process, delivers shuffled batches of the stored tensors, and takes turns with the others;
+figures are medians over the turns. A peer is measured with 0 to --threads workers in the first turn, and then with the
+best number of workers. `floor` is the limit for any reader of these shards: a bare pool of as many threads that reads,
+decompresses and joins. Memory is the PSS of the process and its children, minus that before it opened anything. LitData
+and MosaicML are not dependencies: install this package's dependencies and `pip install litdata mosaicml-streaming` in
+another environment, and give its interpreter with --peers.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def cpu_seconds() -> float:
 
 
 def resident() -> int:
-    """Bytes that the family holds, shared ones divided among those who share them."""
+    """Bytes of a process and its children, with shared memory divided among its users (PSS)."""
     total = 0
     for pid in family():
         try:
@@ -90,9 +90,9 @@ def measure(reader: Reader, workers: int, data: Path, batch: int, batches: int) 
 
 
 def behind_a_store(data: Path, batch: int, rate: float, consumer: float) -> dict:
-    """A consumer of so many samples/s behind an HTTP store of `rate` bytes/s: the start, and every wait after it.
+    """A consumer of a fixed number of samples/s behind an HTTP store of `rate` bytes/s: the start, and later waits.
 
-    The start is held against a plain download of the shards that the lanes begin with.
+    The start is compared with a plain download of the lanes' first shards.
     """
     from tests.store_server import store_server
     from tinyflux.shards.stream import DataConfig, Stream, open_sources
@@ -123,7 +123,7 @@ def behind_a_store(data: Path, batch: int, rate: float, consumer: float) -> dict
 
 
 def run(arguments: argparse.Namespace, data: Path, name: str, workers: int | None = None) -> dict:
-    """The figures of a reader in a process of its own; without workers, its data are written."""
+    """The figures of a reader, measured in its own process; without workers, write its data."""
     python = (READERS[name].peer and arguments.peers) or sys.executable
     command = [python, __file__, "--data", data, "--reader", name]
     if workers is not None:
@@ -143,7 +143,7 @@ def has(python: str, package: str) -> bool:
 
 
 def compare(rows: dict[str, dict], stored: dict[str, float]) -> Iterator[str]:
-    """What the figures say of the stream, a line each."""
+    """Conclusions about the stream from the figures, one per line."""
     mine = rows["ours"]
     yield f"stored: {stored['ours'] / RAW:.3f} of the raw bytes; memory {mine['memory_mb']:.0f} MB"
     for peer in ("webdataset", "litdata", "mosaicml"):

@@ -4,11 +4,11 @@
     python tests/bench/train_step.py --device cuda --dtype bfloat16      the full one, 64x64 latents
     python tests/bench/train_step.py --size short --variants ours-eager baseline-eager --batch 2
 
-Steps of all variants take turns, so that a machine shared with others slows all of them alike; with one CPU thread
-(OMP_NUM_THREADS=1) the process's own CPU time counts, which others hardly touch. Columns: samples/s of the median and
-of the fastest step, the latter's TFLOP/s and MFU (of the model's operations: what checkpointing computes twice counts
-once), memory of a step above what was there before it, and how many times as fast as the eager and the compiled
-baseline (medians of the ratios within a turn).
+Steps of all variants take turns, so that other load on the machine slows all of them alike; with one CPU thread
+(OMP_NUM_THREADS=1) the process's CPU time is measured, which other load hardly affects. Columns: samples/s of the
+median and of the fastest step, the latter's TFLOP/s and MFU (of the model's operations, without recomputation),
+memory of a step above that before it, and the speed-up over the eager and the compiled baseline (medians of the ratios
+within a turn).
 """
 
 import argparse
@@ -65,7 +65,7 @@ SIZES = {
 
 
 class Runner:
-    """One variant: its own copy of the weights, and a step that is timed."""
+    """One variant: its own copy of the weights, and a timed step."""
 
     def __init__(self, name: str, source: ReferenceTinyFlux, batch: dict, target: torch.Tensor):
         network, compiled, ac = VARIANTS[name]

@@ -1,5 +1,5 @@
-"""A third teacher by data and settings alone: one feature grid an image, in an overlay, and a head that only training
-has."""
+"""A third teacher needs only data and settings: one feature grid per image, in an overlay, and a head for training
+only."""
 
 import pytest
 import torch

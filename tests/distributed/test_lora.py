@@ -1,4 +1,4 @@
-"""LoRA on sharded networks: the base stays as it is, and a run resumes on any number of ranks."""
+"""LoRA on sharded networks: the base weights do not change, and a run resumes on any number of ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The optimizers on sharded parameters: the steps of the unsharded ones, and runs that resume exactly."""
+"""The optimizers on sharded parameters: the same steps as unsharded, and runs that resume exactly."""
 
 import sys
 import tomllib
@@ -94,8 +94,8 @@ def compare() -> None:
 
 
 def count_gathers() -> None:
-    """Blocks are gathered for the forward and again for the backward, all but the one that both meet last; the root
-    once. Gradients are reduced in the step's last backward."""
+    """All blocks except the last are gathered for the forward and again for the backward; the root once. Gradients are
+    reduced in the step's last backward."""
     torch.manual_seed(0)
     model = TinyFluxDeep(TinyFluxConfig(**TINY, **FITTED))
     distribute(model, torch.device("cpu"), ParallelConfig())
@@ -114,7 +114,7 @@ def test_sharded_steps_are_those_of_the_whole(tmp_path):
 
 
 def test_muon_is_torch_s():
-    """Of a matrix alone; torch's works in bfloat16."""
+    """For a single matrix; torch's works in bfloat16."""
     ours, theirs = (nn.Parameter(torch.ones(48, 32)) for _ in range(2))
     optimizers = [
         Muon({ours: 1}, [], lr=1e-2, weight_decay=0.1),

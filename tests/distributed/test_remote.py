@@ -1,5 +1,5 @@
-"""A training of several ranks on sources of a Hub, with everything that a source may have: as from the disk and
-unbroken, also after a rank died, on fewer ranks later."""
+"""Training on several ranks from Hub sources with all features of a source: the same as an uninterrupted run from disk,
+also after a rank died, and on fewer ranks later."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ SHAPES = {"samples": 48, "shapes": ((4, 4), (2, 8), (8, 2))}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Source a of three shapes and up to three captions, on it other captions and on those a teacher, each an overlay;
-    source b of two shapes with masks, on it the teacher."""
+    """Source a with three shapes and up to three captions, an overlay with other captions, and on it one with a
+    teacher; source b with two shapes and masks, and an overlay with the teacher."""
     root = tmp_path_factory.mktemp("sources")
     groups = ("latents", "text", "sol")
     a = make_source(root / "a", 1, captions=[1, 3], groups=groups, **SHAPES)
@@ -70,7 +70,7 @@ def urls(folders, sources, tmp_path, monkeypatch):
 
 
 def test_four_ranks_then_two_then_one(unbroken, urls, tmp_path):
-    """A rank is killed, the run resumes on two and ends on one: the losses are those of an unbroken run on the disk."""
+    """A rank is killed, the run resumes on two ranks and ends on one: same losses as uninterrupted from disk."""
     run_dir = tmp_path / "run"
     options = (*OPTIONS, "--data.cache-dir", tmp_path / "cache")
     saving = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)

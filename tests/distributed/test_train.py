@@ -40,7 +40,7 @@ def one_rank(one_rank_dir):
 def draws(
     sources, rank: int, world: int, micro: int, steps: range = range(STEPS), **options
 ) -> dict[tuple[int, int], tuple]:
-    """(step, slot) -> key, t, noise and dropped text of what a rank trains on."""
+    """(step, slot) -> key, t, noise and dropped text of a rank's samples."""
     config = DataConfig([str(s) for s in sources], global_batch_size=8, micro_batch_size=micro, seed=7)
     opened = open_sources(config)
     trainer = replace(TrainerConfig(text_dropout=0.5), **options)

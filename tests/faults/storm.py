@@ -1,9 +1,9 @@
-"""A training of two ranks that is killed again and again at random moments has the losses of an unbroken one.
+"""A training on two ranks that is repeatedly killed at random moments has the losses of an uninterrupted one.
 
     python tests/faults/storm.py [--kills 15] [--steps 60]
 
-Each start is killed (SIGKILL: torchrun, one rank, or all of it) at a random moment, its start, a save and a validation
-included; then the same command is run again. The last start ends by itself.
+Each start is killed (SIGKILL: torchrun, one rank, or everything) at a random moment, also during its start, a save or a
+validation; then the same command is run again. The last start ends by itself.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RANKS = 2
 
 
 def kill(process: Forked, what: str) -> None:
-    """Kill one rank, torchrun alone, or all of it."""
+    """Kill one rank, only torchrun, or everything."""
     ranks = workers(process)
     victims = {"rank": ranks[-1:], "torchrun": [process.pid], "all": [process.pid, *ranks]}[what]
     for pid in victims or [process.pid]:

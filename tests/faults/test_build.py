@@ -1,4 +1,4 @@
-"""Builds that are killed, run on several ranks, or run out of room: the same command ends in the same bytes."""
+"""Builds that are killed, run on several ranks, or run out of disk space: the same command gives the same bytes."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_killed_ranks_come_back(tars, world, kills):
 
 
 def test_fields_added_by_ranks_that_are_killed(whole):
-    """--only on two ranks, one killed and started again: the bytes of one rank, and the base as it was."""
+    """--only on two ranks, one killed and restarted: the same bytes as on one rank, and an unchanged base."""
     folder, expected = whole
     assert rank(folder, "bare", options=("--no-lune",)).wait(PATIENCE) == 0, (folder / "bare-0.log").read_text()
     before, options = content(folder / "bare"), ("--only", "lune", "--from", "bare")

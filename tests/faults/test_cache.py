@@ -1,4 +1,4 @@
-"""Files of remote stores and the node's cache of them: what goes wrong on the way, on the disk and at the store."""
+"""Remote files and the node's cache: faults of the network, the disk and the store."""
 
 import base64
 import hashlib
@@ -265,7 +265,7 @@ def test_a_killed_download_is_resumed(server, tmp_path):
 
 
 def test_eviction_looks_at_what_it_removes_alone(server, tmp_path, monkeypatch):
-    """Whatever the number of files: listed once, and the total is read, not counted, under the node's lock."""
+    """For any number of files: they are listed once, and the total is read, not counted, under the node's lock."""
     listed = []
     monkeypatch.setattr(cache_module, "_files", lambda folder, of=cache_module._files: listed.append(1) or of(folder))
     store = store_of(server, tmp_path, limit=int(2.5 * SIZE))

@@ -1,4 +1,4 @@
-"""The look-ahead has a remote shard in the cache before it is needed, keeps what is needed soonest, and never hangs."""
+"""The look-ahead downloads remote shards before they are needed, keeps those needed next, and never hangs."""
 
 import itertools
 import os
@@ -123,7 +123,7 @@ def test_the_cache_keeps_what_is_needed_soonest(server, folder, tmp_path):
 
 
 def test_a_steady_consumer_never_waits(server, folder, tmp_path):
-    """A store that is 45/35 as fast as its consumer, as 45 MB/s are for 100 full-size samples of 0.35 MB a second."""
+    """A store 45/35 times as fast as its consumer: 45 MB/s for 100 full-size samples of 0.35 MB per second."""
     shard_seconds = 0.5
     server.rate = (folder / name(0)).stat().st_size / shard_seconds
     step_seconds = shard_seconds * 45 / 35 * 2 * LANES / ROWS

@@ -1,4 +1,4 @@
-"""Remote sources give the same samples as local ones, whatever the network and the cache go through."""
+"""Remote sources give the same samples as local ones, despite faults of the network and the cache."""
 
 import contextlib
 import os
@@ -163,7 +163,7 @@ def test_a_resume_reads_the_revision_that_it_began_with(server, folder, tmp_path
 
 
 def on_disk(tmp_path) -> tuple[int, int]:
-    """Shards in the cache, and those that were evicted but are held by an open descriptor."""
+    """Shards in the cache, and evicted shards that an open descriptor keeps."""
     held = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile

@@ -225,7 +225,7 @@ def test_two_hosts(unbroken, sources, tmp_path):
 
 
 def test_loss_spikes_are_skipped_also_after_a_resume(sources, tmp_path):
-    """The smallest allowed factor takes every loss above the median for a spike."""
+    """With the smallest allowed factor, every loss above the median is a spike."""
     options = ("--trainer.max-loss-spike", 1.05, "--trainer.max-nonfinite-steps", 50, "--data.micro-batch-size", 8)
     for steps in (25, 40):
         done = train(tmp_path / "parts", sources, *options, "--trainer.total-steps", steps)

@@ -1,4 +1,4 @@
-"""Checkpoints and records on disks that are full, fail to answer, or lose what was written."""
+"""Checkpoints and records on disks that are full, do not answer, or lose data."""
 
 import os
 import shutil
@@ -270,7 +270,7 @@ def test_a_damaged_record_is_named(tmp_path, capfd):
 
 
 def test_a_file_of_another_step_is_no_checkpoint(model, tmp_path):
-    """Metadata that is whole but belongs to other files."""
+    """Intact metadata that belongs to other files."""
     with opened(tmp_path) as checkpointer:
         save(checkpointer, model, 1)
     folder = tmp_path / "checkpoints" / "step_1"

@@ -226,8 +226,8 @@ def readable(source, shard) -> dict[tuple[int, int, str], torch.Tensor]:
 
 
 def test_random_damage_is_never_silent(layered, tmp_path):
-    """300 flipped bits and 100 cuts in the shards of a base and of its overlay: what is read is what was written, and
-    a flipped bit costs one sample at the most."""
+    """300 flipped bits and 100 truncations in the shards of a base and of its overlay: all samples that are read are
+    correct, and a flipped bit costs at most one sample."""
     copy = shutil.copytree(layered, tmp_path / "copy")
     random, source, lost = np.random.default_rng(11), open_source(copy / "sol"), []
     expected = [readable(source, shard) for shard in (0, 1)]

@@ -1,4 +1,4 @@
-"""Weights on their way to a loopback Hub during a training, by the real client in processes of their own."""
+"""Uploads of weights to a loopback Hub during training, with the real client in separate processes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page to draw with: what it draws, and the page itself in a real browser."""
+"""The browser page: its pictures, and the page itself in a real browser."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""A table of awkward files in a folder of images, and what becomes of each: one real file a row."""
+"""A table of awkward files in a folder of images, and the expected result for each: one real file per row."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Building sources with the tiny zoo: real photographs, bad input, settings that change, and what readers find."""
+"""Building sources with the tiny zoo: real photographs, bad input, changed settings, and other readers."""
 
 import io
 import json
@@ -102,7 +102,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def test_photographs_come_back(photos):
-    """Stored latents decode to the pictures they were made of, PSNR above 18 dB on average."""
+    """Stored latents decode to the original pictures, with a mean PSNR above 18 dB."""
     found, zoo, psnr = samples(photos / "out"), ModelZoo(zoo="tiny"), []
     zoo.load_vae()
     assert len(found) == len(PHOTOS)
@@ -284,7 +284,7 @@ def test_no_previews_bfloat16_noise_and_limit(tmp_path):
 
 
 def test_fewer_timesteps(tmp_path, capsys):
-    """Recorded in the manifest; the same features where both grids have a timestep; an overlay keeps to its base."""
+    """Recorded in the manifest; equal features at timesteps that both grids have; an overlay uses its base's grid."""
     sources(tmp_path)
     for name, count in (("few", 4), ("all", 10)):
         args = ("--limit", 3, "--timesteps", count, "--no-sol")
@@ -438,7 +438,7 @@ def test_tensors_that_must_not_be_written(name, change, reason):
 
 
 def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys):
-    """--low-memory: never two models in memory, each loaded once a shard, and the very same source."""
+    """--low-memory: never two models in memory, each loaded once per shard, and the same source."""
     sources(tmp_path)
     loads = []
 
@@ -465,7 +465,7 @@ def test_one_model_at_a_time_gives_the_same_bytes(tmp_path, monkeypatch, capsys)
 
 
 def test_precision_of_single_models(tmp_path, capsys):
-    """--model-dtype: of Lune alone, so all but its feature and its part of the fingerprint stay as they are."""
+    """--model-dtype for Lune: changes only its feature and its part of the fingerprint."""
     sources(tmp_path)
     for name, options in (("plain", ()), ("half", ("--model-dtype", "lune", "bfloat16"))):
         assert run(tmp_path, "--out", tmp_path / name, "--limit", 4, *options, source="drawn") == 0
@@ -488,7 +488,7 @@ def test_precision_of_single_models(tmp_path, capsys):
 def test_compiled_models_agree(tmp_path, monkeypatch, capsys):
     """--compile: features equal to 1e-3, and not mixed with those of an ordinary build.
 
-    The compiler's last stage takes a minute for the UNets: they go through the stages before it.
+    The compiler's last stage takes a minute for the UNets, so only the earlier stages run.
     """
     sources(tmp_path)
     graphs = []

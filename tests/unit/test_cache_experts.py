@@ -1,4 +1,4 @@
-"""Caches for notebooks: built, saved as sources, read lazily, several at once, and those of old."""
+"""Caches for notebooks: built, saved as sources, read lazily, several at once; and legacy caches."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""Captions as people have them: every layout of a folder, and what each image of it gets."""
+"""Captions in every common folder layout, and the captions that each image gets."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`tinyflux COMMAND`: the very commands of sharding/ and launch/, and the files that a package of them needs."""
+"""`tinyflux COMMAND` runs the commands of sharding/ and launch/, and the package has the files that they need."""
 
 import fnmatch
 import os

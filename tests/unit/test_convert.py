@@ -1,4 +1,4 @@
-"""Old caches through sharding.build: kind "cache"."""
+"""Legacy caches converted by sharding.build: kind "cache"."""
 
 import json
 from pathlib import Path

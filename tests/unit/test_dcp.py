@@ -1,4 +1,4 @@
-"""A run's own checkpoint folders, read without a process group: what they give, and what is refused."""
+"""A run's checkpoint folders, read without a process group: their content, and what is refused."""
 
 import os
 import pickle

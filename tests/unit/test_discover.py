@@ -1,4 +1,4 @@
-"""A folder of our members that plain webdataset wrote is a source: read through once, then remembered."""
+"""A folder with our members, written by plain webdataset, is a source: read completely once, then remembered."""
 
 import os
 

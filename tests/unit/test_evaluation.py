@@ -1,4 +1,4 @@
-"""Scores of held-out samples: by the command, in a training, and what each score says."""
+"""Scores of held-out samples: by the command, during training, and the meaning of each score."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_in_a_training(run_dir):
 
 
 def test_the_command_gives_the_scores_of_the_training(run_dir, tmp_path, capsys):
-    """Zoo, guidance, seed and what is held out come from the run; twice the same."""
+    """Zoo, guidance, seed and held-out samples come from the run; a second evaluation gives the same."""
     told = json.loads((run_dir / "evaluations" / "step_4_ema.json").read_text())
     options = ["--source", run_dir.parent / "shapes", "--samples", 5, "--steps", 2, "--out", tmp_path]
     for checkpoint in (run_dir, run_dir / "checkpoints" / "step_4"):

@@ -1,4 +1,4 @@
-"""python -m tinyflux.test_training: from pictures to falling losses, and what it says where they don't."""
+"""python -m tinyflux.test_training: from pictures to falling losses, and its output if they do not fall."""
 
 import pytest
 

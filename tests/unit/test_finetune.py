@@ -1,4 +1,4 @@
-"""The README's way from a folder of pictures to a picture: its very commands, with the tiny zoo and a tiny model."""
+"""The README's commands from a folder of pictures to a new picture, with the tiny zoo and a tiny model."""
 
 import re
 import shlex

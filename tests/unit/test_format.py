@@ -1,4 +1,4 @@
-"""Shards hold what was put in, byte for byte the same each time, and other people's tools read them."""
+"""Shards contain what was written, are bytewise reproducible, and can be read by other tools."""
 
 import io
 import json
@@ -223,7 +223,7 @@ def test_decode_refuses(name):
 
 
 def test_planes_in_another_order_are_read():
-    """As other writers of safetensors put them; the header says where each is."""
+    """Planes in the order of other safetensors writers; the header has their offsets."""
     lune = make_tensors(1)["lune"]
     planes = lune.numpy().view("u1").reshape(10, 6, 2)
     arrays = {"lune.1": planes[..., 1].copy(), "lune.0": planes[..., 0].copy(), "origin": np.array([7, 0, 0, 0], "u1")}

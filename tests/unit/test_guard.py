@@ -1,4 +1,4 @@
-"""Steps that are not taken: judged on the device, without a trace in weights, moments and averages."""
+"""Skipped steps: decided on the device, and without effect on weights, moments and averages."""
 
 from statistics import median
 

@@ -1,4 +1,4 @@
-"""The house keeps its shape: rooms import downward only, files without circles, attributes born in `__init__`."""
+"""Code structure: packages import only downward, no import cycles, and attributes are created in `__init__`."""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ FLOORS = [
     {"tinyflux.trainer"},
     {"sharding", "launch", "tinyflux.test_training"},
 ]
-"""Rooms of one floor do not import each other."""
+"""Packages of one floor do not import each other."""
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for room in ("tinyflux", "sharding", "launch")
@@ -28,7 +28,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str) -> Iterator[str]:
-    """The modules of this repo that one imports, anywhere in it: for types and within functions too."""
+    """The modules of this repo that a module imports anywhere, also for types and within functions."""
     for node in ast.walk(tree(module)):
         names = []
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def test_no_circles():
 
 
 def test_attributes_are_born_in_their_class():
-    """In `__init__`, or as a field; none is given to another object under a private name."""
+    """In `__init__`, or as a field; no private attribute is set on another object."""
     classes = {
         node.name: node for module in MODULES for node in ast.walk(tree(module)) if isinstance(node, ast.ClassDef)
     }

@@ -1,4 +1,4 @@
-"""Image files of every kind: what comes out upright, RGB and square, and what is rejected with which reason."""
+"""Image files of every kind: which become upright RGB squares, and which are rejected with which reason."""
 
 import io
 import random

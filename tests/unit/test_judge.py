@@ -1,4 +1,4 @@
-"""The demo's judge: pictures as they should be are right, others are not, also behind the VAE."""
+"""The demo's judge accepts correct pictures and rejects others, also after the VAE."""
 
 import numpy as np
 import pytest

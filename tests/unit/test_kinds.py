@@ -32,7 +32,7 @@ def png(colour: str) -> bytes:
 
 
 def contents(source: ImageSource) -> list[tuple]:
-    """(captions, colour) of all inputs by origin; reasons in the place of what is rejected."""
+    """(captions, colour) of all inputs by origin; for a rejected input the reason."""
     found = []
     for item in sorted(inputs_of(source)):
         row = []

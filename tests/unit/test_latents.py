@@ -1,4 +1,4 @@
-"""Latents that somebody has made already: every layout that people publish, their scaling, and what teachers see."""
+"""Existing latents: every common layout, their scaling, and the teachers' inputs."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Weights in and out: the published layout both ways, every kind of source, and every kind of bad file."""
+"""Loading and saving weights: the published layout both ways, every kind of source, and every kind of bad file."""
 
 import logging
 import os
@@ -331,7 +331,7 @@ def test_sources_that_are_not_there(tmp_path):
 
 
 def test_hub(folder, tmp_path_factory, monkeypatch, caplog):
-    """Repositories, folders in them and revisions, from a hub on this machine, and then from the cache alone."""
+    """Repositories, folders in them and revisions, from a local hub, and then from the cache only."""
     raw, ema = published(seed=0)["img_in.weight"], published(seed=1)["img_in.weight"]
     (folder / "runs" / "a").mkdir(parents=True)
     save_file(published(seed=2), folder / "runs" / "a" / "step_30_ema.safetensors")

@@ -1,4 +1,4 @@
-"""LoRA: what adapters change, the two layouts that they are kept in, and what is refused."""
+"""LoRA: the effect of adapters, their two file layouts, and what is refused."""
 
 import copy
 import json

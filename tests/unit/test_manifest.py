@@ -1,4 +1,4 @@
-"""A manifest says what a source holds, reads back the same, and is refused with the key that is wrong."""
+"""A manifest describes a source, round-trips, and is refused with the wrong key."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The trainer on a plain DataLoader, in one process, as a notebook has it."""
+"""The trainer with a plain DataLoader in one process, as in a notebook."""
 
 import threading
 
@@ -97,7 +97,7 @@ def test_several_caches(caches, tmp_path):
 
 
 def test_several_shapes(tmp_path):
-    """Batches of one shape; each sample once an epoch, in an order of the epoch's own; a resumed run has the same."""
+    """Batches have one shape; each sample once per epoch, in an order per epoch; the same in a resumed run."""
     folder = make_source(tmp_path / "s", 0, samples=11, shard_size=3, shapes=((4, 4), (2, 8), (8, 2)))
     cache = DatasetCache.load(folder)
     dataset = CachedDataset(cache)

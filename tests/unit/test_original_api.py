@@ -1,4 +1,4 @@
-"""Calls and names of the original package that keep working; each part's own tests say that what they do is right."""
+"""Calls and names of the original package keep working; other tests check their results."""
 
 import importlib
 

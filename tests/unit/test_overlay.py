@@ -1,4 +1,4 @@
-"""--only: further groups or other captions of a finished source, as an overlay; the base is never touched."""
+"""--only: more groups or other captions for a finished source, as an overlay; the base never changes."""
 
 import shutil
 from pathlib import Path
@@ -211,7 +211,7 @@ def test_of_a_source_without_its_builds_notes(mine):
 
 
 def test_it_resumes_where_it_was_stopped(mine, capsys):
-    """A shard is lost, with the manifest: it alone is made again."""
+    """A shard and the manifest are lost: only this shard is built again."""
     assert redo(mine, "new", "bare", "--only", "lune") == 0
     whole = content(mine / "new")
     last = Manifest.load(mine / "new").shards[-1]

@@ -142,7 +142,7 @@ def test_without_locks_each_rank_keeps_to_its_share(tmp_path, monkeypatch, capsy
 
 
 def test_tars_of_many_shapes(tmp_path, capsys):
-    """Each part is sorted into shapes; a shard that is lost is made again, and nothing else."""
+    """Each part is sorted into shapes; only a lost shard is built again."""
     (tmp_path / "raw").mkdir()
     for k in range(2):
         sizes = [(80, 80), (120, 80), (80, 120), (80, 80), (80, 80)]

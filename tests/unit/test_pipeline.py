@@ -65,7 +65,7 @@ def draw(pipe, *args, **given):
 
 
 def test_the_same_pixels_three_ways(model, pipe, tmp_path, one_thread):
-    """Sampler, the command as a process of its own, and the pipeline that was saved and loaded."""
+    """The Sampler, the command in a separate process, and the saved and loaded pipeline."""
     run = tmp_path / "mine"
     save_published(model, run / "checkpoints" / "step_5_ema.safetensors")
     (run / "checkpoints" / "training_config.json").write_text(json.dumps({"trainer": {"shift": 2.0}}))
@@ -254,7 +254,7 @@ def test_damaged_and_foreign_folders(saved, tmp_path):
 
 
 def test_no_code_of_a_folder_runs(saved, tmp_path):
-    """Whatever modules and classes a folder names, those of the pipeline are taken."""
+    """Modules and classes named in a folder are ignored; the pipeline's are used."""
     folder = copied(saved, tmp_path / "evil")
     index = json.loads((saved / "model_index.json").read_text())
     replace(folder / "model_index.json", json.dumps(index | {"vae": ["evil", "Evil"]}).encode())
@@ -270,7 +270,7 @@ def test_no_code_of_a_folder_runs(saved, tmp_path):
 
 
 def test_only_plain_files_are_written_and_read(pipe, saved, tmp_path):
-    with pytest.raises(ValueError, match="only safetensors files"):
+    with pytest.raises(ValueError, match="saved as safetensors"):
         pipe.save_pretrained(tmp_path / "out", safe_serialization=False)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="use_safetensors=False"):
@@ -450,7 +450,7 @@ assert type(named).__name__ == "TinyFluxPipeline" and type(named).__module__.sta
 
 
 def test_with_its_code_it_loads_without_this_package(pipe, tmp_path):
-    """By diffusers alone, where the folder's own code is trusted; and by this package, which runs none of it."""
+    """With only diffusers, if the folder's code is trusted; and with this package, which runs none of it."""
     pipe.save_pretrained(tmp_path / "pipe", code=True)
     code = (tmp_path / "pipe" / "pipeline.py").read_text()
     assert "from tinyflux" not in code.replace('"from tinyflux.trainer.pipeline import TinyFluxPipeline"', "")

@@ -1,4 +1,4 @@
-"""The plan's guarantees, over generated sources: few and many, of one shape and several, even and wildly uneven."""
+"""The plan's guarantees, over generated sources: few and many, with one shape and several, even and very uneven."""
 
 from collections import Counter, defaultdict
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Pushing sources to a loopback hub with the real client, in processes of their own, and pulling them again."""
+"""Pushing sources to a loopback hub with the real client, in separate processes, and pulling them again."""
 
 import hashlib
 import io
@@ -72,7 +72,7 @@ class Client:
         return self._run(pull, (url, out, *args), token)
 
     def process(self, *args: object) -> subprocess.CompletedProcess:
-        """Python in a process of its own, as a user starts it."""
+        """Python in a separate process, as a user starts it."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | self.env | {"HF_TOKEN": TOKEN}
         return subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
 
@@ -244,7 +244,7 @@ def test_text_in_a_fingerprint_cannot_leave_its_block(source):
 
 @pytest.fixture
 def layered(tmp_path):
-    """A source of two shapes with several captions, other captions on it, and a mask on those."""
+    """A source with two shapes and several captions, an overlay with other captions, and on it one with a mask."""
     options = {"counts": [3, 2], "shapes": ((4, 4), (2, 8))}
     base = make_source(tmp_path / "portraits", captions=[1, 3], **options)
     text = make_source(tmp_path / "portraits-text", base=base, groups=("text",), captions=2, seed=3, **options)
@@ -346,7 +346,7 @@ FILES = ["manifest.json", "index.safetensors", "null.safetensors", "portraits-00
 
 @pytest.mark.parametrize("fault", ["page", "short", "no length", "cut"])
 def test_damaged_answers_are_not_published(source, tmp_path, monkeypatch, capsys, fault):
-    """They are asked for once more; where the store keeps to its page the folder has no manifest, and resumes."""
+    """They are requested once more; if the store sends the page again, the folder has no manifest, and resumes."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     (source / "rejected.jsonl").write_text('{"index": 7, "origin": "a", "reason": "too small"}\n')
     with store_server(tmp_path) as server:

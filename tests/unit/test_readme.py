@@ -66,7 +66,7 @@ def commands(readme: str) -> Iterator[list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """Parse a command as the program itself would. Raises SystemExit, ValueError or OSError where it refuses it."""
+    """Parse a command as the program would. Raises SystemExit, ValueError or OSError if it is refused."""
     while "=" in words[0]:
         words = words[1:]
     program, *rest = words
@@ -168,7 +168,7 @@ def test_the_example_source_is_understood(tmp_path):
 
 
 def test_cheap_commands(tmp_path, monkeypatch, capsys, one_thread):
-    """The first try of the sharding README, then what is said of the source that it makes."""
+    """The first command of the sharding README, then the commands that check and show its source."""
     monkeypatch.chdir(tmp_path)
     first = shlex.split(fenced("sharding/README.md", "bash")[0].splitlines()[0], comments=True)
     assert first[:5] == ["python", "-m", "sharding.build", "--source", "shapes"]
@@ -184,7 +184,7 @@ def test_cheap_commands(tmp_path, monkeypatch, capsys, one_thread):
 
 
 def test_the_notebook(tmp_path, monkeypatch, one_thread):
-    """The cells of tinyflux/README.md in their order, as they stand."""
+    """The cells of tinyflux/README.md, in order and unchanged."""
     monkeypatch.chdir(tmp_path)
     notebook: dict = {"__name__": "__main__"}
     cells = fenced("tinyflux/README.md", "python")

@@ -1,4 +1,4 @@
-"""Counter-based randomness: known answers, and that draws depend on their key alone."""
+"""Counter-based randomness: known values, and draws that depend only on their key."""
 
 import numpy as np
 import torch

@@ -71,7 +71,7 @@ def test_one_file_each_with_the_pixels_of_the_sampler(run_dir, tmp_path):
 
 
 def test_doubts_and_a_prompt_that_is_cut(run_dir, tmp_path, caplog):
-    """What the model never saw is said once a prompt, and so is what the encoders cut off."""
+    """One warning per prompt about words that training never saw, and about truncation by the encoders."""
     prompts = ["a red ring", "a Blue hexagon", "a red ring " * 60, "a red ring " * 60]
     assert call(run_dir, "--prompt", *prompts, "--out", tmp_path / "a.png", "--guidance", "2") == 0
     told = caplog.text

@@ -1,4 +1,4 @@
-"""Stop signals, in a process of their own."""
+"""Stop signals, in a separate process."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""sources.toml and the kinds of sources: what is understood, and what is refused with which message."""
+"""sources.toml and the kinds of sources: what is accepted, and what is refused with which message."""
 
 import json
 import os

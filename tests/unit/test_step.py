@@ -1,4 +1,4 @@
-"""What a step asks of the host: nothing that waits for the device but one list of numbers, read a step later."""
+"""A step never makes the host wait for the device, except for one list of numbers that is read a step later."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""The stream hands out the plan's samples, whole and in order, on any number of ranks and from any step."""
+"""The stream yields the plan's samples, complete and in order, on any number of ranks and from any step."""
 
 import gc
 import logging

@@ -16,7 +16,7 @@ CAPTIONS = [1, 3, 2]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base of three shapes whose Lune lies in an overlay, and a source of two of them with masks."""
+    """A base with three shapes whose Lune features are in an overlay, and a source with two of the shapes and masks."""
     root = tmp_path_factory.mktemp("shapes")
     base = make_source(
         root / "a", [6, 5, 7, 4, 6], shapes=(SQUARE, WIDE, TALL), captions=CAPTIONS, groups=("latents", "text", "sol")

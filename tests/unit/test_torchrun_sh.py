@@ -1,4 +1,4 @@
-"""torchrun.sh: what it makes of a SLURM job's and the user's environment, and a real launch through it."""
+"""torchrun.sh: its arguments from SLURM's and the user's environment, and a real launch."""
 
 import os
 import subprocess

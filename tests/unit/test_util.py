@@ -1,4 +1,4 @@
-"""Files, settings and commands: what every part stands on."""
+"""Files, settings and commands: the helpers of all packages."""
 
 import errno
 import threading

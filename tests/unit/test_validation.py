@@ -1,4 +1,4 @@
-"""Held-out samples: the same on any number of ranks, few shards of a remote source, refused where there are none."""
+"""Held-out samples: the same on any number of ranks, from few shards of a remote source, refused if there are none."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Verifying sources that are whole, and sources with one thing wrong."""
+"""Verifying intact sources, and sources with one fault."""
 
 import os
 import re
@@ -76,7 +76,7 @@ def preview_bit(folder: Path) -> None:
 
 
 def other_shard(folder: Path) -> None:
-    """A manifest entry that takes shard 0 for shard 1."""
+    """A manifest entry that confuses shard 0 with shard 1."""
     manifest = Manifest.load(folder)
     shutil.copy(folder / "drawn-000000.tar", folder / "drawn-000001.tar")
     first, last = manifest.shards[0], manifest.shards[2]
@@ -150,7 +150,7 @@ OVERLAYS = ("a-lune", "a-text", "a-mask")
 
 @pytest.mark.parametrize("name", ["a", *OVERLAYS])
 def test_a_lost_index_is_rebuilt(copied, layers, capsys, name):
-    """Fingerprint, captions, shapes and base are those that there were: the manifest has the same bytes."""
+    """Fingerprint, captions, shapes and base are restored: the manifest has the same bytes."""
     (copied / name / "index.safetensors").unlink()
     status, lines = faults(capsys, copied / name, "--repair", "--deep")
     assert status == 0 and lines[1:] == [
@@ -213,7 +213,7 @@ LAYERED = {
 
 @pytest.mark.parametrize("name", LAYERED)
 def test_overlays_and_their_bases(copied, capsys, name):
-    """The fault is named where it is, and a shard of an overlay is not set aside for what its base has."""
+    """The fault is named with its file, and a shard of an overlay is not set aside for a fault of its base."""
     spoil, overlay, wanted, pattern, aside = LAYERED[name]
     spoil(copied)
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A file appears under its name whole, or not at all; equal samples give equal bytes."""
+"""Writes are atomic; equal samples give equal bytes."""
 
 import hashlib
 import json
