@@ -136,14 +136,27 @@ def test_a_save_that_was_cut_off_is_kept_until_the_next_is_complete(model, tmp_p
 
 
 def test_exports_that_are_missing_are_made_at_the_next_start(model, tmp_path):
+    """Of all checkpoints: a stop may come while several wait, and the best weights are copied from one."""
     with opened(tmp_path) as checkpointer:
-        save(checkpointer, model, 1)
-    path = tmp_path / "checkpoints" / "step_1_ema.safetensors"
-    content = path.read_bytes()
-    path.unlink()
+        save(checkpointer, model, 1, reasons={"step", "best"})
+        save(checkpointer, model, 2)
+    paths = [tmp_path / "checkpoints" / f"{name}_ema.safetensors" for name in ("step_1", "step_2", "best")]
+    contents = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
     with opened(tmp_path) as checkpointer:
         checkpointer.load_newest(state(model))
-    assert path.read_bytes() == content
+    assert [path.read_bytes() for path in paths] == contents
+
+
+def test_a_folder_that_goes_away_after_a_save_stops_no_training(model, tmp_path):
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(1, state(model), {"epoch": 0, "best_loss": None}, {"step"})
+        checkpointer.pending.result()
+        checkpointer.published.result()
+        checkpointer.root.rename(tmp_path / "unmounted")
+        checkpointer.wait()
+        assert checkpointer.newest == 1
 
 
 def test_a_large_state_is_exported_by_a_process_of_its_own(model, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from launch.train import main
 from tests.training import (
@@ -25,6 +26,7 @@ from tinyflux.model.dcp import read_metadata
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run.folders import lock
 from tinyflux.trainer import trainer
+from tinyflux.trainer.preview import Preview
 from tinyflux.trainer.sampling import Sampler
 
 STEPS = 24
@@ -207,6 +209,46 @@ def test_pictures_stop_no_training(tmp_path, monkeypatch):
     assert done.returncode == 0 and "WARNING: no samples of step 1: " in done.stdout, done.stdout
 
 
+def test_at_the_end_no_rank_waits_for_pictures(tmp_path, monkeypatch):
+    """Decoding may take longer than a collective may: what the ranks do together is done before."""
+    source = make_source(tmp_path / "a", 1, shapes=[(8, 8)], channels=16, t5_width=128, clip_width=128)
+    done = []
+
+    def noted(what: str, call):
+        return lambda *args, **kwargs: done.append(what) or call(*args, **kwargs)
+
+    monkeypatch.setattr(Preview, "wait", noted("rank 0 waits", Preview.wait))
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "barrier"):
+        monkeypatch.setattr(dist, name, noted("together", getattr(dist, name)))
+    options = ("--trainer.total-steps", 2, "--trainer.sample-every", 2, "--trainer.sample-steps", 1)
+    result = train(tmp_path / "run", [source], *options, "--trainer.sample-prompts", "a", "--trainer.zoo", "tiny")
+    assert result.returncode == 0 and (tmp_path / "run/samples/step_2.png").exists(), result.stdout
+    assert "together" in done and done[-1] == "rank 0 waits"
+
+
+def test_a_stop_saves_before_it_draws(tmp_path, monkeypatch):
+    """Told to stop while it draws, the run draws nothing more; an error that nobody expects of a picture is told."""
+    source = make_source(tmp_path / "a", 1, shapes=[(8, 8)], channels=16, t5_width=128, clip_width=128)
+    drawn, draw = [], Preview.draw
+
+    def told(preview, model, ema, step, *others, **more):
+        drawn.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(preview, model, ema, step, *others, **more)
+
+    def decode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Preview, "draw", told)
+    monkeypatch.setattr(Sampler, "decode", decode)
+    options = ("--trainer.total-steps", 9, "--trainer.sample-every", 1, "--trainer.sample-steps", 1)
+    done = train(tmp_path / "run", [source], *options, "--trainer.sample-prompts", "a", "--trainer.zoo", "tiny")
+    step = len(records(tmp_path / "run"))
+    assert done.returncode == 75 and drawn == list(range(1, step)), (drawn, done.stdout)
+    assert f"no samples of step {step}: the training stops" in done.stdout and "preview: MemoryError" in done.stdout
+
+
 def test_a_stop_gives_up_scores_that_take_long(tmp_path, monkeypatch):
     """Told to stop at the third of 80 pictures, the run is saved and ends after a few more at most."""
     source = make_source(tmp_path / "a", 1, samples=80, shapes=[(8, 8)], channels=16, t5_width=128, clip_width=128)
@@ -260,4 +302,7 @@ def test_nonfinite_steps_stop_the_run(sources, tmp_path):
     assert done.returncode == 1 and "3 steps in a row" in done.stdout, done.stdout
     dump = json.loads(next((tmp_path / "run").glob("nonfinite_step_*.json")).read_text())
     assert len(dump["keys"]) == 8
-    assert [r["skipped"] for r in curve(tmp_path / "run")][-1]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # JSON has neither NaN nor Infinity
+    assert [r["skipped"] for r in found][-3:] == [True] * 3 and found[-1]["step"] == dump["step"]
+    assert None in found[-1]["main_by_t"] and found[-1]["loss"] is None

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.store_server import store_server
-from tests.training import make_source, train
+from tests.training import make_source, records, train
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
-from tinyflux.trainer import collate
+from tinyflux.trainer import collate, trainer
 from tinyflux.trainer.collate import VALIDATION_TIMESTEPS, HeldOut, StreamCollate
 from tinyflux.trainer.config import TrainerConfig
 
@@ -91,3 +92,17 @@ def test_refused(folders, tmp_path):
     done = train(tmp_path / "run", folders[:1], *deep, "--trainer.total-steps", 1)
     assert done.returncode == 2 and "data.micro_batch_size is 65536: with latents of 4 x 4 it needs" in done.stdout
     assert "GiB on each device" in done.stdout and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_without_a_good_sample_there_is_no_best_loss(folders, tmp_path, monkeypatch):
+    """Where all held-out rows are damaged the loss is none, not 0."""
+    validate = trainer.validate
+
+    def damaged(objective, ema, batches, *where):
+        return validate(objective, ema, ({**b, "valid": torch.zeros_like(b["valid"])} for b in batches), *where)
+
+    monkeypatch.setattr(trainer, "validate", damaged)
+    options = ("--data.val-fraction", 0.4, "--trainer.validate-every", 1, "--trainer.total-steps", 2)
+    done = train(tmp_path / "run", folders[:1], *options)
+    assert done.returncode == 0 and [r["val_loss"] for r in records(tmp_path / "run")] == [None, None], done.stdout
+    assert not (tmp_path / "run/checkpoints/best_ema.safetensors").exists()

@@ -135,6 +135,7 @@ class Checkpointer:
         self.pending: Future | None = None
         self.published: Future | None = None
         self.newest = -1  # step of the newest complete checkpoint of this process
+        self.written = -1  # the same, as rank 0's writing thread knows it
         self.saved_at, self.failed_at = time.monotonic(), None
         self.owed: set[str] = set()  # reasons of failed saves
         self.plan_key = f"{root.resolve()} {time.monotonic_ns()}"
@@ -208,6 +209,7 @@ class Checkpointer:
                 return
             write_metadata(folder, {**metadata, "config": self.training_config, "files": files})
             folders.mark_saved(self.root, metadata["step"])
+            self.written = metadata["step"]
             say(f"saved {folder.name} in {time.monotonic() - began:.1f} s")
             self.owed = set()
             self.published = self.publishing.submit(self._publish, folder)
@@ -279,7 +281,7 @@ class Checkpointer:
         self.pending = None
         found = [None]
         if self.leads:
-            found = [step_of(list_checkpoints(self.root)[0]) if self.failed_at is None else None]
+            found = [self.written if self.failed_at is None else None]
         dist.broadcast_object_list(found, src=0, group=self.group)
         if found[0] is None:  # plans are useless unless all ranks have them
             Planner.forget(self.plan_key)
@@ -311,8 +313,10 @@ class Checkpointer:
         dcp.load(state, checkpoint_id=folder, process_group=self.group)
         for change in identity.changes(metadata.get("config") or {}, self.training_config):
             say(f"WARNING: since this checkpoint {change}")
-        if self.leads and not all(beside(folder, kind).exists() for kind in KINDS):
-            self.published = self.publishing.submit(self._publish, folder)
+        if self.leads:  # what a stop or a kill left out, the best weights among it
+            for kept in reversed(patiently(lambda: list_checkpoints(self.root))):
+                if not all(beside(kept, kind).exists() for kind in KINDS):
+                    self.published = self.publishing.submit(self._publish, kept)
         return metadata
 
     def _newest_sound(self, start_over: bool) -> tuple[Path, dict] | None:

@@ -21,6 +21,15 @@ RETRY = 60.0
 LATE = 0.1  # a rank is named if it is later than this fraction of a step
 
 
+def _finite(value):
+    """The same with None for NaN and infinity, wherever they are in lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _truncate(path: Path, step: int) -> None:
     """Keep the records up to `step`, without lines that a kill or a crash left incomplete. A run that starts at step 0
     gets a new file, and the old one is renamed."""
@@ -102,8 +111,7 @@ class Metrics:
     def record(self, record: dict) -> None:
         """Append one line. NaN and infinity become null, because JSON has neither. If the disk is full, lines wait."""
         if self.writes:
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self.unwritten.append(json.dumps(clean | self.marks).encode() + b"\n")
+            self.unwritten.append(json.dumps(_finite(record | self.marks), allow_nan=False).encode() + b"\n")
             self.marks = {}
             self._write()
 

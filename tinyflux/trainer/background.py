@@ -5,12 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch.distributed as dist
 
+from tinyflux.util.log import say
+
 
 class Background:
     """A thread that does one job after the other. Callers may skip a job while it is busy."""
 
     def __init__(self, name: str):
-        self._executor = ThreadPoolExecutor(1, name)
+        self.name, self._executor = name, ThreadPoolExecutor(1, name)
         self._newest: Future | None = None
 
     def is_busy(self) -> bool:
@@ -22,6 +24,11 @@ class Background:
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
         """Do this after all earlier jobs."""
         self._newest = self._executor.submit(work, *arguments)
+        self._newest.add_done_callback(self._tell)
+
+    def _tell(self, job: Future) -> None:
+        if error := job.exception():  # what the job itself does not expect, such as a MemoryError
+            say(f"WARNING: {self.name}: {error!r}; training continues")
 
     def wait(self, patience: float | None = None) -> bool:
         """Wait at most `patience` seconds until all jobs are done. Returns whether they are."""

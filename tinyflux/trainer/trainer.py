@@ -289,9 +289,7 @@ class Trainer:
         record, told, wanted = self.stepper.read(pending)
         self.save_wanted |= wanted and pending.step > self.saved_step  # rank 0 repeats its request until the save
         self.stopping = self.stopping or told  # if one rank was told to stop, all stop at the same step
-        if reason := self.guard.count(pending.step, record.get("fault"), pending.keys):
-            self.close()
-            raise RuntimeError(reason)
+        reason = self.guard.count(pending.step, record.get("fault"), pending.keys)
         # a save or samples of the last step may read it before the loop ends
         ends = last or (self.finished and pending.step == self.step)
         shown = pending.step % self.config.log_every == 0 or ends
@@ -303,6 +301,10 @@ class Trainer:
             self.metrics.scalars(
                 scalars(record, self.world, self.device, flops=pending.flops, tokens=pending.tokens), pending.step
             )
+        if reason:
+            self.metrics.close()
+            self.close()
+            raise RuntimeError(reason)
 
     def _after_step(self) -> None:
         """Between steps: validation, checkpoints and samples."""
@@ -329,13 +331,14 @@ class Trainer:
             reasons.add("step")
         if reasons or (self.owed and not c.save_every_minutes):
             self.save_checkpoint(reasons)
-        if self.preview and any(due(c.sample_every)):
-            say(f"drawing samples at step {self.step}")
+        drawings = ((self.preview, c.sample_every, "samples"), (self.scoreboard, c.evaluate_every, "scores"))
+        for drawing, name in [(drawing, name) for drawing, every, name in drawings if drawing and any(due(every))]:
             self._read()
-            self.preview.draw(self.model, self.ema, self.step, self.metrics, last=self.finished)
-        if self.scoreboard and any(due(c.evaluate_every)):
-            self._read()
-            self.scoreboard.draw(self.model, self.ema, self.step, self.metrics, last=self.finished)
+            if self.stopping and not self.finished:  # the save comes first: there may be little time for it
+                say(f"no {name} of step {self.step}: the training stops")
+                continue
+            say(f"drawing {name} at step {self.step}")
+            drawing.draw(self.model, self.ema, self.step, self.metrics, last=self.finished)
         if self.pending is None or self.pending.seconds is not None:
             self.stepper.restart_clock()
 
@@ -346,6 +349,8 @@ class Trainer:
         if self.checkpointer.newest != self.step:
             self.save_checkpoint({"step"})
             self.checkpointer.wait()
+        # the last exchange between ranks: from here on the others need not wait for what rank 0 still does
+        say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         until = time.monotonic() + STOP_PATIENCE
 
         def patience() -> float | None:
@@ -353,7 +358,6 @@ class Trainer:
 
         for drawn in filter(None, (self.preview, self.scoreboard)):
             drawn.wait(patience())
-        say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         self.metrics.close()
         self.close(patience())
 

@@ -1,5 +1,6 @@
 """Losses of held-out samples."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -25,4 +26,5 @@ def validate(objective: Objective, ema: EMA, batches: Iterable[Batch], device: t
     dist.all_reduce(sums)
     *losses, count = sums.tolist()
     keys = ["val_loss" if name == "main" else f"val_{name}" for name in names]
-    return {key: value / max(1, count) for key, value in zip(keys, losses, strict=True)}
+    # without a good sample no loss at all: 0 would be the best for ever
+    return {key: value / count if count else math.nan for key, value in zip(keys, losses, strict=True)}
