@@ -3,22 +3,20 @@
 python -m launch.demo [--out demo]
 """
 
-import json
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections import defaultdict
 from pathlib import Path
 
+from tinyflux.run.records import read_metrics
 from tinyflux.util import cli
 
 LAUNCH = Path(__file__).parent
 CONFIG = LAUNCH / "configs" / "demo.toml"
 HELD_OUT = 24  # combinations of shape and colours that are never trained on
-ALL, NEW = "all of them", "shapes and colours that were never trained on"
-ENOUGH = {ALL: 0.98, NEW: 0.9}  # least share of right pictures in these rows of the table
+ENOUGH, ENOUGH_NEW = 0.98, 0.9  # least share of right pictures of all prompts, and of those with new combinations
 GRID = (  # prompts of the picture that is shown at the end
     "a red circle on a blue background", "a blue circle on a red background", "a green square on a white background",
     "a yellow triangle on a black background", "a white star on a purple background",
@@ -38,11 +36,9 @@ def run(*command: str | Path) -> None:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The complete lines of a metrics.jsonl; an empty list if the file does not exist yet."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def steps_in(metrics: Path) -> int:
+    """The steps that a running training has recorded."""
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def interrupt(command: list[str], metrics: Path, at_step: int, log: Path) -> None:
@@ -53,43 +49,36 @@ def interrupt(command: list[str], metrics: Path, at_step: int, log: Path) -> Non
     print(f"\n$ {' '.join(command)}      # to be interrupted at about step {at_step}", flush=True)
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stderr=stderr)
-    while process.poll() is None and len(read_metrics(metrics)) < at_step:
+    while process.poll() is None and steps_in(metrics) < at_step:
         time.sleep(0.2)
     if process.poll() is not None:
         sys.exit(f"demo: the training ended early with exit status {process.returncode}, see {log}")
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
-    print(f"interrupted after {len(read_metrics(metrics))} steps; the same command resumes it", flush=True)
+    print(f"interrupted after {steps_in(metrics)} steps; the same command resumes it", flush=True)
 
 
-def score(run_dir: Path, out: Path) -> dict[str, float]:
-    """Draw every prompt of both sources, judge each picture, print the table. Returns the share of each row."""
+def score(run_dir: Path, out: Path) -> list[str]:
+    """Draw every prompt of both sources, judge the pictures, print the table. Returns what is not right enough."""
     import numpy as np
     from PIL import Image
 
-    from tinyflux.model.tiny import judge, patterns, shapes
+    from tinyflux.model.tiny import judge, shapes
 
-    prompts, left_out = list(judge.prompts()), shapes.held_out(HELD_OUT)
-    (out / "prompts.txt").write_text("\n".join(prompt.text for prompt in prompts))
+    prompts, names = out / "prompts.txt", [prompt.text for prompt in judge.prompts()]
+    prompts.write_text("\n".join(names))
     folder = out / "pictures"
     folder.mkdir()
-    run(sys.executable, LAUNCH / "sample.py", "--checkpoint", run_dir, "--prompt-file", out / "prompts.txt",
+    run(sys.executable, LAUNCH / "sample.py", "--checkpoint", run_dir, "--prompt-file", prompts,
         "--no-grid", "--out", folder / "of.png", "--batch-size", "64", "--seed", "1", "--solver", "ab2",
         "--steps", "14")  # fmt: skip
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for k, prompt in enumerate(prompts):
-        verdict = judge.judge(np.asarray(Image.open(folder / f"of-{k}.png")), prompt)
-        rows = [prompt.kind, ALL]
-        if (prompt.first, prompt.form, prompt.second) in left_out:
-            rows.append(NEW)
-        for row in rows:
-            counts[row] = [n + more for n, more in zip(counts[row], (1, verdict.colours, verdict.right), strict=True)]
-    order = [*shapes.SHAPES, *(kind.removeprefix("a ") for kind in patterns.KINDS)]
-    order += [row for row in counts if row not in order]
+    images = (np.asarray(Image.open(folder / f"of-{k}.png")) for k in range(len(names)))
+    scores = judge.score(images, shapes.held_out(HELD_OUT))
     rows = [("prompts", "", "colours right", "form and colours right", "")]
-    rows += [(name, n, colours, right, f"{right / n:.1%}") for name in order for n, colours, right in [counts[name]]]
+    rows += [(name.removeprefix("a "), *counts, f"{counts.share:.1%}") for name, counts in scores.items()]
     print("\n" + cli.table(rows, right=True))
-    return {name: right / n for name, (n, _, right) in counts.items()}
+    least = {judge.ALL: ENOUGH, judge.NEW: ENOUGH_NEW}
+    return [f"{scores[row].share:.1%} of {row}" for row, share in least.items() if scores[row].share < share]
 
 
 def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int:
@@ -128,7 +117,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     interrupt(train, metrics, total // 2, out / "interrupted.log")
     print("\n3/4  Resume: the very same command")
     run(*train)
-    records = read_metrics(metrics)
+    records = read_metrics(run_dir)
     if [record["step"] for record in records] != list(range(1, total + 1)):
         sys.exit(f"demo: {metrics} does not have each step once")
     print("\n  step    loss    main    lune     sol")
@@ -138,7 +127,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     print("\n4/4  Sample: prompts become pictures; the teachers are no longer needed")
     grid = out / "grid.png"
     run(python, LAUNCH / "sample.py", "--checkpoint", run_dir, "--out", grid, "--batch-size", "16", "--prompt", *GRID)
-    right = score(run_dir, out)
+    missed = score(run_dir, out)
     print(f"""
 Done in {(time.monotonic() - start) / 60:.1f} minutes.
 
@@ -153,7 +142,7 @@ What to try next:
   tar tf {out / "data" / "shapes" / "shapes-000000.tar"} | head
   python -m sharding.build --list       shows the known sources
   ./torchrun.sh --help                  shows how to train on more devices and machines""")
-    if missed := [f"{right[row]:.1%} of {row}" for row, least in ENOUGH.items() if right[row] < least]:
+    if missed:
         print(f"error: too few pictures are right: {', '.join(missed)}", file=sys.stderr)
         return cli.FAILED
     return cli.DONE

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyflux.model.tiny import patterns, shapes
-from tinyflux.model.tiny.judge import Prompt, judge, prompts
+from tinyflux.model.tiny.judge import ALL, NEW, Prompt, judge, prompts, score
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.util.pixels import to_pixels, to_uint8
 
@@ -25,6 +25,18 @@ def test_it_tells_right_from_wrong():
         swapped = prompt._replace(first=prompt.second, second=prompt.first)
         assert not judge(picture(swapped), prompt).right
     assert not judge(np.full((64, 64, 3), 128, np.uint8), every[0]).right
+
+
+def test_scores_by_form():
+    left_out = shapes.held_out(24)
+    wrong = next(p for p in prompts() if (p.first, p.form, p.second) in left_out)
+    swapped = wrong._replace(first=wrong.second, second=wrong.first)
+    found = score((picture(swapped if prompt == wrong else prompt) for prompt in prompts()), left_out)
+    assert list(found) == [*shapes.SHAPES, *patterns.KINDS, ALL, NEW]
+    for row, count in {wrong.form: 56, ALL: 448, NEW: 24}.items():
+        assert found.pop(row) == (count, count - 1, count - 1)
+    assert set(found.values()) == {(56, 56, 56)}
+    assert NEW not in score(map(picture, prompts()), frozenset())
 
 
 def test_the_packaged_vae_keeps_what_is_judged():

@@ -1,6 +1,6 @@
 """Check by pixels whether a drawn picture shows its prompt: the colours, and the best-fitting outline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from tinyflux.model.tiny import patterns, shapes
 from tinyflux.model.tiny.shapes import COLOURS
 
 REGULAR = 0.9  # least fraction of a pattern's pixels that must have their colour
+ALL, NEW = "all of them", "shapes and colours that were never trained on"
 
 
 class Verdict(NamedTuple):
@@ -28,11 +29,6 @@ class Prompt(NamedTuple):
     first: str
     second: str
 
-    @property
-    def kind(self) -> str:
-        """Its row in the demo's table."""
-        return self.form.removeprefix("a ")
-
 
 def prompts() -> Iterator[Prompt]:
     """Every possible caption of the demo's two sources."""
@@ -40,6 +36,37 @@ def prompts() -> Iterator[Prompt]:
         yield Prompt(shapes.caption(first, shape, second), shape, first, second)
     for kind, first, second in patterns.combinations():
         yield Prompt(patterns.caption(kind, first, second), kind, first, second)
+
+
+class Score(NamedTuple):
+    """Of so many prompts, how many pictures are right in their colours, and in their colours and their form."""
+
+    prompts: int
+    colours: int
+    right: int
+
+    @property
+    def share(self) -> float:
+        """The share of the prompts that are right."""
+        return self.right / self.prompts
+
+
+def score(images: Iterable[np.ndarray], left_out: Set[tuple[str, str, str]]) -> dict[str, Score]:
+    """The scores of pictures of all `prompts`, in their order: of each form, of ALL, and of the NEW ones.
+
+    left_out: the combinations of `shapes.held_out` that the model was not trained on.
+    """
+    found: dict[str, list[Verdict]] = {form: [] for form in (*shapes.SHAPES, *patterns.KINDS, ALL, NEW)}
+    for image, prompt in zip(images, prompts(), strict=True):
+        rows = (prompt.form, ALL, NEW) if (prompt.first, prompt.form, prompt.second) in left_out else (prompt.form, ALL)
+        verdict = judge(image, prompt)
+        for row in rows:
+            found[row].append(verdict)
+    return {
+        row: Score(len(verdicts), sum(v.colours for v in verdicts), sum(v.right for v in verdicts))
+        for row, verdicts in found.items()
+        if verdicts
+    }
 
 
 def judge(image: np.ndarray, prompt: Prompt) -> Verdict:
