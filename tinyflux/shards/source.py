@@ -1,7 +1,7 @@
 """Open a source by its path or URL: its manifest, its overlays, its empty prompt."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,11 +46,20 @@ class Source:
     """A source of a run: a base and its overlays; the last layer is the one at `url`.
 
     null: the empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]. dataset_id: may differ from the manifest's.
-    revision: pins the content: a Hub commit, or the SHA-256 of the manifest at `url`.
+    revision: pins the content: a Hub commit, or the SHA-256 of the manifest at `url`. layers: with the groups that are
+    read; all_layers: with all groups that there are, if these are more.
     """
 
-    def __init__(self, url: str, layers: tuple[Layer, ...], null: dict[str, Tensor], dataset_id: int, revision: str):
-        self.url, self.layers, self.null = url, layers, null
+    def __init__(
+        self,
+        url: str,
+        layers: Sequence[Layer],
+        null: dict[str, Tensor],
+        dataset_id: int,
+        revision: str,
+        all_layers: Sequence[Layer] = (),
+    ):
+        self.url, self.layers, self.all_layers, self.null = url, layers, all_layers or layers, null
         self.dataset_id, self.revision = dataset_id, revision
         self.manifest = layers[0].manifest
         """The base's manifest, which defines shards, shapes and rows."""
@@ -129,13 +138,18 @@ def open_source(
     layers = open_layers(os.fspath(url), dataset_id, cache, revision)
     store, manifest = layers[-1].store, layers[-1].manifest
     pinned = store.revision or manifest.sha256
+    read = layers = _used(layers)
     if groups is not None:
         wanted = {*groups, *(name for name, entry in SCHEMA.items() if not entry.optional)}
-        layers = [layer.reading(wanted) for layer in layers]
-    layers = [layer for i, layer in enumerate(layers) if layer.groups or i == 0]
-    null = check_null(next(layer for layer in layers if "text" in layer.groups))
-    base_id = layers[0].manifest.dataset_id
-    return Source(redacted(os.fspath(url)), tuple(layers), null, base_id if dataset_id is None else dataset_id, pinned)
+        read = _used(layer.reading(wanted) for layer in layers)
+    null = check_null(next(layer for layer in read if "text" in layer.groups))
+    dataset_id = layers[0].manifest.dataset_id if dataset_id is None else dataset_id
+    return Source(redacted(os.fspath(url)), read, null, dataset_id, pinned, layers)
+
+
+def _used(layers: Iterable[Layer]) -> list[Layer]:
+    """The base, and those overlays of which something is read."""
+    return [layer for i, layer in enumerate(layers) if layer.groups or i == 0]
 
 
 def open_layers(

@@ -28,7 +28,7 @@ class Check:
 
     def __init__(self, url: str, *, deep: bool = False, workers: int = 1):
         layers = open_layers(url)
-        self.source = Source(url, tuple(layers), {}, layers[0].manifest.dataset_id, layers[-1].manifest.sha256)
+        self.source = Source(url, layers, {}, layers[0].manifest.dataset_id, layers[-1].manifest.sha256)
         self.manifest, self.deep, self.workers = layers[-1].manifest, deep, workers
         self.faults: list[str] = []
         self.bad: set[str] = set()
