@@ -3,7 +3,6 @@
 A command's module runs as `__main__`, so options, output and exit status are the same as when it is run directly.
 """
 
-import difflib
 import runpy
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -46,9 +45,9 @@ def main() -> int:
             print("unknown: the package is not installed, it runs from its source folder")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        told = f"error: no command {name!r}{f', did you mean {near[0]}?' if near else ''}\n\n" if name else ""
-        print(f"{told}{usage()}", file=sys.stderr)
+        from tinyflux.util.settings import did_you_mean
+
+        print(f"error: no command {name!r}: {did_you_mean(name, COMMANDS)}" if name else usage(), file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
     sys.argv = [f"tinyflux {name}", *rest]

@@ -8,6 +8,7 @@ code.
 import json
 import os
 import pickle
+import re
 import stat
 import warnings
 import zlib
@@ -73,6 +74,18 @@ class Damaged(ValueError):
 
     A file that cannot be read (EIO, ESTALE) raises OSError instead: it may be intact.
     """
+
+
+def step_in(name: str) -> int | None:
+    """N of a name that begins with step_N: a checkpoint's, or that of a file made of it; None of any other."""
+    match = re.match(r"step_(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder that is called step_N and no more; -1 of any other."""
+    step = step_in(folder.name)
+    return step if folder.name == f"step_{step}" else -1
 
 
 def _checksum(metadata: dict) -> int:

@@ -8,7 +8,6 @@ bit. Loading is strict: partial checkpoints are refused.
 
 import functools
 import logging
-import re
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import check_files, read_checkpoint
+from tinyflux.model.dcp import check_files, read_checkpoint, step_in
 from tinyflux.model.layers import rope_frequencies
 from tinyflux.model.locate import CheckpointError, locate
 from tinyflux.model.model import TinyFluxDeep
@@ -258,9 +257,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", dtype:
     """
     check_place(device, dtype)
     path, content, config = _read(path, False, None, ("model", "ema", "optimizer"))
-    named = re.match(r"step_(\d+)", path.name)
     keys = ("epoch", "optimizer", "scheduler", "best_loss", "trainer_config")
-    checkpoint = {"step": int(named[1]) if named else None, "ema": None, **dict.fromkeys(keys)} | content
+    checkpoint = {"step": step_in(path.name), "ema": None, **dict.fromkeys(keys)} | content
     checkpoint["model"] = _build(path, content["model"], config, device, dtype)
     if checkpoint["ema"] is not None:
         checkpoint["ema"] = from_published(checkpoint["ema"], config)

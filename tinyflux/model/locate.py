@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_do
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import httpx
 
-from tinyflux.model.dcp import METADATA, read_metadata
+from tinyflux.model.dcp import METADATA, read_metadata, step_in, step_of
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +81,12 @@ def locate(source: str | Path, use_ema: bool, revision: str | None = None) -> tu
 
 def _folder_of(path: Path) -> Path | None:
     """The checkpoint folder of a `step_N.pt` or `best.pt` that was not written."""
-    folders = sorted(path.parent.glob("step_*"), key=lambda folder: _step(folder.name), reverse=True)
-    for folder in folders:
-        if (folder / METADATA).is_file():
+    for folder in sorted(path.parent.glob("step_*"), key=step_of, reverse=True):
+        if step_of(folder) >= 0 and (folder / METADATA).is_file():
             is_best = path.stem == "best" and "best" in read_metadata(folder).get("reasons", ())
             if is_best or path.stem == folder.name:
                 return folder
     return None
-
-
-def _step(name: str) -> int:
-    match = re.match(r"step_(\d+)", name)
-    return int(match[1]) if match else -1
 
 
 def _checkpoints(folder: Path) -> list[str]:
@@ -101,7 +95,7 @@ def _checkpoints(folder: Path) -> list[str]:
         return []
     names = [path.name for path in folder.iterdir()
              if (path / METADATA).is_file() or (path.suffix in (".safetensors", ".pt") and path.name[0] != ".")]
-    return sorted(names, key=lambda name: (_step(name), name))
+    return sorted(names, key=lambda name: (step_in(name) or 0, name))
 
 
 def find_training_config(source: str | Path, use_ema: bool = True, revision: str | None = None) -> Path | None:

@@ -177,9 +177,15 @@ def load_pretrained(kind: type, place: Pretrained, **options):
             model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
     finally:
         logging.set_verbosity(level)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{place} lacks {len(missing)} weights of {kind.__name__}, e.g. {', '.join(missing[:5])}")
+    _refuse(place, kind, [f"missing {key}" for key in info["missing_keys"]])
     return model
+
+
+def _refuse(place: Pretrained | Path, kind: type, faults: list[str]) -> None:
+    """Raises ValueError that lists what does not fit, if anything."""
+    if faults:
+        shown = "\n  ".join(sorted(faults)[:20])
+        raise ValueError(f"{place}: {len(faults)} weights do not fit the config of its {kind.__name__}:\n  {shown}")
 
 
 def load_tokenizer(place: Pretrained, vocab_size: int):
@@ -227,9 +233,7 @@ def load_unet(path: Path, config: Pretrained, dtype, skipped: tuple[str, ...] = 
                 for key in expected.keys() & found.keys()
                 if found[key] != expected[key]
             ]
-            if faults:
-                shown = "\n  ".join(sorted(faults)[:20])
-                raise ValueError(f"{path} doesn't fit the UNet config of {config}: {len(faults)} faults\n  {shown}")
+            _refuse(path, UNet2DConditionModel, faults)
             wanted = (key for key in found if key.partition(".")[0] not in skipped)
             state = {key: file.get_tensor(key).to(dtype) for key in wanted}  # one by one: not twice in memory
     except SafetensorError as error:

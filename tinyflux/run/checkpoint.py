@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, write_metadata
+from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, step_of, write_metadata
 from tinyflux.model.loader import load_model
 from tinyflux.run import folders, identity
 from tinyflux.run.export import KINDS, LORA, Exporter, beside, export_missing
-from tinyflux.run.folders import list_checkpoints, patiently, step_of
+from tinyflux.run.folders import list_checkpoints, patiently
 from tinyflux.run.staging import Staging
 from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from tinyflux.model.dcp import METADATA, Damaged, read_metadata
+from tinyflux.model.dcp import METADATA, Damaged, read_metadata, step_of
 from tinyflux.util.files import NoLocks, atomic_write, locked
 from tinyflux.util.log import say
 
@@ -60,12 +60,6 @@ def lock(run_dir: Path, patience: float = 120) -> ExitStack:
     except NoLocks as error:
         say(f"WARNING: {run_dir} cannot be locked ({error}): run only one training there at a time")
     return held
-
-
-def step_of(folder: Path) -> int:
-    """N of step_N, -1 for any other name."""
-    match = re.fullmatch(r"step_(\d+)", folder.name)
-    return int(match[1]) if match else -1
 
 
 def _names(root: Path) -> list[str]:

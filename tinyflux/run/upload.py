@@ -6,7 +6,6 @@ card are sent. The token comes from HF_TOKEN or `hf auth login`.
 
 import json
 import os
-import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 
+from tinyflux.model.dcp import step_in
 from tinyflux.util.cards import begun, completed, origins, renewed, written
 from tinyflux.util.files import replaced
 from tinyflux.util.log import say
@@ -29,7 +29,7 @@ LAST_RETRY = 5.0  # at the end of the run
 def section(repo: str, run: str, names: list[str], training: dict) -> str:
     """The model card's section about a run, between marks that the next upload finds."""
     trainer, data = training.get("trainer", {}), training.get("data", {})
-    steps = sorted({int(re.match(r"step_(\d+)", name)[1]) for name in names if name.startswith("step_")})
+    steps = sorted({step_in(name) for name in names} - {None})
     told = {"steps": f"{steps[-1]} of {trainer.get('total_steps')}" if steps else "none yet"}
     told |= {"sources": ", ".join(Path(urlsplit(url).path).name for url in data.get("sources", []))}
     told |= {key: data.get(key) for key in ("global_batch_size", "seed")}

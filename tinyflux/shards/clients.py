@@ -29,11 +29,14 @@ class DownloadError(OSError):
     """A remote file could not be downloaded; names the file and what to check.
 
     again: whether a retry may help. status: the HTTP status, if there is one. after: seconds the store asked to wait.
+    wrong: whether something else than the file came: other content, or a web page.
     """
 
-    def __init__(self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0):
+    def __init__(
+        self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0, wrong: bool = False
+    ):
         super().__init__(redacted(message))
-        self.again, self.status, self.after = again, status, after
+        self.again, self.status, self.after, self.wrong = again, status, after, wrong
 
     @property
     def missing(self) -> bool:
@@ -42,8 +45,8 @@ class DownloadError(OSError):
 
     @property
     def lacks(self) -> bool:
-        """Whether the store answered, but has no such file or sent a web page instead."""
-        return self.missing or self.__cause__ is None
+        """Whether the store answered, but has no such file or sent something else instead, such as a web page."""
+        return self.missing or self.wrong
 
     @classmethod
     def of(cls, error: BaseException, status: int = 0, after: str | None = None) -> "DownloadError":

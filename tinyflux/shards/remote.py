@@ -151,7 +151,7 @@ class RemoteFiles:
             if not last:
                 log.warning("%s: %s; downloading it again", patience.what, fault)
         said = "its content is not what the manifest says, so one of the two was replaced: " if sha256 else ""
-        raise DownloadError(f"{patience.what}: {said}{fault}")
+        raise DownloadError(f"{patience.what}: {said}{fault}", wrong=True)
 
     def _download(self, name: str, size: int | None, sha256: str | None, patience: Patience, part: Path) -> str:
         """The fault of a download, "" if there is none. Raises DownloadError, Stopped."""
@@ -218,7 +218,7 @@ class RemoteStore(RemoteFiles):
             try:
                 self.manifest = self.fetch("manifest.json", None, revision).read_bytes()
             except DownloadError as error:
-                if error.again or error.missing or error.__cause__ is not None:
+                if not error.wrong:
                     raise
                 message = f"source {self.url}: its manifest is not that of revision {revision}: it was replaced"
                 raise ValueError(message) from error

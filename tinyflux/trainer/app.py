@@ -52,7 +52,7 @@ def weights_of(checkpoint: str) -> dict[str, tuple[str, bool]]:
 
     For a run: the trained and the averaged weights of each step, and the best ones.
     """
-    from tinyflux.model.dcp import METADATA
+    from tinyflux.model.dcp import METADATA, step_of
 
     folder = Path(checkpoint)
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -60,9 +60,9 @@ def weights_of(checkpoint: str) -> dict[str, tuple[str, bool]]:
     for path in sorted(folder.glob("*")) if folder.is_dir() else ():
         if name := re.fullmatch(r"(?:step_(\d+)|best)(_ema)?\.safetensors", path.name):
             found[int(name[1]) if name[1] else -1, bool(name[2])] = str(path)
-        elif (name := re.fullmatch(r"step_(\d+)", path.name)) and (path / METADATA).is_file():
+        elif (step := step_of(path)) >= 0 and (path / METADATA).is_file():
             for averaged in (True, False):  # exported weights load faster, so they come first
-                found.setdefault((int(name[1]), averaged), str(path))
+                found.setdefault((step, averaged), str(path))
     if not found:
         return {"averaged": (checkpoint, True), "trained": (checkpoint, False)}
     return {

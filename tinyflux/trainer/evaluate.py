@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,6 +50,7 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     """Draw, score and write the results. Returns the JSON's path and the scores."""
+    from tinyflux.model.dcp import step_in
     from tinyflux.model.locate import find_training_config, locate
     from tinyflux.shards.config import DataConfig
     from tinyflux.shards.sources import open_sources
@@ -83,7 +83,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
         scorer = None
     evaluator = Evaluator(samples, sampler, scorer, inception, seed=seed)
     weights = locate(options.checkpoint, options.ema)[0]
-    step = int(match[1]) if (match := re.match(r"step_(\d+)", weights.name)) else None
+    step = step_in(weights.name)
     about = {
         "checkpoint": artist.checkpoint, "weights": artist.weights, "step": step,
         "sources": [source.name for source in sources], "held_out": held_out, "seed": seed,
