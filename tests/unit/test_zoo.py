@@ -275,9 +275,8 @@ def test_a_single_unet_file_loads_strictly(zoo, tmp_path):
     del state["conv_in.bias"]
     state["conv_out.bias"] = torch.zeros(5)
     save_file(state | {"extra": torch.zeros(1)}, tmp_path / "bad.safetensors")
-    with pytest.raises(
-        ValueError, match=r"3 weights do not fit .*\n  conv_out.bias is \[5\].*\n  missing conv_in.bias\n  unexpected extra"
-    ):
+    faults = r"3 weights do not fit .*\n  conv_out.bias is \[5\].*\n  missing conv_in.bias\n  unexpected extra"
+    with pytest.raises(ValueError, match=faults):
         load_unet(tmp_path / "bad.safetensors", config, torch.float32)
 
 
