@@ -28,6 +28,13 @@ def test_permutation_is_one():
     assert (rng.permutation(1000, 3, "rows") != rng.permutation(1000, 4, "rows")).any()
 
 
+def test_a_large_permutation_is_that_of_a_small_one(monkeypatch):
+    parts = (77_777, 3, "shards")
+    whole = rng.permutation(*parts)
+    monkeypatch.setattr(rng, "_LARGE", 1000)
+    assert (rng.permutation(*parts) == whole).all()
+
+
 def test_a_draw_does_not_depend_on_its_neighbours():
     seeds = torch.from_numpy(rng.sample_seeds(7, 100, np.arange(16)))
     whole = rng.normal(seeds, "noise", (3, 5))

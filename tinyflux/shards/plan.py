@@ -408,4 +408,4 @@ def split(origin_hashes: np.ndarray, source: int | str, val_fraction: float) -> 
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), not {val_fraction}")
     draws = rng.splitmix64(np.uint64(rng.key("validation", source)) + np.asarray(origin_hashes, np.uint64))
-    return (draws >> np.uint64(11)) < np.uint64(int(val_fraction * 2**53))
+    return draws < np.uint64(int(val_fraction * 2**53) << 11)

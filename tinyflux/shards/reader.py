@@ -2,14 +2,16 @@
 
 import itertools
 import logging
+import os
 import resource
 import threading
 import time
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,8 +29,9 @@ from tinyflux.util import rng
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MAX_BAD_IN_A_ROW = 20
-_HASHED = 1 << 20  # origins to split at a time
+_HASHED = 1 << 18  # origins to split at a time
 
 
 @dataclass
@@ -157,11 +160,8 @@ class Reader:
 
     def held_out(self, source: int) -> np.ndarray:
         """Positions of the held-out samples in a source, ascending; int64."""
-        origins, parts = self.sources[source].manifest.index.origins, [np.empty(0, np.int64)]
-        for first in range(0, len(origins) if self.config.val_fraction else 0, _HASHED):
-            mask = split(origins[first : first + _HASHED], self.sources[source].name, self.config.val_fraction)
-            parts.append(first + np.flatnonzero(mask))
-        return np.concatenate(parts)
+        parts = _held_out(self.sources[source], self.config.val_fraction, lambda places: places)
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def new_batch(
         self,
@@ -295,13 +295,27 @@ def caption_of(seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (draws % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
 
 
-def _held_out_counts(source: Source, val_fraction: float) -> np.ndarray | int:
+def _held_out(source: Source, val_fraction: float, found: Callable[[np.ndarray], T]) -> Iterator[T]:
+    """What `found` returns for the positions of each block's held-out samples, in order; blocks are read in threads."""
+    origins = source.manifest.index.origins if val_fraction else ()
+
+    def block(first: int) -> T:
+        return found(first + np.flatnonzero(split(origins[first : first + _HASHED], source.name, val_fraction)))
+
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        yield from pool.map(block, range(0, len(origins), _HASHED))
+
+
+def _held_out_counts(source: Source, val_fraction: float) -> np.ndarray:
     """Number of held-out samples in each shard; int [shards]."""
-    if not val_fraction:
-        return 0
-    origins, starts = source.manifest.index.origins, source.manifest.starts
+    starts = source.manifest.starts
     counts = np.zeros(len(starts), np.int64)
-    for first in range(0, len(origins), _HASHED):
-        places = first + np.flatnonzero(split(origins[first : first + _HASHED], source.name, val_fraction))
-        np.add.at(counts, np.searchsorted(starts, places, side="right") - 1, 1)
+
+    def of_shards(places: np.ndarray) -> tuple[int, np.ndarray]:
+        shards = np.searchsorted(starts, places, side="right") - 1
+        first = int(shards[0]) if len(shards) else 0
+        return first, np.bincount(shards - first)
+
+    for first, found in _held_out(source, val_fraction, of_shards):
+        counts[first : first + len(found)] += found
     return counts

@@ -5,6 +5,7 @@ Integer draws are the same on every device; float draws differ only by rounding.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 15  # elements to hash at a time, so that temporaries stay in the cache
+_LARGE = 1 << 20  # elements from which on two threads make an order
 _ROUNDS = 12  # even; with fewer, orders of five elements are not equally likely
 
 
@@ -25,9 +27,12 @@ def _signed(x: int) -> int:
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """Hash of each element of a uint64 array."""
     x = np.asarray(x, np.uint64) + np.uint64(_GOLDEN)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX1)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX2)
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(_MIX1)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(_MIX2)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def key(*parts: int | str) -> int:
@@ -52,12 +57,22 @@ def signed_key(*parts: int | str) -> int:
 def permutation(n: int, *parts: int | str) -> np.ndarray:
     """The order of `range(n)` keyed by `parts`, int64 [n]."""
     bits, start = np.uint64(n.bit_length()), np.uint64(key(*parts))
-    keys = np.empty(n, np.uint64)
-    for first in range(0, n, _CHUNK):
-        index = np.arange(first, min(first + _CHUNK, n), dtype=np.uint64)
-        # sorting values with their index in the low bits takes a sixth of the time of argsort
-        keys[first : first + _CHUNK] = splitmix64(start + index) >> bits << bits | index
-    keys.sort()
+    keys, half = np.empty(n, np.uint64), n // 2
+
+    def fill(begin: int, end: int) -> None:
+        for first in range(begin, end, _CHUNK):
+            index = np.arange(first, min(first + _CHUNK, end), dtype=np.uint64)
+            # sorting values with their index in the low bits takes a sixth of the time of argsort
+            keys[first : first + len(index)] = splitmix64(start + index) >> bits << bits | index
+
+    if n < _LARGE:
+        fill(0, n)
+        keys.sort()
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(fill, (0, half), (half, n)))
+            keys.partition(half)  # the smaller half comes first; it takes a tenth of the time of sorting
+            list(pool.map(np.ndarray.sort, (keys[:half], keys[half:])))
     keys &= (np.uint64(1) << bits) - np.uint64(1)
     return keys.view(np.int64)
 
