@@ -113,8 +113,9 @@ def test_a_damaged_small_file_in_the_cache_is_fetched_again(server, files, tmp_p
 
 def test_a_page_that_stays_is_named_and_does_not(server, files, tmp_path):
     server.faults["manifest.json"].extend(["page"] * 2)
-    with pytest.raises(DownloadError, match="not what its name says .*starts with b'<!DOCTYPE"):
+    with pytest.raises(DownloadError, match="not what its name says .*starts with b'<!DOCTYPE") as error:
         store_of(server, tmp_path)
+    assert error.value.lacks
     assert store_of(server, tmp_path).manifest == (files / "manifest.json").read_bytes()
 
 
@@ -122,8 +123,9 @@ def test_a_trickle_ends_and_the_next_try_is_free(server, files, tmp_path):
     server.faults["null.safetensors"].extend(["trickle"] * 3)
     store = store_of(server, tmp_path, timeout=0.8)
     began = time.monotonic()
-    with pytest.raises(DownloadError, match="null.safetensors: not downloaded within 1 s"):
+    with pytest.raises(DownloadError, match="null.safetensors: not downloaded within 1 s") as error:
         store.fetch("null.safetensors")
+    assert not error.value.lacks
     assert time.monotonic() - began < 5
     server.faults.clear()
     assert store.fetch("null.safetensors").read_bytes() == NULL
