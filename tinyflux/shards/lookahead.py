@@ -297,7 +297,7 @@ class LookAhead:
             store.cache.release(path, date)
 
     def _may_walk(self) -> bool:
-        """Whether to extend the window: the budget, all sources, the largest window or the run may be reached."""
+        """Whether to extend the window. Not if it has reached the budget, all shards, STEPS or the run's end."""
         ahead = len(self._window)
         more = ahead < min(STEPS, self._end - self._step) and len(self._needed) < self._all
         return more and self._bytes < self.budget and not self._walking
