@@ -144,7 +144,7 @@ def test_a_stalled_store_does_not_keep_the_lock(server, tmp_path):
     with ThreadPoolExecutor(1) as pool:
         left = pool.submit(fetch, store, 0, stopped=stopped)
         time.sleep(0.2)
-        stopped.set()  # nobody waits any more, but the request is under way: it ends by itself
+        stopped.set()  # the result is no longer needed, but the running request ends by itself
         server.hold = set()
         fetch(store_of(server, tmp_path, timeout=20.0), 0)
         server.held.set()

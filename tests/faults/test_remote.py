@@ -254,7 +254,7 @@ def test_a_killed_download_leaves_no_half_file_and_is_resumed(server, folder, tm
 
 
 def test_a_file_is_downloaded_once_by_all(server, folder, tmp_path):
-    def fetch(_):  # with a store and a cache of its own, as another process has: the lock is the kernel's
+    def fetch(_):  # with its own store and cache, like another process: the lock is the kernel's
         store = RemoteStore(f"{server.url}/portraits", NodeCache(tmp_path / "cache"))
         return store.fetch(SHARD, (folder / SHARD).stat().st_size)
 

@@ -172,7 +172,7 @@ def test_a_large_state_is_exported_by_a_process_of_its_own(model, tmp_path, monk
 
 
 def test_a_stop_saves_and_leaves_exports_to_the_next_start(model, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(checkpoint, "APART", 0)  # a process of its own takes seconds
+    monkeypatch.setattr(checkpoint, "APART", 0)  # a separate process takes seconds
     root = tmp_path / "checkpoints"
     checkpointer = Checkpointer(root, CONFIG)
     checkpointer.write_configs({})
@@ -190,7 +190,7 @@ def test_a_state_is_planned_once(model, tmp_path, monkeypatch):
     planned = []
     make = default_planner.create_default_global_save_plan
     monkeypatch.setattr(default_planner, "create_default_global_save_plan", lambda *a: planned.append(a) or make(*a))
-    for place in ("a", "b"):  # a second run of the same process has plans of its own
+    for place in ("a", "b"):  # a second run in the same process has its own plans
         with opened(tmp_path / place) as checkpointer:
             save(checkpointer, model, 1, 2, 3)
     assert len(planned) == 2

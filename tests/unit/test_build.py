@@ -340,7 +340,7 @@ def test_append(tmp_path, capsys):
         Image.new("RGB", (70, 80), (ord(name), 2 * ord(name), 9)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text(f"colour {name}")
     capsys.readouterr()
-    assert run(tmp_path, "--shard-size", 4) == 0 and content(tmp_path / "out") == before  # complete as it is
+    assert run(tmp_path, "--shard-size", 4) == 0 and content(tmp_path / "out") == before  # already complete
     assert "changed since: 2 (a.png, c.png) new. --append adds the new ones" in capsys.readouterr().out
     assert run(tmp_path, "--shard-size", 4, "--append", "--seed", 3) == 2
     assert "settings.seed: 0 against 3" in capsys.readouterr().err

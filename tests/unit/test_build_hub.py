@@ -48,7 +48,7 @@ def test_revisions_are_resolved_recorded_and_kept(hub, tmp_path, monkeypatch, ca
     assert manifest.groups["latents"].producer["vae"]["revision"] == commit("main")
     assert manifest.groups["lune"].fields["lune"].shape[0] == 10 and manifest.count == 2
 
-    assert build.main([*command, "--append"]) == 0  # not main's: the commit that the build was begun with
+    assert build.main([*command, "--append"]) == 0  # not main's commit, but the one that the build started with
     grown = Manifest.load(tmp_path / "data" / "drawn")
     assert grown.count == 6 and grown.groups == manifest.groups
 

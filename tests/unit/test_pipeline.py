@@ -161,7 +161,7 @@ def test_dtypes_and_other_parts(saved, pipe, model, tmp_path):
     half = TinyFluxPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
     assert {part.dtype for part in half.components.values() if hasattr(part, "dtype")} == {torch.bfloat16}
     half.save_pretrained(tmp_path / "half")
-    again = TinyFluxPipeline.from_pretrained(tmp_path / "half")  # as it was saved
+    again = TinyFluxPipeline.from_pretrained(tmp_path / "half")  # with the saved dtype
     half.set_progress_bar_config(disable=True)
     again.set_progress_bar_config(disable=True)
     assert again.vae.dtype == again.transformer.dtype == again.text_encoder_2.dtype == torch.bfloat16

@@ -122,7 +122,7 @@ def test_state_is_the_step(folders):
     config = config_of(folders)
     stream = stream_of(config)
     batches = take(stream, 4 * 3 + 1)
-    assert stream.state_dict() == {"step": 3}  # step 3 was handed out in part and begins again
+    assert stream.state_dict() == {"step": 3}  # step 3 was returned in part and starts again
     other = stream_of(config)
     take(other, 2)
     other.load_state_dict(stream.state_dict())

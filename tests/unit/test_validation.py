@@ -61,7 +61,7 @@ def test_of_a_remote_source_few_shards_are_fetched_once(tmp_path, monkeypatch, c
         for world in (1, 4):
             server.bodies.clear()
             found[world] = []
-            for rank in range(world):  # each on a node of its own
+            for rank in range(world):  # each on its own node
                 options = {"val_fraction": 0.4, "cache_dir": str(tmp_path / f"node {rank} of {world}")}
                 config = DataConfig([server.url], global_batch_size=8, micro_batch_size=2, **options)
                 (opened,) = open_sources(config)
