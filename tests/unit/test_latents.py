@@ -139,8 +139,9 @@ def test_layouts(tmp_path, given, layout):
     latents, prompts = given
     write(tmp_path / "given", latents, prompts)
     source = latents_of(tmp_path, "given", **keys)
-    found = {source.prompts(item, 0)[0]: source.read_latents(item) for item in inputs_of(source)}
-    assert found.keys() == set(prompts)
+    items = list(inputs_of(source))
+    found = {source.prompts(item, 0)[0]: source.read_latents(item) for item in items}
+    assert found.keys() == set(prompts) and {source.read_size(item) for item in items} == {(8, 8)}
     for i, prompt in enumerate(prompts):
         torch.testing.assert_close(found[prompt], latents[i], atol=tolerance, rtol=0)
 
@@ -189,6 +190,14 @@ def test_scaling_must_be_said(tmp_path, given, capsys):
     describe(tmp_path, "half")
     assert run(tmp_path) == 2
     assert "scaling is 'half': it must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [torch.zeros(16, 6, 8), torch.zeros(1, 16, 6, 8)])
+def test_a_header_gives_the_size(tmp_path, given):
+    contents = {"a.npy": npy(given), "a.safetensors": safetensors.torch.save({"size": torch.zeros(2), "latent": given})}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content[:-9])  # what is missing at the end is not needed
+        assert latents_of(tmp_path, ".").read_size(Input(name, "", [name, None])) == (8, 6)
 
 
 class _Harm:

@@ -92,7 +92,7 @@ class FromLatents(FromImages):
     def shape_of(self, item: Input) -> str:
         """Width and height of an input's latents; "0x0" if unreadable."""
         try:
-            return "{2}x{1}".format(*self.source.read_latents(item).shape)
+            return "{}x{}".format(*self.source.read_size(item))
         except (Rejected, OSError):
             return "0x0"
 

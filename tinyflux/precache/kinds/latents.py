@@ -1,13 +1,14 @@
 """Kind "latents": existing FLUX latents in tables, tars or a folder, with their captions."""
 
 import io
+import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import safetensors
@@ -152,6 +153,26 @@ class Latents(Rows, CaptionedSource):
             raise Rejected("not finite: the latents have NaN or infinity")
         return found
 
+    def read_size(self, item: Input) -> tuple[int, int]:
+        """Width and height of the latents, from the header of their file if it has one. Raises Rejected."""
+        shape = [] if isinstance(self.files, _Table) else self._shape_in(self.files.read_head(item))
+        if not 3 <= len(shape) <= 4 or 0 in shape:
+            shape = self.read_latents(item).shape
+        return shape[-1], shape[-2]
+
+    def _shape_in(self, head: bytes) -> Sequence[int]:
+        """The shape that the first bytes of a .npy or .safetensors file give; empty if they give none."""
+        try:
+            if head.startswith(b"\x93NUMPY"):
+                return _numpy_header(io.BytesIO(head))[0]
+            end = 8 + int.from_bytes(head[:8], "little")
+            if head[8:9] == b"{" and end <= len(head):
+                entries = {k: v["shape"] for k, v in json.loads(head[8:end]).items() if k != "__metadata__"}
+                return self._one_of({name: torch.empty(shape, device="meta") for name, shape in entries.items()}).shape
+        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):  # reading all of it says what is wrong
+            pass
+        return []
+
     def _decoded(self, data: bytes, shape) -> Any:
         """The tensor in a file's bytes. No code from it is executed."""
         if len(data) > LARGEST:
@@ -192,12 +213,17 @@ class Latents(Rows, CaptionedSource):
         return content
 
 
+def _numpy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether columns come first, and dtype at the beginning of a .npy file. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
 def _numpy(data: bytes) -> np.ndarray:
     """The array in a .npy file. Raises ValueError, also if its header and its size do not match."""
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, _, dtype = _numpy_header(file)
     if dtype.hasobject or prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"its header says {dtype} {list(shape)}, which does not match its size")
     return np.load(io.BytesIO(data), allow_pickle=False)
