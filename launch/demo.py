@@ -37,7 +37,7 @@ def run(*command: str | Path) -> None:
 
 
 def steps_in(metrics: Path) -> int:
-    """The steps that a running training has recorded."""
+    """Number of steps that a running training has recorded."""
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
@@ -59,7 +59,7 @@ def interrupt(command: list[str], metrics: Path, at_step: int, log: Path) -> Non
 
 
 def score(run_dir: Path, out: Path) -> list[str]:
-    """Draw every prompt of both sources, judge the pictures, print the table. Returns what is not right enough."""
+    """Draw every prompt of both sources, judge the pictures, print the table. Returns the scores that are too low."""
     import numpy as np
     from PIL import Image
 

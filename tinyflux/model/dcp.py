@@ -77,13 +77,13 @@ class Damaged(ValueError):
 
 
 def step_in(name: str) -> int | None:
-    """N of a name that begins with step_N: a checkpoint's, or that of a file made of it; None of any other."""
+    """N of a name that starts with step_N: a checkpoint or a file exported from it; None for any other name."""
     match = re.match(r"step_(\d+)", name)
     return int(match[1]) if match else None
 
 
 def step_of(folder: Path) -> int:
-    """N of a folder that is called step_N and no more; -1 of any other."""
+    """N of a folder named exactly step_N, -1 for any other."""
     step = step_in(folder.name)
     return step if folder.name == f"step_{step}" else -1
 

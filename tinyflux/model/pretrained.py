@@ -182,7 +182,7 @@ def load_pretrained(kind: type, place: Pretrained, **options):
 
 
 def _refuse(place: Pretrained | Path, kind: type, faults: list[str]) -> None:
-    """Raises ValueError that lists what does not fit, if anything."""
+    """Raises ValueError with the list of faults, if there are any."""
     if faults:
         shown = "\n  ".join(sorted(faults)[:20])
         raise ValueError(f"{place}: {len(faults)} weights do not fit the config of its {kind.__name__}:\n  {shown}")

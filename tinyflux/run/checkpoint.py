@@ -313,7 +313,7 @@ class Checkpointer:
         dcp.load(state, checkpoint_id=folder, process_group=self.group)
         for change in identity.changes(metadata.get("config") or {}, self.training_config):
             say(f"WARNING: since this checkpoint {change}")
-        if self.leads:  # what a stop or a kill left out, the best weights among it
+        if self.leads:  # exports that a stop or a kill left out, including the best weights
             for kept in reversed(patiently(lambda: list_checkpoints(self.root))):
                 if not all(beside(kept, kind).exists() for kind in KINDS):
                     self.published = self.publishing.submit(self._publish, kept)

@@ -22,7 +22,7 @@ LATE = 0.1  # a rank is named if it is later than this fraction of a step
 
 
 def _finite(value):
-    """The same with None for NaN and infinity, wherever they are in lists and dicts."""
+    """The value with None in place of NaN and infinity, also inside lists and dicts."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):

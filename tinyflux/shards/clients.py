@@ -29,7 +29,7 @@ class DownloadError(OSError):
     """A remote file could not be downloaded; names the file and what to check.
 
     again: whether a retry may help. status: the HTTP status, if there is one. after: seconds the store asked to wait.
-    wrong: whether something else than the file came: other content, or a web page.
+    wrong: whether something other than the file was received: other content, or a web page.
     """
 
     def __init__(

@@ -296,7 +296,7 @@ def caption_of(seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _held_out(source: Source, val_fraction: float, found: Callable[[np.ndarray], T]) -> Iterator[T]:
-    """What `found` returns for the positions of each block's held-out samples, in order; blocks are read in threads."""
+    """The results of `found` for the positions of each block's held-out samples, in order; threads read the blocks."""
     origins = source.manifest.index.origins if val_fraction else ()
 
     def block(first: int) -> T:

@@ -46,8 +46,8 @@ class Source:
     """A source of a run: a base and its overlays; the last layer is the one at `url`.
 
     null: the empty prompt's `t5_embeds` [L, D] and `clip_pooled` [D]. dataset_id: may differ from the manifest's.
-    revision: pins the content: a Hub commit, or the SHA-256 of the manifest at `url`. layers: with the groups that are
-    read; all_layers: with all groups that there are, if these are more.
+    revision: the version of the content: a Hub commit, or the SHA-256 of the manifest at `url`. layers: with the groups
+    to read; all_layers: with all existing groups.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ def open_source(
 
 
 def _used(layers: Iterable[Layer]) -> list[Layer]:
-    """The base, and those overlays of which something is read."""
+    """The base, and the overlays from which a group is read."""
     return [layer for i, layer in enumerate(layers) if layer.groups or i == 0]
 
 

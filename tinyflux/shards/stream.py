@@ -30,7 +30,7 @@ __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
 
 log = logging.getLogger(__name__)
 
-VALIDATED = 0.25  # the part of a remote source's shards that validation may download
+VALIDATED = 0.25  # the fraction of a remote source's shards that validation may download
 
 
 class _Pipeline:
@@ -361,13 +361,13 @@ class Stream:
         return bool(self._reader.shards.caches)
 
     def validated(self, samples: int) -> int:
-        """Number of samples in a validation of the first `samples`: fewer where remote shards are left out."""
+        """Number of samples in a validation of the first `samples`: fewer if remote shards are left out."""
         return len(self._held_out_order(samples)[0])
 
     def _held_out_order(self, samples: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Source and position of the first `samples` held-out samples, in an order keyed by the seed, sources evenly
-        mixed. For a remote source, the order goes shard by shard and leaves most shards out: each is downloaded whole
-        for its few held-out rows."""
+        mixed. For a remote source, the order goes shard by shard and leaves most shards out, because each is downloaded
+        completely for a few held-out rows."""
         seed, places, positions = self.config.seed, [], []
         for s, opened in enumerate(self.sources):
             part = self._reader.held_out(s)

@@ -27,7 +27,7 @@ class Background:
         self._newest.add_done_callback(self._tell)
 
     def _tell(self, job: Future) -> None:
-        if error := job.exception():  # what the job itself does not expect, such as a MemoryError
+        if error := job.exception():  # an error that the job does not handle, such as MemoryError
             say(f"WARNING: {self.name}: {error!r}; training continues")
 
     def wait(self, patience: float | None = None) -> bool:

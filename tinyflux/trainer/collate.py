@@ -104,8 +104,8 @@ class HeldOut:
     """Batches of a stream's held-out samples, each at VALIDATION_TIMESTEPS fixed timesteps that cover the training
     distribution evenly. The samples are always the same, on any number of ranks. `valid` bool [B]: which rows count.
 
-    Up to KEPT bytes are kept in memory, pinned for a GPU; with a remote source all batches are, or each validation
-    would download shards again. The next batch is read while one is used.
+    Up to KEPT bytes are kept in memory, pinned for a GPU. With a remote source all batches are kept, because otherwise
+    each validation might download shards again. The next batch is read while one is used.
     Raises ValueError if no sample is held out: the loss would always be 0, and thus the best.
     """
 

@@ -334,7 +334,7 @@ class Trainer:
         drawings = ((self.preview, c.sample_every, "samples"), (self.scoreboard, c.evaluate_every, "scores"))
         for drawing, name in [(drawing, name) for drawing, every, name in drawings if drawing and any(due(every))]:
             self._read()
-            if self.stopping and not self.finished:  # the save comes first: there may be little time for it
+            if self.stopping and not self.finished:  # save first: there may be little time
                 say(f"no {name} of step {self.step}: the training stops")
                 continue
             say(f"drawing {name} at step {self.step}")
@@ -349,7 +349,7 @@ class Trainer:
         if self.checkpointer.newest != self.step:
             self.save_checkpoint({"step"})
             self.checkpointer.wait()
-        # the last exchange between ranks: from here on the others need not wait for what rank 0 still does
+        # the last exchange between ranks: from here on, other ranks need not wait for rank 0
         say(*data_lines(data_report(self.loader, self.step, self.device)), sep="\n")
         until = time.monotonic() + STOP_PATIENCE
 

@@ -26,5 +26,5 @@ def validate(objective: Objective, ema: EMA, batches: Iterable[Batch], device: t
     dist.all_reduce(sums)
     *losses, count = sums.tolist()
     keys = ["val_loss" if name == "main" else f"val_{name}" for name in names]
-    # without a good sample no loss at all: 0 would be the best for ever
+    # NaN without a good sample: a loss of 0 would always be the best
     return {key: value / count if count else math.nan for key, value in zip(keys, losses, strict=True)}

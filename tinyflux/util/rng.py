@@ -16,7 +16,7 @@ _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 _CHUNK = 1 << 15  # elements to hash at a time, so that temporaries stay in the cache
-_LARGE = 1 << 20  # elements from which on two threads make an order
+_LARGE = 1 << 20  # from this many elements on, two threads make an order
 _ROUNDS = 12  # even; with fewer, orders of five elements are not equally likely
 
 

@@ -39,7 +39,7 @@ def prompts() -> Iterator[Prompt]:
 
 
 class Score(NamedTuple):
-    """Of so many prompts, how many pictures are right in their colours, and in their colours and their form."""
+    """Number of prompts, of pictures with right colours, and of pictures with right colours and form."""
 
     prompts: int
     colours: int
@@ -47,7 +47,7 @@ class Score(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share of the prompts that are right."""
+        """The share of right pictures."""
         return self.right / self.prompts
 
 
