@@ -3,6 +3,7 @@
 python -m launch.demo [--out demo]
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def run(*command: str | Path) -> None:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}")
 
 
+def run_side_by_side(*commands: list[str | Path]) -> None:
+    """Run commands at the same time, on one core each. Ends the demo if one fails."""
+    for command in commands:
+        print(f"\n$ {' '.join(map(str, command))}", flush=True)
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([str(word) for word in command], env=one_core) for command in commands]
+    if any([process.wait() for process in processes]):
+        sys.exit("demo: one of the commands above failed")
+
+
 def steps_in(metrics: Path) -> int:
     """Number of steps that a running training has recorded."""
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -58,21 +69,31 @@ def interrupt(command: list[str], metrics: Path, at_step: int, log: Path) -> Non
     print(f"interrupted after {steps_in(metrics)} steps; the same command resumes it", flush=True)
 
 
-def score(run_dir: Path, out: Path) -> list[str]:
-    """Draw every prompt of both sources, judge the pictures, print the table. Returns the scores that are too low."""
+def score(run_dir: Path, out: Path, grid: Path) -> list[str]:
+    """Draw every prompt of both sources, judge the pictures, print the table. Returns the scores that are too low.
+
+    grid: file for the pictures of `GRID`, put together.
+    """
     import numpy as np
     from PIL import Image
 
     from tinyflux.model.tiny import judge, shapes
 
-    prompts, names = out / "prompts.txt", [prompt.text for prompt in judge.prompts()]
-    prompts.write_text("\n".join(names))
-    folder = out / "pictures"
+    names = [prompt.text for prompt in judge.prompts()]
+    folder, half, commands = out / "pictures", len(names) // 2, []
     folder.mkdir()
-    run(sys.executable, LAUNCH / "sample.py", "--checkpoint", run_dir, "--prompt-file", prompts,
-        "--no-grid", "--out", folder / "of.png", "--batch-size", "64", "--seed", "1", "--solver", "ab2",
-        "--steps", "14")  # fmt: skip
-    images = (np.asarray(Image.open(folder / f"of-{k}.png")) for k in range(len(names)))
+    for first in (0, half):  # two processes: two threads of one are hardly faster than one
+        prompts = out / f"prompts-{first}.txt"
+        prompts.write_text("\n".join(names[first : first + half]))
+        commands.append([
+            sys.executable, LAUNCH / "sample.py", "--checkpoint", run_dir, "--prompt-file", prompts,
+            "--first", str(first), "--no-grid", "--out", folder / "of.png", "--batch-size", "16", "--seed", "1",
+            "--solver", "ab2", "--steps", "10",
+        ])  # fmt: skip
+    run_side_by_side(*commands)
+    images = [np.asarray(Image.open(folder / f"of-{k}.png")) for k in range(len(names))]
+    shown = np.pad([images[names.index(text)] for text in GRID], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    Image.fromarray(np.vstack([np.hstack(shown[k : k + 4]) for k in range(0, len(GRID), 4)])).save(grid)
     scores = judge.score(images, shapes.held_out(HELD_OUT))
     rows = [("prompts", "", "colours right", "form and colours right", "")]
     rows += [(name.removeprefix("a "), *counts, f"{counts.share:.1%}") for name, counts in scores.items()]
@@ -95,8 +116,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; remove it or choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    python = sys.executable
-    ranks = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     print(f"1/4  Precache: images and captions become shards of tensors, in {out / 'data'}")
     patterns.write_folder(out / "images", images)
     sources = out / "sources.toml"
@@ -106,7 +126,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     )
     for name in ("shapes", "patterns"):
         run(*ranks, "-m", "sharding.build", "--source", name, "--sources", sources, "--zoo", "tiny",
-            "--out", out / "data" / name)  # fmt: skip
+            "--shard-size", "64", "--out", out / "data" / name)  # fmt: skip
 
     print("\n2/4  Train: two ranks stream both sources, 70% shapes and 30% patterns")
     run_dir, metrics = out / "run", out / "run" / "metrics.jsonl"
@@ -126,8 +146,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
 
     print("\n4/4  Sample: prompts become pictures; the teachers are no longer needed")
     grid = out / "grid.png"
-    run(python, LAUNCH / "sample.py", "--checkpoint", run_dir, "--out", grid, "--batch-size", "16", "--prompt", *GRID)
-    missed = score(run_dir, out)
+    missed = score(run_dir, out, grid)
     print(f"""
 Done in {(time.monotonic() - start) / 60:.1f} minutes.
 
