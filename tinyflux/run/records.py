@@ -27,8 +27,8 @@ def parse(line: bytes) -> dict | None:
 def data_lines(report: dict) -> list[str]:
     """A `metrics.data_report` as text: one line per source and one for the rest."""
     lines = [
-        f"source {name}: {s['samples']:,} samples, share {s['share']:.4f} of {s['requested']:.4f} requested,"
-        f" {s['passes']:.2f} passes"
+        f"source {name}: {s['samples']:,} samples since the last start, share {s['share']:.4f} of"
+        f" {s['requested']:.4f} requested, {s['passes']:.2f} passes since step 0"
         for name, s in report["sources"].items()
     ]
     rest = f"data: {report['bad_samples']} bad samples, {report['replaced_samples']} replacements"
