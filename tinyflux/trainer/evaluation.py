@@ -179,10 +179,16 @@ def page(about: dict, cells: list[tuple[str, str, str, str]]) -> str:
             for prompt, mine, real, score in some
         )
 
+    def shown(value) -> str:
+        if isinstance(value, list):
+            return ", ".join(value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
     rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(f'{value:.4f}' if isinstance(value, float) else str(value))}"
-        "</td></tr>" for key, value in about.items() if key != "loss_by_t"
-    )  # fmt: skip
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown(value))}</td></tr>"
+        for key, value in about.items()
+        if key != "loss_by_t"
+    )
     most = max(about["loss_by_t"].values())
     bars = "".join(
         f'<tr><td>{t}</td><td>{value:.4f}</td><td><div style="width:{200 * value / most:.0f}px"></div></td></tr>'
@@ -190,7 +196,7 @@ def page(about: dict, cells: list[tuple[str, str, str, str]]) -> str:
     )
     n = min(SHOWN, -(-len(cells) // 2))
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TinyFlux evaluation</title><style>
-body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1100px; color: #222; padding: 0 1em }}
+body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1130px; color: #222; padding: 0 1em }}
 main {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; width: 268px }}
 figure img {{ width: 128px; height: auto; image-rendering: pixelated; margin-right: 4px }}
 figcaption {{ font-size: 13px; overflow-wrap: anywhere }} td {{ padding: 0 1em 0 0 }}
