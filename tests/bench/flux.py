@@ -82,20 +82,41 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def flux_vae() -> AutoencoderKL:
+    """The VAE of FLUX."""
+    return AutoencoderKL(**VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
+                         use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
+
+
+def sd_vae() -> AutoencoderKL:
+    """The VAE of SD1.5."""
+    return AutoencoderKL(**VAE, latent_channels=4, scaling_factor=0.18215)
+
+
+def t5() -> T5EncoderModel:
+    """The encoder of flan-t5-base."""
+    return T5EncoderModel(
+        T5Config(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12, vocab_size=32_128,
+                 feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    )  # fmt: skip
+
+
+def clip() -> CLIPTextModel:
+    """The text encoder of CLIP-L."""
+    return CLIPTextModel(
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                       vocab_size=49_408, eos_token_id=49_407, bos_token_id=49_406)
+    )  # fmt: skip
+
+
 def make_models(folder: Path) -> None:
     """Every repo of the flux zoo, with random weights, in folders of their names."""
     torch.manual_seed(0)
-    flux = AutoencoderKL(**VAE, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
-                         use_quant_conv=False, use_post_quant_conv=False)  # fmt: skip
-    flux.to(torch.bfloat16).save_pretrained(folder / FLUX["vae"].at / "vae")
-    AutoencoderKL(**VAE, latent_channels=4, scaling_factor=0.18215).save_pretrained(folder / FLUX["sd_vae"].at / "vae")
-    t5 = T5Config(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12, vocab_size=32_128,
-                  feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # fmt: skip
-    T5EncoderModel(t5).save_pretrained(folder / FLUX["t5"].at)
+    flux_vae().to(torch.bfloat16).save_pretrained(folder / FLUX["vae"].at / "vae")
+    sd_vae().save_pretrained(folder / FLUX["sd_vae"].at / "vae")
+    t5().save_pretrained(folder / FLUX["t5"].at)
     t5_tokenizer().save_pretrained(folder / FLUX["t5"].at)
-    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                          vocab_size=49_408, eos_token_id=49_407, bos_token_id=49_406)  # fmt: skip
-    CLIPTextModel(clip).save_pretrained(folder / FLUX["clip"].at)
+    clip().save_pretrained(folder / FLUX["clip"].at)
     clip_tokenizer().save_pretrained(folder / FLUX["clip"].at)
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are SD1.5's
     unet.save_config(folder / UNET_CONFIG.at / UNET_CONFIG.subfolder)

@@ -1,10 +1,12 @@
-"""Time and memory of the teachers' features, ours against the obvious way, on a full-size UNet of SD1.5's shape.
+"""Time and memory of the precache, ours against the obvious way, on models of the real sizes with random weights.
 
     python tests/bench/precache.py                                    the CPU, one image at two timesteps
     python tests/bench/precache.py --device cuda --dtype float16 --batch 32
+    python tests/bench/precache.py --whole --batch 1                  an image's whole pass, all timesteps
 
-The obvious way runs the whole UNet and hooks its mid block for Lune, and keeps every self-attention layer's
-probabilities for Sol. All variants take turns in one process; ratios are medians within a turn. Weights are random.
+The obvious way runs the whole UNet and hooks its mid block for Lune, keeps every self-attention layer's probabilities
+for Sol, and calls CLIP once for the pooled vector and once for the hidden states. The whole pass is the FLUX VAE, the
+SD1.5 VAE, T5, CLIP, Lune and Sol. All variants take turns in one process; ratios are medians within a turn.
 """
 
 import argparse
@@ -22,8 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.bench import flux
 from tests.bench.memory import Memory
 from tinyflux.model.teachers import lune_features, sol_statistics
+from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.extract import Batch, extract_batches, teacher_inputs
 
 
 def plain_lune(unet: UNet2DConditionModel, latents: Tensor, context: Tensor, timesteps: Tensor) -> Tensor:
@@ -82,6 +87,56 @@ def our_sol(*inputs) -> Tensor:
 VARIANTS = {"lune": (lune_features, plain_lune), "sol": (our_sol, plain_sol)}
 
 
+def random_zoo(unet: UNet2DConditionModel, side: int) -> ModelZoo:
+    """Models of the real zoo's sizes; `unet` is both Lune and Sol. side: of the latents."""
+    tokenizers = {"t5": flux.t5_tokenizer(), "clip": flux.clip_tokenizer()}
+    models = {"vae": flux.flux_vae(), "sd_vae": flux.sd_vae(), "t5": flux.t5(), "clip": flux.clip()}
+    models = {name: model.eval().to(unet.device, unet.dtype) for name, model in models.items()}
+    return ModelZoo.of(8 * side, 128, tokenizers, lune=unet, sol=unet, **models)
+
+
+def plain_pass(zoo: ModelZoo, batch: Batch, timesteps_at_once: int) -> dict[str, Tensor]:
+    """What `extract_batches` gives of one batch, with the plain teachers."""
+    device, dtype = zoo.sol.device, zoo.sol.dtype
+    pixels = batch.on(device)
+    found = {"latents": zoo.encode_images(pixels), "t5_embeds": zoo.encode_t5(batch.prompts)}
+    found |= {"clip_pooled": zoo.encode_clip(batch.prompts)}
+    context = zoo.encode_clip_hidden(batch.prompts).to(dtype)
+    noised, timesteps = teacher_inputs(zoo.encode_sd(pixels), batch.seeds.to(device))
+    for name, function in (("lune", plain_lune), ("sol", plain_sol)):
+        rows = []
+        for x, seen in zip(noised.to(dtype), context, strict=True):
+            for chunk in torch.arange(len(timesteps)).split(timesteps_at_once):
+                rows.append(function(zoo.sol, x[chunk], seen.expand(len(chunk), -1, -1), timesteps[chunk]))
+        found[name] = torch.cat(rows).unflatten(0, (len(noised), -1))
+    found["sol_stats"], found["sol_spatial"] = found.pop("sol").split((3, 64), dim=-1)
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+def whole_pass(unet: UNet2DConditionModel, args: argparse.Namespace) -> dict[str, float]:
+    """Prints seconds an image, ours and plain, a line a turn, and where ours went; returns the figures."""
+    zoo, images = random_zoo(unet, args.side), max(1, args.batch // 10)
+    pixels = torch.randint(0, 256, (images, 8 * args.side, 8 * args.side, 3), dtype=torch.uint8)
+    batch = Batch(pixels, ["a photograph of a house by the sea"] * images, torch.arange(images))
+    ways = (lambda: extract_batches(zoo, [batch], dtype=torch.float32)[0], lambda: plain_pass(zoo, batch, args.batch))
+    ratios, ours = [], []
+    for turn in range(args.turns):
+        seconds, outputs = [], []
+        for way in ways:
+            start = time.perf_counter()
+            outputs.append(way())
+            seconds.append((time.perf_counter() - start) / images)
+        ratios.append(seconds[1] / seconds[0])
+        ours.append(seconds[0])
+        differ = max(((outputs[0][n].flatten() - x.flatten()).abs().max() / x.abs().max()).item()
+                     for n, x in outputs[1].items())  # fmt: skip
+        print(f"whole pass, turn {turn + 1}: ours {seconds[0]:.1f} s an image, plain {seconds[1]:.1f} s, "
+              f"{ratios[-1]:.2f} times; differ by {differ:.1e}", flush=True)  # fmt: skip
+    shares = {name: spent / args.turns / images for name, spent in zoo.seconds.items()}
+    print("of ours: " + ", ".join(f"{name} {spent:.2f} s" for name, spent in shares.items()))
+    return {"seconds_per_image": median(ours), "times_the_plain_way": median(ratios)} | shares
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +146,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64, help="latents along each side; 64 is a 512 x 512 image")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--channels", type=int, nargs=4, default=[320, 640, 1280, 1280], help="SD1.5's, or fewer")
+    parser.add_argument("--whole", action="store_true", help="an image's whole pass instead of the teachers alone")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
 
@@ -106,6 +162,11 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in unet.parameters())
     print(f"{where}, torch {torch.__version__}, {args.dtype}, UNet of {count / 1e6:.0f}M, {list(latents.shape)}")
+    if args.whole:
+        figures = whole_pass(unet, args)
+        if args.json:
+            args.json.write_text(json.dumps(figures))
+        return
     head = ("ours, s", "plain, s", "times", "ours, MiB", "plain, MiB", "part", "differ")
     print(f"{'':6}" + "".join(f"{title:>12}" for title in head))
     figures = {}
