@@ -57,7 +57,7 @@ class DataConfig:
     allow_missing: list[str] = field(default_factory=list)
     """Names of sources that may lack Lune or Sol; their samples carry a mask and add no such loss."""
     allow_different: list[str] = field(default_factory=list)
-    """Names of sources whose producer (models, revisions, scaling) may differ from the first source's."""
+    """Names of sources whose producer (models, revisions, scaling) may differ from those of the other sources."""
 
     def __post_init__(self):
         check(self, "data.")

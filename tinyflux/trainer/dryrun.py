@@ -114,7 +114,8 @@ def check_memory(config: RunConfig, stream: Stream, device: torch.device) -> Non
     fixed, room, B = parts["state"] + parts["gathered"], available(device), config.data.micro_batch_size
     if fixed + parts["activations"] <= room:
         return
-    fits = int(max(0.0, room - fixed) / parts["activations"] * B)
+    most = int(max(0.0, room - fixed) / parts["activations"] * B)
+    fits = max((n for n in range(1, most + 1) if B % n == 0), default=0)  # a divisor suits everything that B suits
     what = f"data.micro_batch_size = {fits} would fit" if fits else "not even 1 would fit: shard over more ranks"
     raise ValueError(
         f"data.micro_batch_size is {B}: with latents of {shape[0]} x {shape[1]} it needs about"
