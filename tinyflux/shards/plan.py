@@ -1,8 +1,8 @@
 """The plan: which samples a step takes, as a pure function of (seed, step).
 
 At every step, the samples of one shape of a source have been seen equally often (counts differ by at most one), on any
-number of ranks, unless they are drawn with replacement. All integers, no state: the position of a run is its step. A change here or in `rng` that moves a
-sample needs a new PLAN_VERSION.
+number of ranks, unless they are drawn with replacement. All integers, no state: the position of a run is its step. A
+change here or in `rng` that moves a sample needs a new PLAN_VERSION.
 """
 
 from bisect import bisect_right
