@@ -9,12 +9,20 @@ from tests.forked import fork_server
 # several workers of pytest share the cores: torch on one of them, and no pool of compilers
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
+LONGEST = ("test_slurm.py", "test_parallel.py", "test_restart.py")
+"""Files that are begun first, lest the other workers wait for them in the end."""
+
 
 def pytest_configure(config) -> None:
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist has its controller's
         server = fork_server()
         server.__enter__()
         config.add_cleanup(lambda: server.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 All workers of a pytest run share one server (tests/conftest.py starts it).
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -27,8 +28,10 @@ IMPORTS = (
     "tinyflux.model.zoo",
     "tinyflux.precache.from_images",
     "tinyflux.trainer.start",
+    "torch._inductor.compile_fx",
     "torch.distributed.run",
     "torch.utils.tensorboard",
+    "torchao.optim",
 )
 
 
@@ -179,9 +182,8 @@ def prepare(argv: list[str], env: dict[str, str], cwd: str, file_limit: int | No
     sys.argv = argv
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
-    serve(socket.socket(fileno=int(sys.argv[1])))
+def run() -> None:
+    """The command in sys.argv."""
     if sys.argv[0] in ("-m", "-c"):
         option, what = sys.argv[0], sys.argv.pop(1)
         sys.path[0] = os.getcwd()
@@ -192,3 +194,24 @@ if __name__ == "__main__":
     else:
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def end(status: object) -> None:
+    """End as an interpreter does, but free no objects: that would copy all the server's first, for half a second."""
+    if status is None or isinstance(status, int):
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit((status or 0) & 0xFF)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
+    serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        run()
+    except SystemExit as error:
+        end(error.code)
+    end(0)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -67,9 +67,15 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    run_dir: Path, sources: list[Path], *options: object, ranks: int = 1, file_limit: int | None = None
+    run_dir: Path,
+    sources: list[Path],
+    *options: object,
+    ranks: int = 1,
+    file_limit: int | None = None,
+    meanwhile: Callable[[list[Forked]], None] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a training to its end; stdout has stderr too. file_limit: bytes beyond which writing a file fails.
+    meanwhile: is called with the processes of several ranks once they are started.
 
     Of one rank without a limit in this process, of several in forked ones: both spare the start of an interpreter.
     """
@@ -81,11 +87,17 @@ def train(
         said, _ = process.communicate(timeout=300)
         return subprocess.CompletedProcess(argv, process.returncode, said)
     with tempfile.NamedTemporaryFile() as log:
-        status = run_ranks(argv, ranks, Path(log.name))
+        status = run_ranks(argv, ranks, Path(log.name), meanwhile)
         return subprocess.CompletedProcess(argv, status, Path(log.name).read_text())
 
 
-def run_ranks(argv: Sequence[object], ranks: int, log: Path, timeout: float = 300) -> int:
+def run_ranks(
+    argv: Sequence[object],
+    ranks: int,
+    log: Path,
+    meanwhile: Callable[[list[Forked]], None] | None = None,
+    timeout: float = 300,
+) -> int:
     """`argv` on several ranks, as torchrun would start them, with their output in `log`.
 
     Returns the exit status of the first rank that failed, which ends the others, or 0.
@@ -102,6 +114,8 @@ def run_ranks(argv: Sequence[object], ranks: int, log: Path, timeout: float = 30
         "GROUP_WORLD_SIZE": "1",
     }
     processes = [Forked(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, log=log) for r in range(ranks)]
+    if meanwhile:
+        meanwhile(processes)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         statuses = [process.poll(timeout=0.01) for process in processes]

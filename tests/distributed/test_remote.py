@@ -1,7 +1,6 @@
 """Training on several ranks from Hub sources with all features of a source: the same as an uninterrupted run from disk,
 also after a rank died, and on fewer ranks later."""
 
-import os
 import signal
 from collections import Counter
 
@@ -10,7 +9,8 @@ import torch
 from huggingface_hub import HfFileSystem, constants
 
 from tests.dataset_hub import dataset_hub
-from tests.training import curve, make_source, records, run_ranks, start_torchrun, train, wait_for, workers
+from tests.forked import Forked
+from tests.training import curve, make_source, records, run_ranks, train, wait_for
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.source import open_source
@@ -74,12 +74,13 @@ def test_four_ranks_then_two_then_one(unbroken, urls, tmp_path):
     run_dir = tmp_path / "run"
     options = (*OPTIONS, "--data.cache-dir", tmp_path / "cache")
     saving = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
-    process = start_torchrun(run_dir, urls, *options, *saving, ranks=4)
-    wait_for(process, run_dir, run_dir / "checkpoints" / "step_2" / "metadata.json")
-    os.kill(workers(process)[1], signal.SIGKILL)
-    process.wait(300)
-    output = (tmp_path / "run.log").read_text()
-    assert process.returncode == 1 and "SIGKILL" in output.upper(), output
+
+    def strike(processes: list[Forked]) -> None:
+        wait_for(processes[0], run_dir, run_dir / "checkpoints" / "step_2" / "metadata.json")
+        processes[1].kill()
+
+    done = train(run_dir, urls, *options, *saving, ranks=4, meanwhile=strike)
+    assert done.returncode == -signal.SIGKILL, done.stdout
 
     done = train(run_dir, urls, *options, "--trainer.total-steps", 8, ranks=2)
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout

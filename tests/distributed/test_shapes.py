@@ -1,13 +1,10 @@
 """Portraits and landscapes, from the folder to pictures of three shapes, by the real commands."""
 
-import subprocess
-import sys
-
 from PIL import Image
 
 from launch import sample
 from sharding import build
-from tests.training import ROOT, environment, options_of, records
+from tests.training import ROOT, options_of, records, run_ranks
 from tinyflux.model.tiny import shapes
 from tinyflux.shards.manifest import Manifest
 
@@ -33,13 +30,9 @@ def test_a_folder_of_portraits_and_landscapes(tmp_path, one_thread, monkeypatch,
     assert sorted(manifest.shapes) == [(7, 10), (8, 8), (10, 7)] and "pixels cut" in printed
     train = ("--data.global-batch-size", 8, "--data.unit", 4, "--data.micro-batch-size", 4, "--trainer.total-steps", 6)
     settings = ("--trainer.dtype", "float32", "--trainer.zoo", "tiny", "--trainer.sample-every", 0)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "launch/train.py")
-    words = [*torchrun, "--data.sources", "built", "--run-dir", "run", *options_of("model", NETWORK), *train, *settings]
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=environment() | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    words = ["--data.sources", "built", "--run-dir", "run", *options_of("model", NETWORK), *train, *settings]
+    status = run_ranks([ROOT / "launch/train.py", *words], 2, tmp_path / "log")
+    assert status == 0, (tmp_path / "log").read_text()
     steps = records(tmp_path / "run")
     assert len(steps) == 6 and all(0 < step["loss"] < 100 for step in steps)
     for height, width in SIZES:
