@@ -295,7 +295,7 @@ def test_saving(tmp_path, monkeypatch):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="needs its config"):
+    with pytest.raises(ValueError, match="pass its config"):
         save_published(model.state_dict(), path)
     with pytest.raises(ValueError, match="written as .safetensors"):
         save_published(model, tmp_path / "model.pt")
