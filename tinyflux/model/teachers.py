@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-CHUNK = 1 << 24
-"""Most attention probabilities in memory at once on the CPU, over all samples and heads."""
+CHUNK = 1 << 22
+"""Most attention probabilities in memory at once on the CPU, over all samples and heads: its cache holds the 16 MiB."""
 
 
 def chunk_of(device: torch.device) -> int:
