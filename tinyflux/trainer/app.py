@@ -271,11 +271,16 @@ def blocks(page: Page) -> "gradio.Blocks":
             return gr.Dropdown(names, value=[name for name in chosen or names[:1] if name in names])
 
         inputs = list(form.values())
-        drawing = draw.click(run, inputs, [gallery, notes, shown, chosen], api_visibility="private")
-        stop.click(None, cancels=[drawing], api_visibility="private")
+        drawing = draw.click(
+            run, inputs, [gallery, notes, shown, chosen], show_progress_on=gallery, api_visibility="private"
+        )
+        stopped = stop.click(None, cancels=[drawing], api_visibility="private")
+        # gradio 6.31 covers the outputs of what was cancelled with "Error", until they are set again
+        stopped.then(lambda pictures: pictures, shown, gallery, queue=False, api_visibility="private")
         gallery.select(select, None, chosen, queue=False, api_visibility="private")
-        back.click(put_back, [shown, chosen], inputs, queue=False, api_visibility="private")
-        upload.upload(filled, upload, inputs, queue=False, api_visibility="private")
+        # with progress shown, an error would cover the whole form
+        back.click(put_back, [shown, chosen], inputs, queue=False, show_progress="hidden", api_visibility="private")
+        upload.upload(filled, upload, inputs, queue=False, show_progress="hidden", api_visibility="private")
         form["weights"].focus(refreshed, form["weights"], form["weights"], queue=False, api_visibility="private")
     return made.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
