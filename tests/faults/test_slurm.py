@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked
 from tests.slurm_cluster import missing, slurm_cluster
-from tests.training import ROOT, SMALL, curve, environment, make_source, records, train
+from tests.training import ROOT, curve, environment, make_source, options_of_run, records, train
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())} (slurm-wlm, munge)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
 ]
-STEPS = 100
-OPTIONS = ("--trainer.total-steps", STEPS)
+STEPS = 40
 PATIENCE = 180  # seconds
 SBATCH = ("sbatch", "--parsable", "--cpus-per-task=1")  # the nodes here are small
 
@@ -40,31 +40,17 @@ def cluster(tmp_path_factory) -> dict[str, str]:
         yield env | environment() | {"SLURM_CONF": env["SLURM_CONF"], "PATH": path, "GLOO_SOCKET_IFNAME": "lo"}
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("sources")
-    return [make_source(folder / "a", 1), make_source(folder / "b", 2, samples=40)]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, sources) -> list[dict]:
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    done = train(run_dir, sources, *OPTIONS, ranks=2)
-    assert done.returncode == 0, done.stdout
-    return curve(run_dir)
-
-
 def call(cluster: dict[str, str], folder: Path, *args: object) -> str:
     done = subprocess.run(list(map(str, args)), cwd=folder, env=cluster, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def wait(cluster: dict[str, str], folder: Path, job: str) -> None:
-    """Until no task of a job is queued or running, a requeued one's next start included."""
+def wait(cluster: dict[str, str], folder: Path, job: str, reached: Callable[[], bool] | None = None) -> None:
+    """Until `reached`, or until no task of a job is queued or running, a requeued one's next start included."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if not call(cluster, folder, "squeue", "-h", "-j", job):
+        if reached() if reached else not call(cluster, folder, "squeue", "-h", "-j", job):
             return
         # a requeued job is held for two minutes, lest its nodes still be busy with it
         subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], env=cluster, capture_output=True)
@@ -93,16 +79,19 @@ def wait_until(folder: Path, condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def test_preempted_in_a_save(cluster, folder, sources, tmp_path):
-    """Both nodes get the signal while a checkpoint is being written: one of them stands still until it has it."""
+def test_a_training_that_is_stopped_goes_on_by_itself(cluster, folder, tmp_path):
+    """Its own exit status asks for it: both nodes get the signal, as near the time limit, while a checkpoint is being
+    written, for which one of them stands still until it has it. Then by another's hand."""
+    sources = [make_source(tmp_path / "a", 1), make_source(tmp_path / "b", 2, samples=40)]
     run_dir = tmp_path / "run"
-    wide = ["--model.hidden-size", 512, "--model.num-attention-heads", 4, "--model.attention-head-dim", 128]
-    wide += ["--model.axes-dims-rope", 32, 48, 48]  # half a second to save
-    options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *wide, "--trainer.total-steps", 12]
-    options += ["--trainer.save-every-steps", 4, "--trainer.keep-last-n-steps", 0]
-    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *options)
-    saving = run_dir / "checkpoints" / "step_8"
-    wait_until(folder, (run_dir / "checkpoints" / "step_4" / "metadata.json").exists)
+    options = ["--model.hidden-size", 256, "--model.num-attention-heads", 2, "--model.attention-head-dim", 128]
+    options += ["--model.axes-dims-rope", 32, 48, 48]  # it takes a while to save
+    options += ["--trainer.total-steps", STEPS]
+    saves = ["--trainer.save-every-steps", 8, "--trainer.keep-last-n-steps", 0]
+    words = options_of_run(run_dir, sources, *options, *saves)
+    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *words)
+    saving = run_dir / "checkpoints" / "step_16"
+    wait_until(folder, (run_dir / "checkpoints" / "step_8" / "metadata.json").exists)
     still = rank_of(job, 1)
     wait_until(folder, lambda: list(saving.glob("__1_*.distcp")))
     os.kill(still, signal.SIGSTOP)  # a save is over when all ranks have written their part
@@ -112,52 +101,28 @@ def test_preempted_in_a_save(cluster, folder, sources, tmp_path):
         assert not (saving / "metadata.json").exists(), "the save was over before it was seen"
     finally:
         os.kill(still, signal.SIGCONT)
+    wait(cluster, folder, job, lambda: any("resumed" in record for record in records(run_dir)))
+    call(cluster, folder, "scontrol", "requeue", job)
     wait(cluster, folder, job)
     log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
-    assert "saved step_8" in log and "stopped by a signal at step" in log, logs(folder)
-    assert "resuming at step" in log and "Traceback" not in log, logs(folder)
-    assert [r["step"] for r in records(run_dir)] == list(range(1, 13)), logs(folder)
-    done = train(tmp_path / "unbroken", sources, *wide, "--trainer.total-steps", 12, ranks=2)
-    assert done.returncode == 0, done.stdout
-    for a, b in zip(curve(tmp_path / "unbroken"), curve(run_dir), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
-
-
-@pytest.mark.parametrize("told", ["scontrol requeue", "scancel --signal=USR1"])
-def test_a_training_that_is_stopped_goes_on_by_itself(cluster, folder, sources, unbroken, tmp_path, told):
-    """By another's hand, or, as --signal has it near the time limit, because its own exit status asks for it."""
-    run_dir = tmp_path / "run"
-    options = ["--run-dir", run_dir, "--data.sources", *sources, *SMALL, *OPTIONS]
-    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *options)
-    deadline = time.monotonic() + PATIENCE
-    while len(records(run_dir)) < 3:
-        assert time.monotonic() < deadline, logs(folder)
-        time.sleep(0.01)
-    call(cluster, folder, *told.split(), job)
-    wait(cluster, folder, job)
-    log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
-    assert "resuming at step" in log, logs(folder)
+    assert "saved step_16" in log and "stopped by a signal at step" in log, logs(folder)
+    assert log.count("resuming at step") == 2 and "Traceback" not in log, logs(folder)
     assert (folder / f"tinyflux-train-{job}-node1.log").exists()
     assert [r["step"] for r in records(run_dir)] == list(range(1, STEPS + 1)), logs(folder)
-    for a, b in zip(unbroken, curve(run_dir), strict=True):
+    done = train(tmp_path / "unbroken", sources, *options, ranks=2)
+    assert done.returncode == 0, done.stdout
+    for a, b in zip(curve(tmp_path / "unbroken"), curve(run_dir), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
 
 
 def test_a_build_as_an_array_has_the_bytes_of_one_process(cluster, folder):
     (folder / "sources.toml").write_text('[drawn]\nkind = "shapes"\ndataset_id = 8\ncount = 16\n')
     options = ["--source", "drawn", "--zoo", "tiny", "--device", "cpu", "--shard-size", "4", "--batch-size", "4"]
-    job = call(
-        cluster,
-        folder,
-        *SBATCH,
-        "--array=0-1",
-        "launch/slurm/build.sbatch",
-        *options,
-        "--out",
-        "array",
-    )
+    job = call(cluster, folder, *SBATCH, "--array=0-1", "launch/slurm/build.sbatch", *options, "--out", "array")
     wait(cluster, folder, job)
-    call(cluster, folder, sys.executable, "-m", "sharding.build", *options, "--out", "alone")
+    build = Forked(["-m", "sharding.build", *options, "--out", "alone"], environment(), cwd=folder)
+    said, _ = build.communicate(timeout=PATIENCE)
+    assert build.returncode == 0, said
     array, alone = (
         {path.name: path.read_bytes() for path in (folder / name).iterdir() if path.is_file()}
         for name in ("array", "alone")
