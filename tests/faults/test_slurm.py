@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())} (slurm-wlm, munge)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
 ]
-STEPS = 40
+STEPS = 60
 PATIENCE = 180  # seconds
 SBATCH = ("sbatch", "--parsable", "--cpus-per-task=1")  # the nodes here are small
 
