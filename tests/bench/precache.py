@@ -72,7 +72,7 @@ def plain_sol(unet: UNet2DConditionModel, latents: Tensor, context: Tensor, time
         distance = (probs * torch.cdist(points, points)).sum(-1).mean(-1)
         localities.append(1 - distance / math.hypot(side - 1, side - 1))
         entropies.append(-(probs.clamp(min=1e-8) * probs.clamp(min=1e-8).log()).sum(-1).mean(-1) / math.log(side**2))
-        maps.append(F.interpolate(probs.mean(1).view(-1, 1, side, side), size=(8, 8), mode="bilinear"))
+        maps.append(F.interpolate(probs.sum(1).view(-1, 1, side, side), size=(8, 8), mode="bilinear"))
     locality, entropy = torch.stack(localities).mean(0), torch.stack(entropies).mean(0)
     spatial = torch.stack(maps).mean(0).flatten(1)
     stats = torch.stack((locality, entropy, 1 - entropy), dim=1)
