@@ -98,13 +98,13 @@ def test_sol_equals_the_plain_computation(monkeypatch, h, w, chunk):
 
 
 def test_a_gpu_holds_more_of_sol_at_once(monkeypatch):
-    """By all of its memory, in powers of two: 80 GB hold 16 times what the CPU does."""
+    """By all of its memory, in powers of two: 80 GB hold 64 times what the CPU does."""
     held = {}
     for gigabytes in (4, 24, 80, 141):
         properties = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
         held[gigabytes] = teachers.chunk_of(torch.device("cuda"))
-    assert held == {4: 1 << 24, 24: 1 << 26, 80: 1 << 28, 141: 1 << 29}
+    assert held == {4: 1 << 23, 24: 1 << 26, 80: 1 << 28, 141: 1 << 29}
     assert teachers.chunk_of(torch.device("cpu")) == 1 << 24
 
 
