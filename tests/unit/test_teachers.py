@@ -105,7 +105,7 @@ def test_a_gpu_holds_more_of_sol_at_once(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, properties=properties: properties)
         held[gigabytes] = teachers.chunk_of(torch.device("cuda"))
     assert held == {4: 1 << 23, 24: 1 << 26, 80: 1 << 28, 141: 1 << 29}
-    assert teachers.chunk_of(torch.device("cpu")) == 1 << 24
+    assert teachers.chunk_of(torch.device("cpu")) == 1 << 22
 
 
 def test_sol_leaves_the_output_and_the_processors_as_they_were():

@@ -17,7 +17,7 @@ from tinyflux.util.predictions import flow_x_t
 
 TEACHER_INPUTS = ("image", "noise")
 SOL_SIZE = 8
-TOKENS = {"cpu": 1 << 14, "accelerator": 1 << 18}  # latent pixels per call of a teacher
+TOKENS = {"cpu": 1 << 12, "accelerator": 1 << 18}  # latent pixels per call of a teacher
 
 Tensors = dict[str, Tensor]
 
