@@ -278,9 +278,9 @@ def blocks(page: Page) -> "gradio.Blocks":
         # gradio 6.31 covers the outputs of what was cancelled with "Error", until they are set again
         stopped.then(lambda pictures: pictures, shown, gallery, queue=False, api_visibility="private")
         gallery.select(select, None, chosen, queue=False, api_visibility="private")
-        # with progress shown, an error would cover the whole form
-        back.click(put_back, [shown, chosen], inputs, queue=False, show_progress="hidden", api_visibility="private")
-        upload.upload(filled, upload, inputs, queue=False, show_progress="hidden", api_visibility="private")
+        # in the queue, or an error is not shown; with progress shown, it would cover the whole form
+        back.click(put_back, [shown, chosen], inputs, show_progress="hidden", api_visibility="private")
+        upload.upload(filled, upload, inputs, show_progress="hidden", api_visibility="private")
         form["weights"].focus(refreshed, form["weights"], form["weights"], queue=False, api_visibility="private")
     return made.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
 
