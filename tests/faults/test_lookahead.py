@@ -13,7 +13,9 @@ from tests.store_server import store_server
 from tinyflux.shards import lookahead as ahead
 from tinyflux.shards import remote
 from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.reader import Reader
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.util.files import Stopped
 
 LANES, ROWS = 2, 12
 
@@ -170,9 +172,12 @@ def test_every_wait_for_a_shard_ends_and_names_it(silent, tmp_path):
         next(stream)
 
 
-def test_closing_is_prompt_while_a_download_hangs(silent, tmp_path):
+@pytest.mark.parametrize("reader", ["waits for a download", "has dropped its part"])
+def test_closing_is_prompt_while_a_download_hangs(silent, tmp_path, monkeypatch, reader):
     stream = stream_of(silent, tmp_path)
-    failures = []
+    began, failures = threading.Event(), []
+    if reader == "has dropped its part":  # it saw, between two parts, that the stream is closed
+        monkeypatch.setattr(Reader, "load", lambda self, micro, part, stopped: (began.set(), wait_for(stopped)))
 
     def consume():
         try:
@@ -182,12 +187,13 @@ def test_closing_is_prompt_while_a_download_hangs(silent, tmp_path):
 
     thread = threading.Thread(target=consume, daemon=True)
     thread.start()
-    wait_for(lambda: stream.counts()["late_shards"] > 0)
-    began = time.monotonic()
+    wait_for(lambda: stream.counts()["late_shards"] > 0 or began.is_set())
+    closing = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - closing < 5
     thread.join(timeout=30)
     assert not thread.is_alive()
+    assert [type(error) for error in failures] == [Stopped]
 
 
 def test_files_deleted_under_the_look_ahead_come_back(server, tmp_path):

@@ -25,6 +25,7 @@ from tinyflux.shards.schema import Field, fields_at
 from tinyflux.shards.source import Source
 from tinyflux.shards.sources import open_sources
 from tinyflux.util import rng
+from tinyflux.util.files import Stopped
 
 __all__ = ["BadSamples", "DataConfig", "Stream", "StreamStats", "open_sources"]
 
@@ -170,11 +171,13 @@ class _Pipeline:
     def next(self) -> tuple[list[int], Any]:
         """Number of samples of each source in the next batch, and the batch.
 
-        Raises errors of the threads, TimeoutError, and StopIteration after the last step.
+        Raises errors of the threads, TimeoutError, Stopped after `close`, and StopIteration after the last step.
         """
         began = time.monotonic()
         with self._lock:
             while not (self._begun and self._begun[0].done):
+                if self.stopped:  # by another thread: what was begun is left undone
+                    raise Stopped("the stream was closed")
                 if self.ended is not None and not self._begun:
                     raise self.ended
                 left = max(began, self.reader.progress) + self.patience - time.monotonic()
