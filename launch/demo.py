@@ -29,22 +29,15 @@ GRID = (  # prompts of the picture that is shown at the end
 )  # fmt: skip
 
 
-def run(*command: str | Path) -> None:
-    """Run a command as a user would type it. Ends the demo if it fails."""
-    print(f"\n$ {' '.join(map(str, command))}", flush=True)
-    done = subprocess.run([str(word) for word in command], check=False)
-    if done.returncode:
-        sys.exit(f"demo: the command above failed with exit status {done.returncode}")
-
-
-def run_side_by_side(*commands: list[str | Path]) -> None:
-    """Run commands at the same time, on one core each. Ends the demo if one fails."""
+def run(*commands: list[str | Path], **environment: str) -> None:
+    """Run commands as a user would type them, at the same time. Ends the demo if one fails."""
+    processes = []
     for command in commands:
         print(f"\n$ {' '.join(map(str, command))}", flush=True)
-    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([str(word) for word in command], env=one_core) for command in commands]
-    if any([process.wait() for process in processes]):
-        sys.exit("demo: one of the commands above failed")
+        processes.append(subprocess.Popen([str(word) for word in command], env=os.environ | environment))
+    for status in [process.wait() for process in processes]:
+        if status:
+            sys.exit(f"demo: the command above failed with exit status {status}")
 
 
 def steps_in(metrics: Path) -> int:
@@ -75,9 +68,12 @@ def score(run_dir: Path, out: Path, grid: Path) -> list[str]:
     grid: file for the pictures of `GRID`, put together.
     """
     import numpy as np
+    import torch
     from PIL import Image
 
     from tinyflux.model.tiny import judge, shapes
+    from tinyflux.trainer.sampling import save_samples
+    from tinyflux.util.pixels import to_pixels
 
     names = [prompt.text for prompt in judge.prompts()]
     folder, half, commands = out / "pictures", len(names) // 2, []
@@ -90,10 +86,10 @@ def score(run_dir: Path, out: Path, grid: Path) -> list[str]:
             "--first", str(first), "--no-grid", "--out", folder / "of.png", "--batch-size", "16", "--seed", "1",
             "--solver", "ab2", "--steps", "10",
         ])  # fmt: skip
-    run_side_by_side(*commands)
+    run(*commands, OMP_NUM_THREADS="1")
     images = [np.asarray(Image.open(folder / f"of-{k}.png")) for k in range(len(names))]
-    shown = np.pad([images[names.index(text)] for text in GRID], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    Image.fromarray(np.vstack([np.hstack(shown[k : k + 4]) for k in range(0, len(GRID), 4)])).save(grid)
+    shown = torch.from_numpy(np.stack([images[names.index(text)] for text in GRID]))
+    save_samples(to_pixels(shown), grid)
     scores = judge.score(images, shapes.held_out(HELD_OUT))
     rows = [("prompts", "", "colours right", "form and colours right", "")]
     rows += [(name.removeprefix("a "), *counts, f"{counts.share:.1%}") for name, counts in scores.items()]
@@ -125,8 +121,8 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
         '[patterns]\nkind = "imagefolder"\nlocation = "images"\ndataset_id = 1\n'
     )
     for name in ("shapes", "patterns"):
-        run(*ranks, "-m", "sharding.build", "--source", name, "--sources", sources, "--zoo", "tiny",
-            "--shard-size", "64", "--out", out / "data" / name)  # fmt: skip
+        run([*ranks, "-m", "sharding.build", "--source", name, "--sources", sources, "--zoo", "tiny",
+             "--shard-size", "64", "--out", out / "data" / name])  # fmt: skip
 
     print("\n2/4  Train: two ranks stream both sources, 70% shapes and 30% patterns")
     run_dir, metrics = out / "run", out / "run" / "metrics.jsonl"
@@ -136,7 +132,7 @@ def main(out: Path = Path("demo"), shapes: int = 1280, images: int = 168) -> int
     total = tomllib.loads(CONFIG.read_text())["trainer"]["total_steps"]
     interrupt(train, metrics, total // 2, out / "interrupted.log")
     print("\n3/4  Resume: the very same command")
-    run(*train)
+    run(train)
     records = read_metrics(run_dir)
     if [record["step"] for record in records] != list(range(1, total + 1)):
         sys.exit(f"demo: {metrics} does not have each step once")

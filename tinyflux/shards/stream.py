@@ -356,7 +356,7 @@ class Stream:
     @property
     def held_out(self) -> int:
         """Number of samples held out for validation."""
-        return sum(len(self._reader.held_out(s)) for s in range(len(self.sources)))
+        return sum(source.manifest.count for source in self.sources) - self.plan.total
 
     @property
     def remote(self) -> bool:

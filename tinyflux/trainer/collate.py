@@ -116,7 +116,7 @@ class HeldOut:
                 " samples: raise it, or set it to 0 for no validation"
             )
         self.most = math.inf if stream.remote else KEPT
-        if (found := stream.validated(samples)) < min(samples, stream.held_out):
+        if stream.remote and (found := stream.validated(samples)) < min(samples, stream.held_out):
             say(
                 f"WARNING: validation uses {found:,} of the {stream.held_out:,} held-out samples: to limit downloads,"
                 " it reads only a part of each remote source's shards; raise data.val_fraction for more"
