@@ -11,6 +11,7 @@ import heapq
 import json
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain, groupby, islice
@@ -84,8 +85,28 @@ def in_order(source: Source, seed: int) -> Callable[[str], bytes]:
     return lambda stem: hashlib.blake2b(key + stem.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-class Listing:
-    """The inputs of a source in numbered parts. Only the rank that builds a part reads its inputs."""
+class Parts(ABC):
+    """Inputs in numbered parts. Only the rank that builds a part reads its inputs."""
+
+    parts = 0
+    """Number of parts."""
+
+    @abstractmethod
+    def rows(self, k: int) -> list[tuple[int, Input]]:
+        """The inputs of part k with their numbers."""
+
+    @abstractmethod
+    def done_with(self, k: int) -> None:
+        """All shards of part k are written: its source can delete temporary files."""
+
+
+class Listing(Parts):
+    """The inputs of a source, listed in files when the build starts."""
+
+    total: int | None = None
+    """Number of all inputs, None if it is not known from the start."""
+    stride = PART_STRIDE
+    """Input numbers reserved for each part."""
 
     def __init__(self, folder: Path, source: Source, seed: int, limit: int | None = None):
         self.folder, self.source, self.seed, self.limit = folder, source, seed, limit
@@ -93,32 +114,19 @@ class Listing:
         """Side in pixels of rendered images."""
         self.created = time.time()
 
-    parts = 0
-    """Number of parts."""
-    total: int | None = None
-    """Number of all inputs, None if it is not known from the start."""
-    stride = PART_STRIDE
-    """Input numbers reserved for each part."""
-
+    @abstractmethod
     def begin(self) -> None:
         """List the inputs, or only the parts. Raises SourceError, FileNotFoundError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget(self) -> None:
         """Delete the listing."""
-        raise NotImplementedError
 
-    def rows(self, k: int) -> list[tuple[int, Input]]:
-        """The inputs of part k with their numbers."""
-        raise NotImplementedError
-
-    def done_with(self, k: int) -> None:
-        """Called when all shards of a part are written: its source can delete temporary files."""
-
+    @abstractmethod
     def load(self) -> bool:
         """Load an earlier listing. Returns whether there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changes(
         self, same: Callable[[int, Input], bool], *, built: Callable[[int], bool] | None = None, append: bool = False
     ) -> Changes:
@@ -128,7 +136,6 @@ class Listing:
         finished shard; inputs that are not may change, and the listing is updated. append: new inputs become new parts,
         if nothing else has changed. With `built` or `append`, must be called under the ledger's lock.
         """
-        raise NotImplementedError
 
     def checked_by_another(self) -> bool:
         """Whether another process has compared since this one started, so that this one need not."""
@@ -169,6 +176,9 @@ class Counted(Listing):
         rows = self._read(run, k_in_run // self.per_file)
         start = k_in_run % self.per_file * self.part_size
         return list(enumerate(rows[start : start + self.part_size], k * self.part_size))
+
+    def done_with(self, k: int) -> None:
+        """Nothing is kept for a part."""
 
     def forget(self) -> None:
         self.runs = []
@@ -392,17 +402,19 @@ class Parted(Listing):
         return list(self.source.inputs_of(name))[start:stop]
 
 
-class Few(Listing):
+class Few(Parts):
     """The first inputs of a listing, as one part."""
 
     parts = 1
 
     def __init__(self, listing: Listing, n: int):
-        super().__init__(listing.folder, listing.source, listing.seed)
         self._rows = list(islice((row for k in range(listing.parts) for row in listing.rows(k)), n))
 
     def rows(self, k: int) -> list[tuple[int, Input]]:
         return self._rows
+
+    def done_with(self, k: int) -> None:
+        """Nothing is kept for a part."""
 
 
 def write_rows(path: Path, rows: Iterable[Input]) -> None:

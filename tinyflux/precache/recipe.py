@@ -1,5 +1,6 @@
 """Recipes: which inputs a build has, and how an input becomes a sample. `build` runs any recipe."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -18,7 +19,7 @@ SLICE = 16  # inputs of a part that is sorted into several shapes, in multiples 
 OF_A_SLICE, OF_A_TAR = 100, 1000  # shard numbers reserved for such a part, and for a part that is not counted before
 
 
-class Recipe:
+class Recipe(ABC):
     """The inputs of a build and how they are processed. Subclasses define the kinds of builds."""
 
     base: Base | None = None
@@ -29,21 +30,23 @@ class Recipe:
     def __init__(self, config: BuildConfig, ledger: Ledger, place: Place):
         self.config, self.ledger, self.place = config, ledger, place
 
+    @abstractmethod
     def asked(self, begun: dict) -> dict:
         """All settings that affect the bytes, except models; `begun`: the settings of a resumed build."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, begun: dict) -> None:
         """Tell the ledger the listed parts. Raises LedgerError if the build cannot be resumed with these settings."""
-        raise NotImplementedError
 
+    @abstractmethod
     def probe(self) -> None:
         """Raises FileNotFoundError or ValueError if there are no inputs, before any model is loaded."""
 
+    @abstractmethod
     def load(self, begun: dict) -> dict[str, dict]:
         """Load the models. Returns the fingerprint of each group. Raises ValueError, OSError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_inputs(self) -> None:
         """List the inputs, or compare them with the listing. Must be called under the lock. Raises LedgerError."""
 
@@ -61,24 +64,25 @@ class Recipe:
         """Seconds that each model ran."""
         return {}
 
+    @abstractmethod
     def null(self) -> dict[str, Tensor] | None:
         """T5 states and CLIP vector of the empty prompt; None if the build has no texts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def works(self, part: int) -> list[Work]:
         """The shards of a part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def done_with(self, part: int) -> None:
         """All shards of a part are written."""
 
+    @abstractmethod
     def encode(self, group: list[list[Ready]]) -> list[Mapping]:
         """The tensors of each batch, on the CPU: for each name, one tensor per sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, ready: Ready, tensors: dict[str, Tensor]) -> dict:
         """A sample as members of its tar."""
-        raise NotImplementedError
 
     def rejected(self, index: int, origin: str, reason: Rejected) -> dict:
         """The entry of a rejected input. Raises ValueError if rejects are not allowed."""
@@ -186,6 +190,6 @@ class Listed(Recipe):
         size = self.config.shard_size
         return [(0, rows[start : start + size]) for start in range(0, len(rows), size)]
 
+    @abstractmethod
     def task(self, index: int, item: Input, shape: int) -> Task:
         """How an input is read."""
-        raise NotImplementedError

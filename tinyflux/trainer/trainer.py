@@ -332,7 +332,9 @@ class Trainer:
         if reasons or (self.owed and not c.save_every_minutes):
             self.save_checkpoint(reasons)
         drawings = ((self.preview, c.sample_every, "samples"), (self.scoreboard, c.evaluate_every, "scores"))
-        for drawing, name in [(drawing, name) for drawing, every, name in drawings if drawing and any(due(every))]:
+        for drawing, every, name in drawings:
+            if drawing is None or not any(due(every)):
+                continue
             self._read()
             if self.stopping and not self.finished:  # save first: there may be little time
                 say(f"no {name} of step {self.step}: the training stops")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -39,7 +40,11 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One table of sources.toml, checked. Its fields are the keys that the table may have."""
+    """One table of sources.toml, checked. Its fields are the keys that the table may have.
+
+    A kind lists its inputs in one of three ways: by `inputs`; by `records`, `stem` and `join`, if an input is made of
+    several files; or by `parts` and `inputs_of`, if each part is listed by the rank that builds it.
+    """
 
     name: str
     kind: str
@@ -66,7 +71,7 @@ class Source:
 
     def inputs_of(self, part: str) -> Iterator[Input]:
         """The inputs of one of these parts, in order. Raises SourceError."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no parts, or must define `inputs_of`")
 
     def records(self, size: int, seed: int) -> Iterator[list]:
         """Lists that start with a stem. All records of a stem are later passed to `join`, which makes inputs of them.
@@ -90,7 +95,7 @@ class Source:
 
         Raises FileNotFoundError, SourceError.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} lists its inputs by `records` or by `parts`, or must define `inputs`")
 
     @property
     def where(self) -> str:
@@ -173,7 +178,7 @@ class CaptionedSource(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageSource(CaptionedSource):
+class ImageSource(CaptionedSource, ABC):
     """Base class of sources of images."""
 
     recipe: ClassVar[str] = "from_images:FromImages"
@@ -192,9 +197,9 @@ class ImageSource(CaptionedSource):
         # 8 for the VAE x 8 for the UNet
         require(self.size is None or self.size % 64 == 0, "size", self.size, "a multiple of 64")
 
+    @abstractmethod
     def read_image(self, item: Input) -> bytes | Image.Image:
         """The image, in any thread. Raises Rejected."""
-        raise NotImplementedError
 
     def read_head(self, item: Input) -> bytes | Image.Image:
         """The first bytes of the image's file, or all of it. Raises Rejected."""

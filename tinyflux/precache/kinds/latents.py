@@ -195,8 +195,8 @@ class Latents(Rows, CaptionedSource):
         except pickle.UnpicklingError as error:
             raise Rejected("unreadable latents: refused, the file contains more than tensors") from error
         except (
-            ValueError, RuntimeError, EOFError, KeyError, OSError, MemoryError, NotImplementedError,
-            zipfile.BadZipFile, safetensors.SafetensorError,
+            ValueError, RuntimeError, EOFError, KeyError, OSError, MemoryError, zipfile.BadZipFile,
+            safetensors.SafetensorError,
         ) as error:  # fmt: skip
             raise Rejected(f"unreadable latents: {str(error).partition(chr(10))[0]}") from error
         raise Rejected("unreadable latents: no .npy, .npz, .safetensors or .pt; plain bytes need dtype and shape")
