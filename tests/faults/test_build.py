@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from tests.builds import content
 from tests.forked import Forked
 from tests.training import environment
 from tests.unit.test_images import encoded
@@ -29,11 +30,6 @@ def rank(
     args += ["--threads", "1", "--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
     env = environment() | {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return Forked([*args, *options], env, cwd=folder, log=folder / f"{out}-{index}.log", **limits)
-
-
-def content(out: Path) -> dict[str, bytes]:
-    """All files of a source but the notes of its build."""
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
 def notes(out: Path) -> int:

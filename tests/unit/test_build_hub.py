@@ -9,8 +9,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from sharding import build
+from tests.builds import whole
 from tests.hub import serve
-from tests.unit.test_build import whole
 from tinyflux.model import zoo as zoo_module
 from tinyflux.model.zoo import TINY_DIR
 from tinyflux.shards.manifest import Manifest

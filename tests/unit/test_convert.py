@@ -15,10 +15,8 @@ from tinyflux.shards.source import open_source
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working folder, with an old cache `old` and no rank of another job."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT"):
-        monkeypatch.delenv(name, raising=False)
+def folder(tmp_path, monkeypatch, alone):
+    """The working folder, with an old cache `old`."""
     monkeypatch.chdir(tmp_path)
     make_old_cache(tmp_path / "old")
     return tmp_path

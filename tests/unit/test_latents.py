@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 import webdataset
 
+from tests.builds import run, samples
 from tests.listed import inputs_of
-from tests.unit.test_build import run, samples
 from tinyflux.model.tiny import shapes
 from tinyflux.model.tiny.pictures import to_pixels
 from tinyflux.model.zoo import ModelZoo

@@ -9,18 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sharding import build, verify
-from tests.unit.test_build import content, run, samples
+from tests.builds import content, run, samples
 from tinyflux.model.zoo import TINY_DIR
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.source import open_source
 from tinyflux.shards.tar import read_member, scan_tar
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def picture(path: Path, i: int) -> None:

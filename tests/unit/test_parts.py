@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from tests.unit.test_build import content, run, samples
+from tests.builds import content, run, samples
 from tests.unit.test_images import encoded, gradient
 from tinyflux.precache.kinds import kind_of
 from tinyflux.precache.kinds.base import Input
