@@ -137,6 +137,38 @@ def whole_pass(unet: UNet2DConditionModel, args: argparse.Namespace) -> dict[str
     return {"seconds_per_image": median(ours), "times_the_plain_way": median(ratios)} | shares
 
 
+def teachers_alone(unet: UNet2DConditionModel, args: argparse.Namespace) -> dict[str, dict]:
+    """Prints time and memory of Lune and Sol, a line each; returns the figures."""
+    latents = torch.randn(args.batch, 4, args.side, args.side, device=unet.device, dtype=unet.dtype)
+    context = torch.randn(args.batch, 77, 768, device=unet.device, dtype=unet.dtype)
+    inputs = unet, latents, context, torch.linspace(50, 950, args.batch, device=unet.device)
+    head = ("ours, s", "plain, s", "times", "ours, MiB", "plain, MiB", "part", "differ")
+    print(f"{'':6}" + "".join(f"{title:>12}" for title in head))
+    figures = {}
+    for name, pair in VARIANTS.items():
+        outputs, memory = [], []
+        for function in pair:  # warms up, too
+            with Memory(unet.device) as used:
+                outputs.append(function(*inputs).float())
+            memory.append(used.bytes)
+        seconds: tuple[list, list] = [], []
+        for _ in range(args.turns):
+            for function, spent in zip(pair, seconds, strict=True):
+                start = time.perf_counter()
+                function(*inputs).sum().item()  # waits for the device
+                spent.append(time.perf_counter() - start)
+        ratio = median(theirs / ours for ours, theirs in zip(*seconds, strict=True))
+        differ = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
+        ours = {"samples_per_s": args.batch / median(seconds[0]), "times_the_plain_way": ratio}
+        figures[name] = ours | {"bytes": memory[0], "plain_bytes": memory[1], "differs_by": differ.item()}
+        print(
+            f"{name:6}{median(seconds[0]):12.2f}{median(seconds[1]):12.2f}{ratio:12.2f}{memory[0] / 2**20:12.0f}"
+            f"{memory[1] / 2**20:12.0f}{memory[0] / memory[1]:12.2f}{differ:12.1e}",
+            flush=True,
+        )
+    return figures
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,42 +187,10 @@ def main() -> None:
     # the other defaults are SD1.5's
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=args.channels)
     unet = unet.eval().to(device, dtype)
-    latents = torch.randn(args.batch, 4, args.side, args.side, device=device, dtype=dtype)
-    context = torch.randn(args.batch, 77, 768, device=device, dtype=dtype)
-    inputs = unet, latents, context, torch.linspace(50, 950, args.batch, device=device)
-
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in unet.parameters())
-    print(f"{where}, torch {torch.__version__}, {args.dtype}, UNet of {count / 1e6:.0f}M, {list(latents.shape)}")
-    if args.whole:
-        figures = whole_pass(unet, args)
-        if args.json:
-            args.json.write_text(json.dumps(figures))
-        return
-    head = ("ours, s", "plain, s", "times", "ours, MiB", "plain, MiB", "part", "differ")
-    print(f"{'':6}" + "".join(f"{title:>12}" for title in head))
-    figures = {}
-    for name, pair in VARIANTS.items():
-        outputs, memory = [], []
-        for function in pair:  # warms up, too
-            with Memory(device) as used:
-                outputs.append(function(*inputs).float())
-            memory.append(used.bytes)
-        seconds: tuple[list, list] = [], []
-        for _ in range(args.turns):
-            for function, spent in zip(pair, seconds, strict=True):
-                start = time.perf_counter()
-                function(*inputs).sum().item()  # waits for the device
-                spent.append(time.perf_counter() - start)
-        ratio = median(theirs / ours for ours, theirs in zip(*seconds, strict=True))
-        differ = (outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()
-        ours = {"samples_per_s": args.batch / median(seconds[0]), "times_the_plain_way": ratio}
-        figures[name] = ours | {"bytes": memory[0], "plain_bytes": memory[1], "differs_by": differ.item()}
-        print(
-            f"{name:6}{median(seconds[0]):12.2f}{median(seconds[1]):12.2f}{ratio:12.2f}{memory[0] / 2**20:12.0f}"
-            f"{memory[1] / 2**20:12.0f}{memory[0] / memory[1]:12.2f}{differ:12.1e}",
-            flush=True,
-        )
+    print(f"{where}, torch {torch.__version__}, {args.dtype}, UNet of {count / 1e6:.0f}M, {args.side} x {args.side}")
+    figures = (whole_pass if args.whole else teachers_alone)(unet, args)
     if args.json:
         args.json.write_text(json.dumps(figures))
 
