@@ -11,7 +11,7 @@ from sharding import build
 from tests.training import records, train
 from tinyflux.model.tiny import shapes
 from tinyflux.model.zoo import ModelZoo
-from tinyflux.trainer.recipe import Recipe
+from tinyflux.run.recorded import Recorded
 from tinyflux.trainer.scores import ClipScorer, clip_scores, cmmd, frechet
 
 TINY = ["--trainer.zoo", "tiny", "--trainer.sample-steps", 2, "--trainer.guidance-scale", 2]
@@ -69,9 +69,9 @@ def test_what_was_trained_on_is_said(run_dir, tmp_path, caplog):
 
 
 def test_a_run_records_what_it_has_seen(run_dir):
-    recipe = Recipe.read(run_dir / "checkpoints" / "training_config.json")
-    assert recipe.latent_shapes == ((8, 8),) and {"red", "circle", "background"} <= recipe.words
-    assert recipe.unseen("a red hexagon") == ["hexagon"]
+    recorded = Recorded.read(run_dir / "checkpoints" / "training_config.json")
+    assert recorded.latent_shapes == ((8, 8),) and {"red", "circle", "background"} <= recorded.words
+    assert recorded.unseen("a red hexagon") == ["hexagon"]
 
 
 def test_clip_knows_which_caption_is_whose():

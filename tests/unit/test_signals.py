@@ -8,7 +8,7 @@ from tests.training import environment
 
 LOOP = """
 import time
-from tinyflux.trainer.signals import StopSignals
+from tinyflux.util.signals import StopSignals
 signals = StopSignals()
 with signals.noted():
     print("listening", flush=True)

@@ -8,8 +8,8 @@ import torch
 from tests.reads import Reads
 from tests.training import make_source, records, train
 from tinyflux.trainer import trainer as module
-from tinyflux.trainer.garbage import ALL, YOUNG, collected_by_steps
 from tinyflux.trainer.step import Stepper
+from tinyflux.util.garbage import ALL, YOUNG, collected_by_steps
 
 STEPS = 4
 

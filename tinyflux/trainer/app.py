@@ -189,7 +189,7 @@ def blocks(page: Page) -> "gradio.Blocks":
     """The page's user interface."""
     import gradio as gr
 
-    usual, (height, width) = page.first.recipe, page.first.size()
+    usual, (height, width) = page.first.recorded, page.first.size()
     names = list(weights_of(page.options.checkpoint))
     with gr.Blocks(title=f"TinyFlux: {page.first.checkpoint}", analytics_enabled=False) as made:
         gr.Markdown(f"## {page.first.checkpoint}")

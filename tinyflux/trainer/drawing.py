@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tinyflux.trainer.recipe import Recipe
+from tinyflux.run.recorded import Recorded
 from tinyflux.trainer.solvers import SOLVERS
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 class Artist:
     """A checkpoint and its zoo, ready to draw.
 
-    model: the network; zoo: its encoders and decoder; recipe: the run's settings; checkpoint, weights, zoo_name: the
+    model: the network; zoo: its encoders and decoder; recorded: the run's settings; checkpoint, weights, zoo_name: the
     names of the run, of the weights file and of the zoo.
     """
 
     def __init__(
-        self, checkpoint: str, model: "TinyFluxDeep", zoo: "ModelZoo", recipe: Recipe, weights: str, zoo_name: str
+        self, checkpoint: str, model: "TinyFluxDeep", zoo: "ModelZoo", recorded: Recorded, weights: str, zoo_name: str
     ):
-        self.checkpoint, self.model, self.zoo, self.recipe = checkpoint, model, zoo, recipe
+        self.checkpoint, self.model, self.zoo, self.recorded = checkpoint, model, zoo, recorded
         self.weights, self.zoo_name = weights, zoo_name
 
     @classmethod
@@ -48,24 +48,24 @@ class Artist:
         from tinyflux.trainer.parallel import local_device
 
         device = device or local_device()
-        recipe = Recipe.read(find_training_config(checkpoint, ema))
+        recorded = Recorded.read(find_training_config(checkpoint, ema))
         model, weights = _load(checkpoint, ema, device)
         # names without paths: pictures are shared, and must not tell where the weights were stored
         local = Path(checkpoint)
         name = local.resolve().name if local.exists() else checkpoint
-        zoo = zoo or recipe.zoo
-        return cls(name, model, ModelZoo(device, zoo=zoo), recipe, weights, Path(zoo).name)
+        zoo = zoo or recorded.zoo
+        return cls(name, model, ModelZoo(device, zoo=zoo), recorded, weights, Path(zoo).name)
 
     def other(self, checkpoint: str, ema: bool) -> "Artist":
         """Other weights with the same settings and zoo. Raises as `load_model`."""
         model, weights = _load(checkpoint, ema, next(self.model.parameters()).device)
-        return Artist(self.checkpoint, model, self.zoo, self.recipe, weights, self.zoo_name)
+        return Artist(self.checkpoint, model, self.zoo, self.recorded, weights, self.zoo_name)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths in pixels that the network was trained on, most frequent first; [] if unknown."""
         factor = self.zoo.factor
-        return [(h * factor, w * factor) for h, w in self.recipe.latent_shapes]
+        return [(h * factor, w * factor) for h, w in self.recorded.latent_shapes]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of a picture. Default: the most frequent size in training, else the zoo's."""
@@ -89,8 +89,8 @@ class Artist:
             self.zoo,
             batch_size=batch_size,
             latent_shape=self.zoo.latent_shape_of(*self.size(height, width)),
-            shift=self.recipe.shift if shift is None else shift,
-            guidance=self.recipe.guidance if guidance is None else guidance,
+            shift=self.recorded.shift if shift is None else shift,
+            guidance=self.recorded.guidance if guidance is None else guidance,
             **settings,
         )
 
@@ -114,7 +114,7 @@ class Artist:
             known = ", ".join(f"{h}x{w}" for h, w in self.sizes)
             found.append(f"no training image was {height}x{width} (height x width); sizes in training: {known}")
         for prompt in dict.fromkeys(prompts):
-            if words := self.recipe.unseen(prompt):
+            if words := self.recorded.unseen(prompt):
                 found.append(f"no training caption has {', '.join(words)}, in the prompt {prompt[:60]!r}")
         return found
 
@@ -237,12 +237,12 @@ def sample(options: SampleOptions) -> list[Path]:
 
 def _told(options: SampleOptions, artist: Artist, sampler: "Sampler") -> list[str]:
     """One log line for each setting that may come from the run."""
-    origin, (height, width) = artist.recipe.origin, artist.size(options.height, options.width)
+    origin, (height, width) = artist.recorded.origin, artist.size(options.height, options.width)
     usual = origin if artist.sizes else "the zoo's own"
     rows = [
         ("weights", artist.weights, "averaged" if artist.weights.endswith("_ema.safetensors") else ""),
         *([("lora", options.lora, f"scale {options.lora_scale:g}")] if options.lora else []),
-        ("zoo", options.zoo or artist.recipe.zoo, "as given" if options.zoo else origin),
+        ("zoo", options.zoo or artist.recorded.zoo, "as given" if options.zoo else origin),
         ("shift", f"{sampler.settings.shift:g}", origin if options.shift is None else "as given"),
         ("guidance", f"{sampler.settings.guidance:g}", origin if options.guidance is None else "as given"),
         ("size", f"{height}x{width}", "as given" if options.height and options.width else usual),

@@ -4,18 +4,15 @@ The shards contain the prompts' encodings, so no text encoder is loaded. The dra
 samples' latents, decoded by the same VAE.
 """
 
-import base64
-import html
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from tinyflux.run.evaluation_page import page, png
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer.sampling import Prompts, Sampler, evaluating, to_tokens
 from tinyflux.trainer.scores import ClipScorer, clip_scores, cmmd, frechet
@@ -25,7 +22,6 @@ from tinyflux.util.pixels import to_uint8
 from tinyflux.util.predictions import flow_velocity, flow_x_t
 
 TIMESTEPS = tuple((i + 0.5) / 10 for i in range(10))
-SHOWN = 12  # number of best and of worst pictures on a page
 
 
 @dataclass
@@ -149,7 +145,7 @@ class Evaluator:
         atomic_write(folder / f"{name}.json", json.dumps({**about, **scores}, indent=2) + "\n")
         order = (-each if each is not None else losses.mean(1)).argsort(stable=True).tolist()
         cells = [
-            (self.samples.prompts.texts[i], _png(drawn[i]), _png(self.real[i]),
+            (self.samples.prompts.texts[i], png(drawn[i]), png(self.real[i]),
              f"CLIP {each[i]:.1f}" if each is not None else f"loss {losses[i].mean():.4f}")
             for i in order
         ]  # fmt: skip
@@ -161,48 +157,3 @@ def board_values(scores: dict) -> dict[str, float]:
     """The scores for TensorBoard."""
     values = {f"evaluation/{k}": scores[k] for k in ("loss", "clip_score", "cmmd", "fid") if k in scores}
     return values | {f"evaluation_loss_by_t/{t}": value for t, value in scores["loss_by_t"].items()}
-
-
-def _png(picture: Tensor) -> str:
-    data = io.BytesIO()
-    Image.fromarray(to_uint8(picture).permute(1, 2, 0).numpy()).save(data, "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def page(about: dict, cells: list[tuple[str, str, str, str]]) -> str:
-    """HTML with the best and the worst pictures beside the real ones. cells: prompt, picture, real one, score."""
-
-    def figures(some) -> str:
-        return "".join(
-            f'<figure><img src="data:image/png;base64,{mine}" alt="drawn"><img src="data:image/png;base64,{real}"'
-            f' alt="real"><figcaption>{html.escape(prompt[:200])}<br><b>{score}</b></figcaption></figure>'
-            for prompt, mine, real, score in some
-        )
-
-    def shown(value) -> str:
-        if isinstance(value, list):
-            return ", ".join(value)
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(shown(value))}</td></tr>"
-        for key, value in about.items()
-        if key != "loss_by_t"
-    )
-    most = max(about["loss_by_t"].values())
-    bars = "".join(
-        f'<tr><td>{t}</td><td>{value:.4f}</td><td><div style="width:{200 * value / most:.0f}px"></div></td></tr>'
-        for t, value in about["loss_by_t"].items()
-    )
-    n = min(SHOWN, -(-len(cells) // 2))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>TinyFlux evaluation</title><style>
-body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1130px; color: #222; padding: 0 1em }}
-main {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0; width: 268px }}
-figure img {{ width: 128px; height: auto; image-rendering: pixelated; margin-right: 4px }}
-figcaption {{ font-size: 13px; overflow-wrap: anywhere }} td {{ padding: 0 1em 0 0 }}
-td div {{ background: #58a; height: 10px }}
-</style>
-<h1>Evaluation</h1><p>Each pair: the drawn picture on the left, the sample's real picture on the right.</p>
-<h2>Best</h2><main>{figures(cells[:n])}</main><h2>Worst</h2><main>{figures(cells[::-1][:n])}</main>
-<h2>Scores</h2><table>{rows}</table><h2>Loss by t</h2><table>{bars}</table></html>
-"""

@@ -151,15 +151,15 @@ class TinyFluxPipeline(DiffusionPipeline):
         from tinyflux.trainer.drawing import Artist
 
         artist = Artist.load(str(checkpoint), zoo=zoo, ema=ema)
-        recipe = artist.recipe
+        recorded = artist.recorded
         return cls.of(
             artist.model,
             artist.zoo,
-            recipe.shift,
-            guidance=recipe.guidance,
+            recorded.shift,
+            guidance=recorded.guidance,
             license=license,
-            base_model=", ".join(recipe.base_model),
-            datasets=", ".join(recipe.datasets),
+            base_model=", ".join(recorded.base_model),
+            datasets=", ".join(recorded.datasets),
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinyflux.model.model import TinyFluxDeep
 from tinyflux.run.checkpoint import starting_weights
 from tinyflux.run.identity import agree, software
+from tinyflux.run.recorded import seen
 from tinyflux.run.sources import data_identity, open_run_sources
 from tinyflux.shards.schema import EXTRAS
 from tinyflux.shards.sources import usual_shape
@@ -20,7 +21,6 @@ from tinyflux.trainer.collate import HeldOut, StreamCollate
 from tinyflux.trainer.config import RunConfig, TrainerConfig, check_accumulation, fit_model
 from tinyflux.trainer.dryrun import check_memory, describe
 from tinyflux.trainer.parallel import is_lost_rank, local_device, process_group
-from tinyflux.trainer.recipe import seen
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.scoreboard import Scoreboard
 from tinyflux.trainer.trainer import Trainer

@@ -27,7 +27,6 @@ from tinyflux.trainer.cache_experts import DatasetCache, MultiSourceCache
 from tinyflux.trainer.cache_loader import CacheLoader
 from tinyflux.trainer.config import ParallelConfig, TrainerConfig
 from tinyflux.trainer.ema import EMA
-from tinyflux.trainer.garbage import collected_by_steps
 from tinyflux.trainer.guard import Guard
 from tinyflux.trainer.objective import Objective
 from tinyflux.trainer.optim.optimizer import make_optimizer, optimizer_state
@@ -36,11 +35,12 @@ from tinyflux.trainer.profile import Profiler
 from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.schedules import learning_rate
 from tinyflux.trainer.scoreboard import Scoreboard
-from tinyflux.trainer.signals import StopSignals
 from tinyflux.trainer.step import Pending, Stepper
 from tinyflux.trainer.validation import validate
 from tinyflux.util import cli, devices
+from tinyflux.util.garbage import collected_by_steps
 from tinyflux.util.log import say
+from tinyflux.util.signals import StopSignals
 
 STOP_PATIENCE = 20.0
 """Seconds that a stopped run waits, after its save, for pictures, scores and exports together."""

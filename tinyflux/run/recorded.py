@@ -17,7 +17,7 @@ GUIDANCE, SHIFT, ZOO = 5.0, 3.0, "flux"  # defaults: those of the published weig
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recorded:
     """Zoo, shift and guidance of a run, and what it has seen. Unrecorded lists are empty."""
 
     zoo: str = ZOO
@@ -35,7 +35,7 @@ class Recipe:
     """The origin of these values."""
 
     @classmethod
-    def read(cls, path: Path | None) -> "Recipe":
+    def read(cls, path: Path | None) -> "Recorded":
         """Read from a training_config.json; path None gives the defaults. Raises ValueError for another file."""
         if path is None:
             return cls()
