@@ -20,6 +20,7 @@ from tests.training import environment
 from tinyflux.shards import cache, remote
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.reader import Reader
 from tinyflux.shards.remote import RemoteStore
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.shards.writer import write_shard
@@ -127,6 +128,21 @@ def test_retry_after_is_honoured(server, tmp_path):
 def test_gives_up_with_the_url(server, tmp_path):
     server.faults[SHARD].extend([(503, {})] * 1000)
     with pytest.raises(DownloadError, match=rf"{server.url}/portraits/{SHARD}: gave up after \d+ tries in 1 s"):
+        run(config_of(f"{server.url}/portraits", tmp_path, timeout=1.0))
+
+
+def test_a_shard_that_is_asked_for_late_has_its_whole_time(server, tmp_path, monkeypatch):
+    """The store's own error, not the stream's, also where a thread was slow before it came to that shard."""
+    server.faults[SHARD].extend([(503, {})] * 1000)
+    opened = Reader._open
+
+    def late(reader, micro, source, shard):
+        if shard != int(SHARD[-10:-4]):
+            time.sleep(1.2)  # meanwhile the look-ahead has given up
+        return opened(reader, micro, source, shard)
+
+    monkeypatch.setattr(Reader, "_open", late)
+    with pytest.raises(DownloadError, match=f"{SHARD}: gave up"):
         run(config_of(f"{server.url}/portraits", tmp_path, timeout=1.0))
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import _version, default_planner
 
 from tests.training import make_source, train
-from tinyflux.model.dcp import read_metadata, write_metadata
+from tinyflux.model.dcp import read_metadata, read_tensors, write_metadata
 from tinyflux.model.loader import CheckpointError, load_checkpoint, load_model
 from tinyflux.model.model import TinyFluxDeep
 
@@ -67,6 +68,19 @@ def test_both_sets_of_weights(checkpoints):
     for ema, name in ((False, "step_4.safetensors"), (True, "step_4_ema.safetensors")):
         model = load_model(checkpoints / "step_4", use_ema=ema)
         assert equal(model.state_dict(), load_model(checkpoints / name).state_dict())
+
+
+def test_reading_beside_a_save(checkpoints, monkeypatch):
+    """Nothing that a save in another thread uses is changed, not for a moment."""
+
+    class Unchanged:
+        def __getattr__(self, name):
+            return getattr(_version, name)
+
+    monkeypatch.setattr(default_planner, "_version", Unchanged())
+    Unchanged.__setattr__ = lambda self, name, value: pytest.fail(f"{name} = {value!r}")
+    weights = read_tensors(checkpoints / "step_4", "ema")
+    assert weights and all(name.startswith("ema.") and x.isfinite().all() for name, x in weights.items())
 
 
 def test_incomplete_damaged_and_misplaced_folders(step):

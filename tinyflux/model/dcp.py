@@ -140,6 +140,12 @@ def check_files(folder: Path) -> dict:
     return metadata
 
 
+def flat_planner() -> dcp.DefaultLoadPlanner:
+    """To load a state without nested dicts. The default one changes, for the whole process and for a moment, how any
+    thread flattens a state: a save beside it would not know its own tensors."""
+    return dcp.DefaultLoadPlanner(flatten_state_dict=False)
+
+
 def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
     """The full tensors of a checkpoint folder whose names start with `model.`, `ema.` or `optimizer.`, on the CPU.
 
@@ -154,7 +160,7 @@ def read_tensors(folder: Path, *kinds: str) -> dict[str, Tensor]:
     }
     # true and intended
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    dcp.load(state, storage_reader=reader, planner=flat_planner(), no_dist=True)
     return state
 
 

@@ -29,7 +29,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from tinyflux.model.config import TinyFluxConfig
-from tinyflux.model.dcp import METADATA, Damaged, check_files, crc32, read_metadata, step_of, write_metadata
+from tinyflux.model.dcp import (
+    METADATA,
+    Damaged,
+    check_files,
+    crc32,
+    flat_planner,
+    read_metadata,
+    step_of,
+    write_metadata,
+)
 from tinyflux.model.loader import load_model
 from tinyflux.run import folders, identity
 from tinyflux.run.export import KINDS, LORA, Exporter, beside, export_missing
@@ -310,7 +319,7 @@ class Checkpointer:
             return None
         folder, metadata = found[0]
         _check_names(folder, state)
-        dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        dcp.load(flatten_state_dict(state)[0], checkpoint_id=folder, planner=flat_planner(), process_group=self.group)
         for change in identity.changes(metadata.get("config") or {}, self.training_config):
             say(f"WARNING: since this checkpoint {change}")
         if self.leads:  # exports that a stop or a kill left out, including the best weights

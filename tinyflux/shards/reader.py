@@ -230,6 +230,7 @@ class Reader:
 
     def _open(self, micro: MicroBatch, source: int, shard: int) -> ShardFile:
         self.reading[threading.get_ident()] = source, shard
+        self.progress = time.monotonic()
         return self.shards.get(source, shard, micro.ahead)
 
     def _repair(self, micro: MicroBatch, i: int) -> None:
