@@ -44,7 +44,7 @@ def draws(
     config = DataConfig([str(s) for s in sources], global_batch_size=8, micro_batch_size=micro, seed=7)
     opened = open_sources(config)
     trainer = replace(TrainerConfig(text_dropout=0.5), **options)
-    collate = StreamCollate(trainer, [s.null for s in opened], global_batch_size=8, seed=7)
+    collate = StreamCollate(trainer, opened, global_batch_size=8, seed=7)
     found = {}
     with_place = lambda raw: (raw["step"], raw["slots"], collate(raw))  # noqa: E731
     with Stream(opened, config, rank, world, with_place, start_step=steps.start) as stream:

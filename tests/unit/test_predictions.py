@@ -46,6 +46,13 @@ def test_interpolation_is_linear_inside_the_grid_and_clamped_outside():
     torch.testing.assert_close(interpolate(features, t), torch.stack((inside, 2 * inside + 1), 1), atol=2e-3, rtol=0)
 
 
+def test_interpolation_on_an_uneven_grid():
+    grid = (0.1, 0.2, 0.6)
+    features = torch.tensor(grid).square().repeat(5, 1)[..., None]  # [5, 3, 1]
+    found = interpolate(features, torch.tensor([0.0, 0.15, 0.2, 0.5, 1.0]), grid)[:, 0]
+    torch.testing.assert_close(found, torch.tensor([0.01, 0.025, 0.04, 0.28, 0.36]))
+
+
 def test_a_grid_of_another_length_is_refused():
     with pytest.raises(ValueError, match="9 timestep buckets, the grid has 10"):
         interpolate(torch.zeros(2, 9, 4), torch.zeros(2))

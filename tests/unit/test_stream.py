@@ -1,6 +1,7 @@
 """The stream yields the plan's samples, complete and in order, on any number of ranks and from any step."""
 
 import gc
+import json
 import logging
 import os
 import subprocess
@@ -16,7 +17,11 @@ from tests.make_source import make_source, make_tensors
 from tests.training import environment
 from tinyflux.shards.format import parse_key
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.trainer.cache_experts import DatasetCache
+from tinyflux.trainer.collate import StreamCollate
+from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import rng
+from tinyflux.util.buckets import interpolate
 
 COUNTS = {"portraits": (5, 3, 4), "places": (6, 1, 2, 7)}
 
@@ -374,6 +379,29 @@ def test_a_source_without_lune_carries_a_mask(tmp_path):
     with stream_of(config) as stream:
         batch = next(stream)
         assert "lune" not in batch and "lune_mask" not in batch and "sol_stats" in batch
+
+
+def test_every_teacher_has_its_own_timesteps(tmp_path):
+    """Also where the first source has no teachers."""
+    grid = [0.1 * k**1.5 for k in range(10)]
+    plain = make_source(tmp_path / "plain", (4,), groups=("latents", "text"))
+    taught = make_source(tmp_path / "taught", (4,), dataset_id=2)
+    manifest = json.loads((taught / "manifest.json").read_text())
+    manifest["groups"]["sol"]["timesteps"] = grid
+    (taught / "manifest.json").write_text(json.dumps(manifest))
+    config = config_of([str(plain), str(taught)], weights=[0.0, 1.0], allow_missing=["plain"])
+    sources = open_sources(config, ("latents", "text", "lune", "sol"))
+    collate = StreamCollate(TrainerConfig(), sources, global_batch_size=8, seed=0)
+    with Stream(sources, config) as stream:
+        raw, t = next(stream), torch.tensor([0.3, 0.55])
+    found = collate.at(raw, t)
+    assert torch.equal(found["lune_features"], interpolate(raw["lune"], t))
+    assert torch.equal(found["sol_spatial"], interpolate(raw["sol_spatial"], t, tuple(grid)))
+    with pytest.raises(ValueError, match="differ in the timesteps of sol"):
+        open_sources(config_of([str(taught), str(make_source(tmp_path / "other", (4,), dataset_id=3))]))
+    cache = DatasetCache.load(taught)
+    stored = cache.rows.read("sol", np.array([0]))["sol_spatial"]
+    assert torch.equal(cache.get_sol([0], 0.3)[1], interpolate(stored, t[:1], tuple(grid)))
 
 
 def test_sources_are_found_or_named(folders, tmp_path):

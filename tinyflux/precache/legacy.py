@@ -54,7 +54,8 @@ class LegacyCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder, self.timesteps, self.prompts = Path(folder), BUCKETS, None
+        self.folder, self.prompts = Path(folder), None
+        self.grids = dict.fromkeys(("lune", "sol"), BUCKETS)
         self.tensors: dict[str, Tensor] = {}
         if not (self.folder / "encodings.pt").is_file():
             raise FileNotFoundError(f"{self.folder}: no encodings.pt here, so this is not a legacy cache")

@@ -52,7 +52,7 @@ def render(report: Report, summary: list[str], tables: dict[str, list[tuple]], f
         parts.append(f'<div class="grid">{"".join(cards)}</div>')
     if report.similarity is not None:
         parts.append("<h2>Lune: cosine between buckets, mean over samples</h2>")
-        parts.append(heatmap(report.similarity, report.source.timesteps))
+        parts.append(heatmap(report.similarity, report.source.grids["lune"]))
     names = dict.fromkeys(name for name, _ in report.stats)
     drawn = [histogram(name, of) for name in names if (of := [s for (n, _), s in report.stats.items() if n == name])]
     parts.append(f'<h2>Histograms</h2><div class="grid">{"".join(drawn)}</div>')
@@ -87,7 +87,7 @@ def card(i: int, sample: Shown, report: Report) -> str:
         covered = overlaid(sample.tensors["mask"].double().numpy(), box, (0, 1))
         figures.append(figure(picture(box, again, covered), "mask"))
     if "sol_spatial" in sample.tensors:
-        maps, grid = sample.tensors["sol_spatial"].double().numpy(), report.source.timesteps
+        maps, grid = sample.tensors["sol_spatial"].double().numpy(), report.source.grids["sol"]
         for k in (0, len(grid) // 2, len(grid) - 1):
             values = maps[k][np.isfinite(maps[k])]
             low, high = (values.min(), values.max()) if len(values) else (0, 0)

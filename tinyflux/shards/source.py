@@ -89,9 +89,9 @@ class Source:
         return self._texts.index.captions
 
     @property
-    def timesteps(self) -> tuple[float, ...] | None:
-        """The timestep grid of the teachers' features, None if no group has one."""
-        return next((group.timesteps for group in self.groups.values() if group.timesteps), None)
+    def grids(self) -> dict[str, tuple[float, ...]]:
+        """The timestep grid of each group that has one."""
+        return {name: group.timesteps for name, group in self.groups.items() if group.timesteps}
 
     def files(self, shard: int) -> list[tuple[Layer, Shard]]:
         """The files needed to open a shard: one of each layer."""

@@ -72,9 +72,14 @@ def _check_groups(source: Source, wanted: list[str], config: DataConfig) -> None
         )
 
 
+def differing_grid(a: dict[str, tuple], b: dict[str, tuple]) -> str | None:
+    """A group that has different timestep grids in two sources."""
+    return next((group for group in a if group in b and a[group] != b[group]), None)
+
+
 def _check_agreement(first: Source, source: Source, config: DataConfig) -> None:
-    if None not in (grids := {first.timesteps, source.timesteps}) and len(grids) > 1:
-        raise ValueError(f"sources {first.url} and {source.url} differ in their timesteps")
+    if group := differing_grid(first.grids, source.grids):
+        raise ValueError(f"sources {first.url} and {source.url} differ in the timesteps of {group}")
     a, b = first.fields, source.fields
     differing = [f"{name}: {a[name]} against {b[name]}" for name in a if name in b and a[name] != b[name]]
     if differing:

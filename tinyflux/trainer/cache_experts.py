@@ -30,6 +30,7 @@ from tinyflux.shards.merge import merge
 from tinyflux.shards.opened import OpenShards
 from tinyflux.shards.schema import DTYPES, SPATIAL, fields_at, sizes
 from tinyflux.shards.source import Source, open_source
+from tinyflux.shards.sources import differing_grid
 from tinyflux.util.buckets import interpolate
 from tinyflux.util.files import atomic_write
 
@@ -43,8 +44,7 @@ class ShardRows:
     def __init__(self, source: Source):
         self.source, self.shards = source, OpenShards([source])
         self.name, self.count = source.name, source.manifest.count
-        self.timesteps = source.timesteps
-        self.fields = source.fields
+        self.fields, self.grids = source.fields, source.grids
 
     @property
     def shapes(self) -> np.ndarray:
@@ -122,7 +122,8 @@ class _View:
         if t.ndim > 1 or t.ndim == 1 and len(t) != len(features[0]):
             raise ValueError(f"t has shape {list(t.shape)} for {len(features[0])} indices: give one t or one per index")
         t = t.expand(len(features[0]))
-        return tuple(interpolate(values.to(t.device), t, self.rows.timesteps) for values in features)
+        (group,) = self.groups
+        return tuple(interpolate(values.to(t.device), t, self.rows.grids[group]) for values in features)
 
 
 class EncodingCache(_View):
@@ -343,8 +344,8 @@ class MultiSourceCache:
         if dataset_id in self.caches:
             raise ValueError(f"dataset id {dataset_id} is taken by {self.caches[dataset_id].name!r}")
         for other in self.caches.values():
-            if None not in (grids := {cache.rows.timesteps, other.rows.timesteps}) and len(grids) > 1:
-                raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in their timesteps")
+            if group := differing_grid(other.rows.grids, cache.rows.grids):
+                raise ValueError(f"caches {other.name!r} and {cache.name!r} differ in the timesteps of {group}")
             a, b = sizes(other.fields), sizes(cache.fields)
             for axis in sorted(a.keys() & b.keys() - set(SPATIAL)):
                 if a[axis] != b[axis]:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tinyflux.shards.format import bits
 from tinyflux.shards.schema import EXTRAS, GROUP_OF, SCHEMA
+from tinyflux.shards.source import Source
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.batches import Batch
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.trainer.schedules import keyed_timesteps, shape_timesteps
 from tinyflux.util import rng
-from tinyflux.util.buckets import BUCKETS, interpolate
+from tinyflux.util.buckets import between, locate
 from tinyflux.util.log import say
 
 VALIDATION_TIMESTEPS = 8
@@ -27,23 +28,23 @@ COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids",
 class StreamCollate:
     """Collate function of the shard stream: raw batch -> `Batch`. Every draw is keyed by the sample's seed.
 
-    nulls: for each source, `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt.
+    sources: of the stream; the empty prompts are theirs, and the timestep grids of their groups.
     """
 
     def __init__(
         self,
         config: TrainerConfig,
-        nulls: list[dict[str, Tensor]],
+        sources: list[Source],
         *,
         global_batch_size: int,
         seed: int,
-        buckets: tuple[float, ...] = BUCKETS,
     ):
-        self.config, self.buckets = config, buckets
+        self.config = config
         self.global_batch_size, self.seed = global_batch_size, seed
         self.terms = terms.enabled(config)
-        self.null_t5 = torch.stack([null["t5_embeds"] for null in nulls])
-        self.null_clip = torch.stack([null["clip_pooled"] for null in nulls])
+        self.grids = {group: grid for source in sources for group, grid in source.grids.items()}
+        self.null_t5 = torch.stack([source.null["t5_embeds"] for source in sources])
+        self.null_clip = torch.stack([source.null["clip_pooled"] for source in sources])
         self.distribution = {
             "shift": config.shift,
             "logit_normal": config.logit_normal_sampling,
@@ -60,20 +61,18 @@ class StreamCollate:
 
     def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
         """The teacher features that the terms use; those on the timestep grid are interpolated at t."""
-        found = {}
+        places, found = {grid: locate(t, grid) for grid in set(self.grids.values())}, {}
         for name, stored in (pair for term in self.terms for pair in term.fields.items()):
-            on_grid = SCHEMA[GROUP_OF[stored]].on_grid
-            found[name] = self._interpolated(raw[stored], t) if on_grid else raw[stored].float()
+            grid = self.grids.get(GROUP_OF[stored])
+            found[name] = raw[stored].float() if grid is None else self._between(raw[stored], *places[grid])
         return found
 
-    def _interpolated(self, features: Tensor, t: Tensor) -> Tensor:
-        """Features [B, K, ...] at t [B], a few samples at a time, so that torch stays in this thread: thread
-        synchronisation costs more than it saves."""
-        out = torch.empty(len(t), *features.shape[2:])
-        rows = max(1, ALONE // max(1, out[0].numel()))
-        for some in (slice(first, first + rows) for first in range(0, len(t), rows)):
-            out[some] = interpolate(features[some], t[some], self.buckets)
-        return out
+    def _between(self, features: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+        """Features [B, K, ...] between two buckets each, a few samples at a time, so that torch stays in this thread:
+        thread synchronisation costs more than it saves."""
+        rows = max(1, ALONE // max(1, features[0, 0].numel()))
+        parts = zip(features.split(rows), low.split(rows), weight.split(rows), strict=True)
+        return torch.cat([between(*part) for part in parts])
 
     def at(self, raw: dict, t: Tensor) -> Batch:
         """The batch at the given timesteps [B], without text dropout."""

@@ -25,7 +25,6 @@ from tinyflux.trainer.sampling import Sampler
 from tinyflux.trainer.scoreboard import Scoreboard
 from tinyflux.trainer.trainer import Trainer
 from tinyflux.util import cli
-from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.log import say
 
 
@@ -70,8 +69,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     config.model = fit_model(config.model, given, shapes)
     collate = StreamCollate(
         c,
-        [source.null for source in sources],
-        buckets=sources[0].timesteps or BUCKETS,
+        sources,
         global_batch_size=config.data.global_batch_size,
         seed=seed,
     )

@@ -12,17 +12,28 @@ def grid(count: int) -> tuple[float, ...]:
 BUCKETS = grid(10)  # 0.05, 0.15, ..., 0.95
 
 
+def locate(t: Tensor, buckets: tuple[float, ...] = BUCKETS) -> tuple[Tensor, Tensor]:
+    """Where t [B] lies on a grid of rising values, clamped to it: the bucket below, int64 [B], and the weight of the
+    next one, float32 [B]."""
+    grid = torch.tensor(buckets, device=t.device)
+    low = (torch.bucketize(t.float(), grid, right=True) - 1).clamp(0, len(buckets) - 2)
+    return low, ((t.float() - grid[low]) / (grid[low + 1] - grid[low])).clamp(0, 1)
+
+
+def between(features: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+    """Features [B, K, ...] between the buckets that `locate` found. Returns float32 [B, ...]."""
+    B, K = features.shape[:2]
+    flat, rows = features.flatten(0, 1), torch.arange(B, device=low.device) * K + low
+    # index_select takes a tenth of the time of features[...]
+    below, above = flat.index_select(0, rows).float(), flat.index_select(0, rows + 1).float()
+    return below.lerp(above, weight.view(-1, *[1] * (features.ndim - 2)))
+
+
 def interpolate(features: Tensor, t: Tensor, buckets: tuple[float, ...] = BUCKETS) -> Tensor:
     """Features at t, linear between the two nearest buckets and clamped outside the grid.
 
-    features [B, K, ...], t [B] in [0, 1], `buckets` K evenly spaced values. Returns float32 [B, ...].
+    features [B, K, ...], t [B] in [0, 1], `buckets` K rising values. Returns float32 [B, ...].
     """
-    B, K = features.shape[:2]
-    if K != len(buckets):
-        raise ValueError(f"features have {K} timestep buckets, the grid has {len(buckets)}")
-    step = (buckets[-1] - buckets[0]) / (K - 1)
-    position = ((t.float() - buckets[0]) / step).clamp(0, K - 1)
-    low = position.floor().long().clamp(max=K - 2)
-    rows = torch.arange(B, device=t.device)
-    weight = (position - low).view(B, *[1] * (features.ndim - 2))
-    return features[rows, low].float().lerp(features[rows, low + 1].float(), weight)
+    if features.shape[1] != len(buckets):
+        raise ValueError(f"features have {features.shape[1]} timestep buckets, the grid has {len(buckets)}")
+    return between(features, *locate(t, buckets))
