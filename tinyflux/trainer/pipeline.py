@@ -44,7 +44,7 @@ from tinyflux.trainer.pipeline_inputs import (
     last_part,
     starting_noise,
 )
-from tinyflux.trainer.sampling import Sampler, Settings
+from tinyflux.trainer.sampling import Sampler, Settings, at_once
 
 
 class TinyFluxTransformer(TinyFluxDeep, ModelMixin):
@@ -417,5 +417,7 @@ class TinyFluxPipeline(DiffusionPipeline):
 
     def _decode(self, latents: Tensor, batch_size: int) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1], on the CPU."""
-        latents = (latents / self.vae.config.scaling_factor).to(device_of(self.vae), self.vae.dtype)
-        return torch.cat([self.vae.decode(x).sample.float().cpu() for x in latents.split(batch_size)]).clamp(-1, 1)
+        device = device_of(self.vae)
+        latents = (latents / self.vae.config.scaling_factor).to(device, self.vae.dtype)
+        some = latents.split(at_once(device, batch_size))
+        return torch.cat([self.vae.decode(x).sample.float().cpu() for x in some]).clamp(-1, 1)

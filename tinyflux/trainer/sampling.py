@@ -166,6 +166,11 @@ def denoise(
     return to_latents(x, H, W)
 
 
+def at_once(device: torch.device, batch_size: int) -> int:
+    """Number of latents to decode at once: on a CPU one, because there a picture's bits would depend on the others."""
+    return 1 if device.type == "cpu" else batch_size
+
+
 @dataclass
 class Prompts:
     """Encoded prompts: t5 [B, L, D] and clip [B, D], and the same of the negative prompts, [B, ...] or [1, ...]."""
@@ -253,7 +258,7 @@ class Sampler:
         if self.zoo.vae is None:
             self.zoo.load_vae()
         pictures = []
-        for some in latents.split(1 if self.zoo.device.type == "cpu" else self.batch_size):
+        for some in latents.split(at_once(self.zoo.device, self.batch_size)):
             if self.stopped:
                 raise Stopped("pictures")
             pictures.append(self.zoo.decode_latents(some).float().cpu())
