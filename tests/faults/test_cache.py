@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.store_server import s3_server, store_server
 from tinyflux.shards import cache as cache_module
 from tinyflux.shards import remote
 from tinyflux.shards.cache import NodeCache, NoRoom
-from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.clients import CLIENTS, DownloadError, FsspecClient
 from tinyflux.shards.remote import RemoteStore, download
 from tinyflux.util.files import Stopped
 from tinyflux.util.urls import public, redacted
@@ -184,6 +185,19 @@ def test_s3_through_an_outage(files, tmp_path, monkeypatch):
         with pytest.raises(DownloadError, match="s3://bucket/x/none.tar: there is no such file") as caught:
             store.fetch("none.tar", 5, sha(0))
         assert caught.value.missing
+
+
+@pytest.mark.parametrize(
+    ("client", "error"),
+    [
+        (partial(FsspecClient, config_kwargs={"no_such_option": 1}), TypeError),
+        (lambda url, revision: FsspecClient(url.replace("s3", "memory")), AttributeError),  # a synchronous file system
+    ],
+)
+def test_a_fault_of_the_program_is_not_an_outage(tmp_path, monkeypatch, client, error):
+    monkeypatch.setitem(CLIENTS, "s3", client)
+    with pytest.raises(error, match="no_such_option|_info"):
+        RemoteStore("s3://bucket/x", NodeCache(tmp_path / "cache", timeout=0.5))
 
 
 def test_secrets_are_not_shown(server, tmp_path, caplog):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -21,8 +22,10 @@ from PIL import Image
 from sharding import build
 from tests.builds import content, run, samples, sources, whole
 from tinyflux.model.zoo import ModelZoo
+from tinyflux.precache.config import BuildConfig
 from tinyflux.precache.engine import check_tensors
 from tinyflux.precache.images import Rejected
+from tinyflux.precache.ledger import LedgerError
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import fields_of, flat
 from tinyflux.shards.source import open_source
@@ -176,6 +179,17 @@ def test_other_settings_are_refused(photos, capsys, change, message):
     assert run(photos, *change) == 2
     assert message in capsys.readouterr().err
     assert content(photos / "out") == before
+
+
+def test_a_new_option_is_one_of_the_settings(photos):
+    @dataclass
+    class More(BuildConfig):
+        sharpen: bool = False
+
+    options = {"sources": str(photos / "sources.toml"), "out": str(photos / "out"), "zoo": "tiny", "device": "cpu"}
+    more = More("photos", **options, threads=1, batch_size=4, shard_size=8, sharpen=True)
+    with pytest.raises(LedgerError, match=r"settings.sharpen: None against True\nUse"):
+        build.build(more)
 
 
 def damaged(folder: Path) -> None:

@@ -126,4 +126,4 @@ def test_compiled_models_agree(tmp_path, monkeypatch, capsys):
             assert (a - b).abs().max() <= 1e-3 * max(1, a.abs().max()), name
     capsys.readouterr()
     assert run(tmp_path, "--out", tmp_path / "plain", *args, "--compile", source="drawn") == 2
-    assert "settings.compile: None against True" in capsys.readouterr().err
+    assert "settings.compile: False against True" in capsys.readouterr().err

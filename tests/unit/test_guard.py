@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from tinyflux.trainer.config import TrainerConfig
+from tests.training import FITTED, TINY
+from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
+from tinyflux.trainer.config import ParallelConfig, TrainerConfig
 from tinyflux.trainer.ema import EMA
 from tinyflux.trainer.guard import FEWEST, WINDOW, Guard
-from tinyflux.trainer.optim.optimizer import make_optimizer, take_step
+from tinyflux.trainer.optim.adamw import AdamW
+from tinyflux.trainer.optim.optimizer import make_optimizer, optimizer_state, take_step
 from tinyflux.trainer.optim.registry import OPTIMIZERS
+from tinyflux.trainer.parallel import distribute, join_process_group
 
 NAN = float("nan")
 
@@ -45,10 +49,12 @@ def test_what_is_not_finite_is_skipped(tmp_path, loss, norm):
     assert guard.fault(loss, norm, NAN) == "loss or gradient not finite"
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name == "adamw"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_step_leaves_no_trace(name):
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
+    model = TinyFluxDeep(TinyFluxConfig(**TINY, **FITTED))
+    join_process_group(torch.device("cpu"))
+    distribute(model, torch.device("cpu"), ParallelConfig())
     optimizer, ema = make_optimizer(model, TrainerConfig(optimizer=name, learning_rate=0.1)), EMA(model, 0.9)
 
     def step(gradient: float, skip: float) -> list[torch.Tensor]:
@@ -56,10 +62,25 @@ def test_a_skipped_step_leaves_no_trace(name):
             p.grad = torch.full_like(p, gradient)
         take_step(optimizer, torch.tensor(skip))
         ema.update(torch.tensor(skip))
-        state = [x for p in model.parameters() for x in optimizer.state[p].values()]
-        return [x.clone() for x in (*model.parameters(), *state, *ema.shadow.values(), ema.count)]
+        state = [x for entries in optimizer_state(model, optimizer).values() for x in entries.values()]
+        return [x.clone() for x in (*model.parameters(), *ema.shadow.values(), ema.count, *state)]
 
     before = step(1.0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, step(NAN, 1.0), strict=True)) and ema.updates == 1
-    after = step(1.0, 0.0)
-    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and ema.updates == 2
+    after = step(2.0, 0.0)
+    moved = 2 * len(ema.shadow) + 1
+    assert not any(torch.equal(a, b) for a, b in zip(before[:moved], after[:moved], strict=True)) and ema.updates == 2
+
+
+def test_a_subclass_of_an_optimizer_that_skips_does_not_promise_it():
+    class Reckless(AdamW):
+        def _update(self, group, parameters):
+            torch._foreach_add_(parameters, 1.0)
+
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.full_like(p, NAN)
+    optimizer = Reckless([p], lr=0.1)
+    take_step(optimizer, torch.ones(()))
+    assert not p.any()
+    take_step(optimizer, torch.zeros(()))
+    assert p.all()

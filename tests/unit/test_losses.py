@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyflux.trainer import losses
+from tests.training import make_source, train
+from tinyflux.trainer import losses, terms
 
 B, N, C = 3, 16, 4
 
@@ -82,3 +83,14 @@ def test_bfloat16_is_computed_in_float32(pair):
     low = [x.bfloat16() for x in pair]
     assert losses.compute_main_loss(*low).dtype == torch.float32
     assert losses.compute_main_loss(*low) == losses.compute_main_loss(*[x.float() for x in low])
+
+
+def test_a_loss_without_its_group_in_any_source_is_refused(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "plain", 1, groups=("latents", "text", "sol"))
+    done = train(tmp_path / "run", [source], "--data.allow-missing", "plain")
+    assert done.returncode == 2 and "'lune' needs the group 'lune', which no source has" in done.stdout, done.stdout
+    assert "set trainer.enable_lune = false" in done.stdout
+    extra = terms.Term("inside", terms.main, optional=False, group="mask", fields={"inside": "mask"})
+    monkeypatch.setattr(terms, "TERMS", (*terms.TERMS, extra))
+    done = train(tmp_path / "run", [source], "--trainer.no-enable-lune")
+    assert done.returncode == 2 and "'inside' needs the group 'mask', which no source has" in done.stdout, done.stdout

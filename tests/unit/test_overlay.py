@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sharding import build, verify
 from tests.builds import content, run, samples
 from tinyflux.model.zoo import TINY_DIR
+from tinyflux.precache.extract import EXTRACTORS, Extractor
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.source import open_source
 from tinyflux.shards.tar import read_member, scan_tar
@@ -221,6 +222,17 @@ def test_it_resumes_where_it_was_stopped(mine, capsys):
     assert redo(mine, "new", "bare", "--only", "lune") == 0
     assert f"this run: {last.count} images" in capsys.readouterr().out
     assert content(mine / "new") == whole
+
+
+def test_versions_of_an_extractor_do_not_mix(mine, monkeypatch, capsys):
+    def mask(run):
+        return [{"mask": torch.ones(len(batch.prompts), 8, 8)} for batch in run.batches]
+
+    for version, status in (("1", 0), ("2", 2)):
+        monkeypatch.setitem(EXTRACTORS, "mask", Extractor(mask, (), version=version))
+        assert redo(mine, "new", "bare", "--only", "mask") == status
+        (mine / "new" / "manifest.json").unlink(missing_ok=True)  # as of a build that was stopped
+    assert "producers.mask.mask_version: '1' against '2'" in capsys.readouterr().err
 
 
 def test_it_is_repaired(mine, capsys):

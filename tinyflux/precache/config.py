@@ -1,12 +1,18 @@
 """The options of `sharding.build`, and a process's rank among those that share a build."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
 from tinyflux.util.settings import AtLeast, Match, Within, check
+
+UNRECORDED = {
+    *("sources", "kind", "dataset_id", "limit", "revision", "only", "old"),  # compared as inputs, models and base
+    *("list", "estimate", "out", "append", "low_memory", "workers", "max_rejected"),  # do not change a sample
+}
+"""Options that are not among the recorded settings, which must be the same when a build is resumed."""
 
 
 @dataclass
@@ -110,6 +116,11 @@ class BuildConfig:
             raise ValueError("--shapes takes 1 to 64 shapes")
         if not self.source and not self.list:
             raise ValueError("--source NAME is missing; --list shows the names")
+
+    @property
+    def recorded(self) -> dict:
+        """The options that a build records and compares: all that are not in UNRECORDED."""
+        return {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
 
     @property
     def groups(self) -> tuple[str, ...]:

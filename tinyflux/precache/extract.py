@@ -110,6 +110,8 @@ class Extractor(NamedTuple):
     """Whether it needs the image, not only the captions."""
     is_teacher: bool = False
     """Whether it depends on `teacher_input` and on the sample's seed."""
+    version: str = ""
+    """Part of the fingerprint; give another one when the tensors change for another reason than the models above."""
 
 
 EXTRACTORS = {
@@ -237,6 +239,8 @@ def producers(
         extractor = EXTRACTORS[name]
         found[name] = {model: known[model] for model in extractor.models}
         found[name]["dtype"] = str(dtype).removeprefix("torch.")
+        if extractor.version:
+            found[name][f"{name}_version"] = extractor.version
         if "t5" in extractor.models:
             found[name]["t5_length"] = known["t5_length"]
         if "vae" in extractor.models:

@@ -50,7 +50,7 @@ def read_url(url: str, most: int | None = None) -> bytes:
 
 
 def download(url: str) -> Path:
-    """A local copy of a file at http(s)://, hf://, s3:// or gs://. Raises SourceError.
+    """A local copy of a file at a URL whose scheme is in CLIENTS. Raises SourceError.
 
     Processes that need the same file share one download.
     """

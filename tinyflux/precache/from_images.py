@@ -53,12 +53,13 @@ class FromImages(Listed):
         self.timesteps = grid(config.timesteps or len(BUCKETS))
 
     def asked(self, begun: dict) -> dict:
-        config = self.config
-        names = ("zoo", "dtype", "teacher_input", "lune", "sol", "preview", "seed", "shard_size", "batch_size")
-        self.settings = {"source": self.source.describe()} | {name: getattr(config, name) for name in names}
-        self.settings |= {"shapes": list(config.shapes), "timesteps": len(self.timesteps)}
-        self.settings |= models.device_and_threads(config, begun, self.place)
-        self.settings |= {name: value for name in ("compile", "model_dtype") if (value := getattr(config, name))}
+        found = {
+            "source": self.source.describe(),
+            "shapes": list(self.config.shapes),
+            "timesteps": len(self.timesteps),
+            **models.device_and_threads(self.config, begun, self.place),
+        }
+        self.settings = self.config.recorded | found
         return {"settings": self.settings}
 
     def check(self, begun: dict) -> None:

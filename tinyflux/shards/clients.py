@@ -200,6 +200,8 @@ class FsspecClient:
         except DownloadError:
             raise
         except Exception as error:  # each store's library has its own errors
+            if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+                raise  # such as TypeError: a fault of the program, not of the network
             response = getattr(error, "response", None)
             answer = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
             status = answer.get("HTTPStatusCode") or getattr(error, "status", 0) or getattr(error, "code", 0)

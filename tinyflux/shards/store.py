@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.clients import CLIENTS
 from tinyflux.shards.remote import RemoteStore, is_remote
 
-ACCEPTED = "a folder, file:///folder, hf://datasets/USER/REPO[@REVISION][/FOLDER], s3://, gs:// or http(s)://"
+ACCEPTED = f"a folder, file:///folder or a URL with {', '.join(f'{scheme}://' for scheme in CLIENTS)}"
 _NEVER = threading.Event()
 
 

@@ -69,7 +69,7 @@ class Settings:
     shift: float = 3.0
     """Flux shift of the timesteps; use that of the training."""
     solver: str = "euler"
-    """A name of `SOLVERS`: euler and ab2 call the network once per step, heun and midpoint twice."""
+    """A name of `SOLVERS`."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """First and last timestep at which guidance applies (Kynkaanniemi et al., 2024, arXiv:2404.07724)."""
     guidance_rescale: float = 0.0

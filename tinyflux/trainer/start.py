@@ -58,6 +58,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     checkpoints = Path(config.run_dir, c.checkpoint_dir)
     groups = (*(term.group for term in terms.enabled(c) if term.group), *EXTRAS)
     sources = open_run_sources(config.data, groups, checkpoints)
+    terms.check_groups(c, {group for source in sources for group in source.groups})
     usual = usual_shape(sources)  # the shape of previews
     shapes = {name: f.at(usual).shape for source in sources for name, f in source.fields.items()}
     weights = None

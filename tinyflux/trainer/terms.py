@@ -4,7 +4,7 @@ The settings of an optional term NAME: enable_NAME, NAME_weight, NAME_warmup_ste
 it, NAME_dropout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -131,3 +131,14 @@ TERMS = (
 def enabled(config: TrainerConfig) -> list[Term]:
     """The terms of a run, in order."""
     return [term for term in TERMS if term.enabled(config)]
+
+
+def check_groups(config: TrainerConfig, groups: Collection[str]) -> None:
+    """Raises ValueError if an enabled term needs a group that is not among these, the groups of a run's sources."""
+    for term in enabled(config):
+        if term.group and term.group not in groups:
+            off = f"set trainer.enable_{term.name} = false, or " if term.optional else ""
+            raise ValueError(
+                f"the loss {term.name!r} needs the group {term.group!r}, which no source has: {off}add a source that"
+                " has it, such as an overlay"
+            )

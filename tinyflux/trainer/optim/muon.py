@@ -90,6 +90,8 @@ class Muon(AdamW):
     update; 0.2 matches AdamW, so one learning rate serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
     """
 
+    skips_on_device = True
+
     def __init__(
         self,
         stacks: dict[nn.Parameter, int],

@@ -37,7 +37,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def take_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """Take the optimizer's step unless `skip` (0-d) is 1. If its kernel reads `skip`, the host does not wait."""
-    if getattr(optimizer, "skips_on_device", False):
+    if vars(type(optimizer)).get("skips_on_device"):  # not inherited: the subclass may have another kernel
         optimizer.found_inf = skip
         optimizer.step()
     elif not skip.item():

@@ -3,7 +3,7 @@
 `build(model, config)` returns a `torch.optim.Optimizer` of the parameters that are trained, which may be DTensors. Its
 state must exist before the first step, since checkpoints are loaded into those tensors (`adamw.py` shows how). Two
 hooks are optional: `plain_state(parameter)`, the tensors to save of a state that is not plain tensors, and
-`skips_on_device = True`, for a kernel that reads `found_inf` and leaves the weights alone.
+`skips_on_device = True` in the class itself, for a kernel that reads `found_inf` and leaves the weights alone.
 """
 
 from dataclasses import dataclass
