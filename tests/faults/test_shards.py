@@ -5,12 +5,15 @@ import logging
 import re
 import shutil
 import signal
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.make_source import make_samples, make_source, make_tensors
+from tests.store_server import store_server
 from tinyflux.shards.decode import decode_chunk
 from tinyflux.shards.format import SUFFIX, ShardError, bits, encode_sample, parse_key, sample_key
 from tinyflux.shards.manifest import Manifest
@@ -340,6 +343,23 @@ def test_a_shard_unlinked_under_a_reader_stays_readable(clean, tmp_path):
     file = source.open(BAD_SHARD)
     (folder / SHARD).unlink()
     assert file.decode(0).keys() == source.fields.keys()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_bad_sample_of_an_unlinked_shard_is_marked(clean, tmp_path, remote):
+    folder = shutil.copytree(clean, tmp_path / "portraits")
+    rewrite(folder / SHARD, lambda sample: sample.pop("lune" + SUFFIX))
+    with store_server(tmp_path) as server:
+        url = f"{server.url}/portraits" if remote else str(folder)
+        options = {"val_fraction": 0.6, "cache_dir": str(tmp_path / "cache")}
+        config = DataConfig([url], global_batch_size=6, micro_batch_size=6, **options)
+        stream, batches = Stream(open_sources(config), config), []
+        opened = stream._reader.shards.get(0, BAD_SHARD)
+        Path(opened.path).unlink()
+        thread = threading.Thread(target=lambda: batches.extend(stream.validation(1)), daemon=True)
+        thread.start()
+        thread.join(60)
+    assert opened.is_unlinked and [int(batch["local_indices"]) for batch in batches if not batch["valid"]] == [9]
 
 
 def test_bad_held_out_samples_are_marked(clean, tmp_path, caplog):

@@ -120,14 +120,17 @@ class OpenShards:
     def heal(self, source: int, shard: int, file: ShardFile) -> bool:
         """After a fault in an open shard: whether to read it again, because its copy in the cache was damaged.
 
-        The checksum is compared once; a copy that matches is kept.
+        The checksum is compared once; a copy that matches is kept. A local file is the only copy, also if it was
+        replaced.
         """
+        if not self._remote[source]:
+            return False
         with self._lock:
             slot = self._slots.get((source, shard)) or _Slot()
         with slot.lock:
-            if file.is_unlinked or (slot.file is not None and slot.file is not file):
+            if slot.file is not None and slot.file is not file:
                 return True  # another thread did it
-            if not self._heal(source, shard):
+            if not file.is_unlinked and not self._heal(source, shard):
                 return False
             slot.file = None
         return True
