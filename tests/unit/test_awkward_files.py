@@ -45,11 +45,12 @@ def turned(orientation: int) -> bytes:
     return encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0)
 
 
-def deep(channels: int) -> bytes:
-    """A PNG with 16 bits a channel, which Pillow does not write."""
+def deep(channels: int, clear: int | None = None) -> bytes:
+    """A PNG with 16 bits a channel, which Pillow does not write; `clear` is a transparent grey."""
     pixels = np.asarray(FLAG if channels == 3 else FLAG.convert("L")).astype(">u2").reshape(64, -1) * 257
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return png(96, 64, 16, 2 if channels == 3 else 0, rows)
+    data = png(96, 64, 16, 2 if channels == 3 else 0, rows)
+    return data if clear is None else data[:33] + chunk(b"tRNS", struct.pack(">H", clear)) + data[33:]
 
 
 def bilevel(width: int, height: int, value: int = 0) -> Callable[[Path], None]:
@@ -153,6 +154,7 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], None], list | str]] = {
     "PNG": ("a.png", PNG, COLOURS),
     "16-bit colour PNG": ("a.png", deep(3), COLOURS),
     "16-bit grey PNG": ("a.png", deep(1), GREYS),
+    "16-bit grey with transparency": ("a.png", deep(1, clear=29 * 257), [*GREYS[:2], WHITE, WHITE]),
     "palette PNG": ("a.png", encoded(FLAG.quantize(4), "PNG"), COLOURS),
     "palette with transparency": ("a.png", see_through_palette(), [RED, GREEN, WHITE, WHITE]),
     "transparent PNG": ("a.png", see_through("RGBA"), [RED, GREEN, WHITE, WHITE]),

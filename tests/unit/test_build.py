@@ -1,10 +1,13 @@
 """Building sources with the tiny zoo: real photographs, bad input, changed settings, and other readers."""
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from sharding import build
 from tests.builds import content, run, samples, sources, whole
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.precache.config import BuildConfig
-from tinyflux.precache.engine import check_tensors
+from tinyflux.precache.engine import Engine, check_tensors
 from tinyflux.precache.images import Rejected
 from tinyflux.precache.ledger import LedgerError
 from tinyflux.shards.manifest import Manifest
@@ -274,6 +277,81 @@ def test_inputs_that_change_are_noticed(tmp_path, capsys):
     assert "1 (zz.png) new, 1 (good-03.png) changed" in message
 
 
+def test_a_rejected_file_that_is_touched_has_not_changed(tmp_path, capsys):
+    few(tmp_path)
+    (tmp_path / "images" / "bad.png").write_bytes(b"x")
+    (tmp_path / "images" / "bad.txt").write_text("a caption")
+    assert run(tmp_path) == 1
+    os.utime(tmp_path / "images" / "bad.png", (1, 1))
+    capsys.readouterr()
+    assert run(tmp_path) == 1 and "changed" not in capsys.readouterr().out
+    (tmp_path / "images" / "bad.png").write_bytes((tmp_path / "images" / "0.png").read_bytes())
+    assert run(tmp_path) == 1 and "changed since: 1 (bad.png) changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset"])
+def test_a_build_that_has_not_begun_takes_other_settings(tmp_path, monkeypatch, kind):
+    few(tmp_path)
+    if kind == "webdataset":
+        tar_of(tmp_path)
+        sources(tmp_path, kind=kind)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", full)
+        assert run(tmp_path) == 1
+    assert run(tmp_path, "--seed", 3) == 0 and Manifest.load(tmp_path / "out").count == 3
+
+
+@pytest.mark.parametrize("lost", ["null.safetensors", "rejected.jsonl"])
+def test_a_lost_file_is_written_again(tmp_path, lost):
+    few(tmp_path)
+    assert run(tmp_path) == 0
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    assert run(tmp_path) == 0 and content(tmp_path / "out") == before
+
+
+def test_another_name_is_another_source(tmp_path, capsys):
+    few(tmp_path)
+    assert run(tmp_path) == 0
+    table = (tmp_path / "sources.toml").read_text()
+    (tmp_path / "sources.toml").write_text(table.replace("[photos]", "[faces]"))
+    assert run(tmp_path, source="faces") == 2
+    assert "settings.source.name: 'photos' against 'faces'" in capsys.readouterr().err
+
+
+def test_tars_of_others_are_not_overwritten(tmp_path, capsys):
+    few(tmp_path)
+    tar_of(tmp_path)
+    path = tmp_path / "images" / "photos-000000.tar"
+    before = path.read_bytes()
+    assert run(tmp_path, "--out", tmp_path / "images") == 2
+    assert "contains photos-000000.tar, not from this build; choose another --out" in capsys.readouterr().err
+    sources(tmp_path, kind="webdataset")
+    assert run(tmp_path, "--out", tmp_path / "images" / "new") == 2
+    assert "images/new: is inside" in capsys.readouterr().err
+    assert path.read_bytes() == before and not (tmp_path / "images" / "new").exists()
+
+
+def few(folder: Path) -> None:
+    """Three good images, as source photos."""
+    (folder / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64), (50 * i, 9, 9)).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(f"number {i}")
+    sources(folder)
+
+
+def tar_of(folder: Path) -> None:
+    """The images as a tar among them."""
+    with tarfile.open(folder / "images" / "photos-000000.tar", "w") as tar:
+        for path in sorted((folder / "images").glob("?.*")):
+            tar.add(path, path.name)
+
+
 def test_append(tmp_path, capsys):
     """New images go last, in new shards; finished ones keep their bytes; other settings are not mixed in."""
     (tmp_path / "images").mkdir()
@@ -339,6 +417,7 @@ def test_one_clear_line(tmp_path, monkeypatch, capsys, args, message):
         (("--compile", "--low-memory"), "use only one"),
         (("--shapes", "auto", "64x64"), "square and auto cannot be combined"),
         (("--shapes", "64"), "it must be square, auto or WIDTHxHEIGHT"),
+        (("--shapes", "0x64"), "it must be square, auto or WIDTHxHEIGHT"),
         (("--zoo", "tiny"), "--source NAME is missing; --list shows the names"),
     ],
 )

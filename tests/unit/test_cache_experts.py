@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 
 from sharding import build, verify
 from tests.listed import inputs_of
@@ -171,6 +172,8 @@ def test_a_build_goes_on_where_it_stopped(zoo, cache, tmp_path):
 
     with pytest.raises(ValueError, match=r"the inputs differ from those of its build: 1 \(portraits/0\) changed"):
         build_cache(zoo, prompts=["changed", *PROMPTS[1:]], **options)
+    with pytest.raises(ValueError, match=r"the inputs differ from those of its build: 1 \(portraits/1\) changed"):
+        build_cache(zoo, [IMAGES[0], ImageOps.invert(IMAGES[1]), *IMAGES[2:]], **options)
     with pytest.raises(ValueError, match=r"(?s)started with other settings.*batch_size: 4 against 2"):
         build_cache(zoo, batch_size=2, **options)
     with pytest.raises(ValueError, match="contains a finished source without the notes of its build"):
@@ -308,6 +311,7 @@ def test_old_caches_that_are_damaged(tmp_path):
 def test_images_and_prompts_that_cannot_be(zoo):
     for images, prompts, message in (
         ([torch.full((3, 64, 64), torch.nan)], ["a"], "input 0 of 'portraits': the tensor has NaN or infinity"),
+        ([torch.full((3, 64, 64), 255.0)], ["a"], r"the tensor has values up to 255, must be in \[-1, 1\]"),
         (IMAGES[:2], ["a", None], "prompts must be a list of texts, not NoneType at number 1"),
         (IMAGES[:2], "ab", "prompts must be a list of texts, not one text"),
     ):

@@ -56,6 +56,16 @@ LAYOUTS = {
         {},
         {"a.png": "rejected: caption is not UTF-8: invalid start byte", "b.png": ["two"]},
     ),
+    "UTF-16 without a mark": (
+        {"a.txt": "a cat".encode("utf-16-le"), "b.txt": "two"},
+        {},
+        {"a.png": "rejected: caption has null bytes: is it in UTF-16?", "b.png": ["two"]},
+    ),
+    "more captions than a sample can have": (
+        {"a.txt": "one\n" * 256, "b.txt": "two\n" * 255},
+        {"captions": "all"},
+        {"a.png": "rejected: too many captions: 256, at most 255 can be kept", "b.png": ["two"] * 255},
+    ),
     "an empty file": ({"a.txt": " \n", "b.txt": "two"}, {}, {"a.png": "rejected: empty caption", "b.png": ["two"]}),
     "empty ones allowed": ({"a.txt": " \n"}, {"allow_empty_captions": True}, {"a.png": [""], "b.png": [""]}),
     "lines of a text file": (
@@ -112,6 +122,11 @@ LAYOUTS = {
         {"prompts.txt": "a.png\ta cat: asleep\n\nb.png\ttwo\n"},
         {},
         {"a.png": ["a cat: asleep"], "b.png": ["two"]},
+    ),
+    "prompts.txt beside a folder called .png": (
+        {"prompts.txt": "one\ntwo\n", "c.png/notes.md": ""},
+        {},
+        {"a.png": ["one"], "b.png": ["two"]},
     ),
     "prompts.txt with colons": ({"prompts.txt": "b.png: two\na.png: one\n"}, {}, {"a.png": ["one"], "b.png": ["two"]}),
     "prompts.txt in order": (
@@ -183,6 +198,8 @@ def test_one_of_several_at_random(tmp_path):
         ({"metadata.jsonl": '{"file_name": "a.png", "x": "y"}'}, {}, "the field 'text' or 'caption' or 'prompt'; the"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "y"}'}, {"caption": "x"}, "no record has the field 'x'"),
         ({"metadata.csv": "name,text\na.png,x\n"}, {}, "each row must have a file_name; one has name, text"),
+        ({"metadata.csv": "file_name,text\na.png,red, and round\n"}, {}, "line 2: more cells than columns; .*quoted"),
+        ({"metadata.csv": "file_name,text,text\na.png,x,y\n"}, {}, "two columns are called 'text'"),
         ({"prompts.txt": "one\n"}, {}, "line 1: must be an image's path, a tab or a colon.*it has 1 for 2"),
         ({"prompts.txt": "a.png: x", "metadata.jsonl": ""}, {}, "has metadata.jsonl and prompts.txt"),
     ],
@@ -194,10 +211,11 @@ def test_lists_that_are_refused(tmp_path, files, keys, message):
 
 
 def test_what_is_passed_over_is_counted(tmp_path):
-    folder(tmp_path, {"clip.mov": b"", "Thumbs.db": b"", "c.heic": b"", "d.nef": b"", "a.txt": "one", "README": b""})
+    files = {"clip.mov": b"", "Thumbs.db": b"", "c.heic": b"", "d.nef": b"", "README": b""}
+    folder(tmp_path, files | {"a.txt": "one", "z.txt": "of no image"})
     spec = source(tmp_path)
     assert sorted(item.origin for item in inputs_of(spec)) == ["a.png", "b.png", "c.heic"]
-    assert spec.ignored == {".mov": 1, ".db": 1, ".nef": 1, "without one": 1}
+    assert spec.ignored == {".mov": 1, ".db": 1, ".nef": 1, "without one": 1, ".txt without an image": 1}
 
 
 def test_stamps_see_what_has_changed(tmp_path):

@@ -1,14 +1,18 @@
 """Lists, tars and `datasets` datasets as sources: real files, a real HTTP server, the real library."""
 
+import datetime
 import functools
 import http.server
 import io
 import json
 import os
+import tarfile
 import threading
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 from PIL import Image
@@ -19,6 +23,7 @@ from tinyflux.precache.kinds import kind_of
 from tinyflux.precache.kinds.base import ImageSource, SourceError
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
+UNREADABLE = "rejected: unreadable image: not an image file of a known kind"
 
 
 def spec(folder: Path, kind: str, location: str, **keys) -> ImageSource:
@@ -108,6 +113,43 @@ def test_webdataset_folder_and_pattern(tmp_path, tars):
     (tars / "00001.tar").write_bytes(data[:3000])
     found = contents(spec(tmp_path, "webdataset", "tars"))
     assert found[:3] == ALL[:3] and found[3][1].startswith("rejected: damaged tar, some of its images are lost: ")
+
+
+def test_nothing_in_a_tar_is_lost(tmp_path):
+    """A name is a key up to its first dot; a hard link has no bytes of its own."""
+    (tmp_path / "raw").mkdir()
+    red, blue = png("red"), png("blue")
+    members = {"a.depth.png": blue, "a.png": red, "a.TXT": b"one", "b.1.png": red, "b.1.txt": b"x", "b.2.png": blue}
+    members |= {"c.jpg": red, "c.png": blue, "c.txt": b"x", "d.cr2": b"raw", "d.txt": b"x", "e.txt": b"x", "f.npy": b""}
+    with tarfile.open(tmp_path / "raw" / "x.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        info = tarfile.TarInfo("e.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(info)
+    source = spec(tmp_path, "webdataset", "raw")
+    several = "rejected: 2 images of one key, which is a name up to its first dot"
+    names = [item.origin.removeprefix("x.tar/") for item in inputs_of(source)]
+    assert names == ["a", "b.1.png", "b.2.png", "c.jpg", "c.png", "d", "e"]
+    assert contents(source) == [
+        (["one"], "red"),
+        *[(["x.tar"], several)] * 4,
+        (["x.tar"], "rejected: no image beside the caption, only .cr2, .txt"),
+        (["x.tar"], "rejected: no image beside the caption, only .txt"),
+    ]
+
+
+def test_what_is_beside_tars_is_counted(tmp_path, tars):
+    for name in ("a.tar.gz", "b.jpg", ".hidden.tar", "README"):
+        (tars / name).write_bytes(b"x")
+    (tars / "c.tar").mkdir()
+    source = spec(tmp_path, "webdataset", "tars")
+    assert contents(source) == ALL and source.ignored == {".gz": 1, ".jpg": 1, "without one": 1}
+    (tars / "linked").symlink_to("c.tar")
+    with pytest.raises(SourceError, match="linked: is a link to a folder, which is not followed"):
+        inputs_of(spec(tmp_path, "webdataset", "tars"))
 
 
 def test_tars_of_one_name_in_several_folders(tmp_path, tars):
@@ -231,6 +273,50 @@ def test_hf_layouts(tmp_path, rows, layout):
     assert contents(spec(tmp_path, "hf", "raw", image="picture")) == ALL
     with pytest.raises(SourceError, match="image: column 'text' is .*string.*, must be an Image or binary"):
         inputs_of(spec(tmp_path, "hf", "set", image="text", caption=["picture"]))
+
+
+def test_hf_cells_without_an_image(tmp_path):
+    cells = [{"bytes": png("red"), "path": None}, {"bytes": None, "path": None}, None, {"bytes": b"", "path": None}]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = pyarrow.table({"image": pyarrow.array(cells, kind), "text": list("abcd")}, features.arrow_schema)
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    found = contents(spec(tmp_path, "hf", "set"))
+    missing = "rejected: missing image"
+    assert found == [(["a"], "red"), (["b"], missing), (["c"], missing), (["d"], UNREADABLE)]
+
+
+@pytest.mark.parametrize(
+    "column, kind", [([datetime.date(2020, 1, 1)], "date32"), ([b"x"], "binary"), ([[{"en": "x"}]], "string")]
+)
+def test_hf_captions_that_are_no_texts(tmp_path, column, kind):
+    (tmp_path / "set").mkdir()
+    table = pyarrow.table({"image": [png("red")], "text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    with pytest.raises(SourceError, match=f"caption: column 'text' is .*{kind}.*, must be text"):
+        inputs_of(spec(tmp_path, "hf", "set"))
+
+
+def test_hf_says_why_it_cannot_be_loaded(tmp_path):
+    (tmp_path / "set").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "set" / "a.parquet")
+    (tmp_path / "set" / "b.parquet").write_bytes(b"PAR1 junk PAR1")
+    with pytest.raises(SourceError, match="(?i)cannot be loaded as a dataset: .*: .*parquet"):
+        inputs_of(spec(tmp_path, "hf", "set"))
+
+
+def test_hf_stamps_see_another_image(tmp_path):
+    """The captions are the same."""
+    (tmp_path / "set").mkdir()
+    stamps = []
+    for second, colour in enumerate(("red", "red", "blue")):
+        path = tmp_path / "set" / "train.parquet"
+        if second != 1:
+            pyarrow.parquet.write_table(pyarrow.table({"image": [png(colour)], "text": ["x"]}), path)
+            os.utime(path, (second, second))
+        stamps.append([item.stamp for item in inputs_of(spec(tmp_path, "hf", "set"))])
+    assert stamps[0] == stamps[1] != stamps[2]
 
 
 def test_hf_imagefolder(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tinyflux.model.zoo import ModelZoo
 from tinyflux.precache.extract import extract
 from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds import kind_of
-from tinyflux.precache.kinds.base import Input
+from tinyflux.precache.kinds.base import Input, SourceError
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.source import open_source
 from tinyflux.util import rng
@@ -132,6 +133,24 @@ def describe(folder: Path, scaling: str = "raw", **keys) -> None:
     (folder / "sources.toml").write_text(f"[photos]\n{text}")
 
 
+def test_tars_among_files_are_refused(tmp_path, given):
+    files(tmp_path / "given", *given)
+    with webdataset.TarWriter(str(tmp_path / "given" / "x.tar")) as writer:
+        writer.write({"__key__": "x", "npy": npy(given[0][0]), "txt": "x"})
+    with pytest.raises(SourceError, match="given: has tars and files of latents; make it two sources"):
+        inputs_of(latents_of(tmp_path, "given"))
+
+
+def test_too_many_shapes_in_a_slice(tmp_path, capsys):
+    (tmp_path / "given").mkdir()
+    for i in range(101):
+        (tmp_path / "given" / f"{i}.npy").write_bytes(npy(torch.randn(16, 1 + i // 11, 1 + i % 11)))
+        (tmp_path / "given" / f"{i}.txt").write_text("x")
+    describe(tmp_path, "scaled")
+    assert run(tmp_path, "--no-lune", "--no-sol") == 2
+    assert "part 0 has 101 shards, at most 100: lower --shard-size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, given, layout):
     """The latents that were given, each with its caption."""
@@ -170,7 +189,9 @@ def test_teachers_see_what_the_vae_decodes(tmp_path, zoo, given, capsys):
             torch.testing.assert_close(found.float(), expected[name][0].float(), atol=0.02, rtol=0.02)
         assert sample["meta"]["size"] == [8 * sample["latents"].shape[2], 64]
     assert "jpg" in open_source(tmp_path / "out").open(0).samples[0].members
-    assert run(tmp_path, "--shard-size", 2, "--max-rejected", 0.5) == 0 and "complete" in capsys.readouterr().out
+    os.utime(tmp_path / "given" / "cut.npy", (1, 1))
+    assert run(tmp_path, "--shard-size", 2, "--max-rejected", 0.5) == 0
+    assert "complete" in (printed := capsys.readouterr().out) and "changed" not in printed
     assert run(tmp_path, "--out", tmp_path / "x", "--only", "lune", "--from", tmp_path / "out") == 2
     assert "which has no images" in capsys.readouterr().err
 

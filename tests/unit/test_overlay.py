@@ -176,6 +176,14 @@ def test_images_that_are_gone_or_changed_are_refused(mine, capsys, change, reaso
     assert not (mine / "new" / "manifest.json").exists()
 
 
+def test_a_changed_image_without_a_preview_is_refused(mine, capsys):
+    """The notes of the base's build tell, although size and crop are the same."""
+    assert build_to(mine, "plain", "--no-lune", "--no-sol", "--no-preview") == 0
+    Image.new("RGB", (73, 80), (250, 250, 0)).save(mine / "images" / "3.png")
+    assert redo(mine, "new", "plain", "--only", "lune") == 2
+    assert "3.png (sample" in (message := capsys.readouterr().err) and "its bytes have another hash" in message
+
+
 def test_all_captions_of_an_image(tmp_path):
     """Their number may change; what the teachers saw may not, unless they are asked for, too."""
     (tmp_path / "images").mkdir()

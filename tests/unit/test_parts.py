@@ -125,6 +125,28 @@ def test_a_listing_grows_and_tells_what_changed(tmp_path):
     assert every(again) == first
 
 
+def test_a_larger_limit_reaches_the_next_tar(tmp_path):
+    """Also if the old limit ended with a tar, or was never reached."""
+    (tmp_path / "raw").mkdir()
+    for k in range(3):
+        tar(tmp_path / "raw" / f"{k}.tar", {f"{k}{i}": Image.new("RGB", (8, 8)) for i in range(2)})
+
+    def listing(limit: int | None) -> Parted:
+        source = kind_of("webdataset")(name="a", kind="webdataset", base=tmp_path, dataset_id=3, location="raw")
+        return Parted(tmp_path / "inputs", source, 5, limit)
+
+    def changes(limit: int | None, **options) -> str:
+        longer = listing(limit)
+        assert longer.load()
+        return str(longer.changes(lambda index, item: False, **options))
+
+    listing(2).begin()
+    assert changes(2) == "" and changes(4) == changes(None) == "2 (1.tar, 2.tar) new"
+    assert changes(9, append=True) == changes(None) == ""
+    tar(tmp_path / "raw" / "3.tar", {"3": Image.new("RGB", (8, 8))})
+    assert changes(6) == "" and changes(9) == "1 (3.tar) new"
+
+
 def test_without_locks_each_rank_keeps_to_its_share(tmp_path, monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")

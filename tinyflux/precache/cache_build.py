@@ -15,7 +15,7 @@ from tinyflux.precache.build import build
 from tinyflux.precache.config import BuildConfig, Place
 from tinyflux.precache.from_images import FromImages
 from tinyflux.precache.from_legacy import FromLegacy
-from tinyflux.precache.images import Rejected
+from tinyflux.precache.images import Rejected, content_hash
 from tinyflux.precache.kinds.base import ImageSource, Input, digest
 from tinyflux.precache.kinds.legacy import LegacyFolder
 from tinyflux.precache.ledger import Ledger
@@ -58,7 +58,7 @@ class InMemory(ImageSource):
     def inputs(self, size: int, seed: int) -> Iterator[Input]:
         for i, (image, text) in enumerate(zip(self.images, self.texts, strict=True)):
             origin = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"{self.name}/{i}"
-            yield Input(origin, digest(text, *_describe(image)), i, [text])
+            yield Input(origin, digest(text, *_stamp(image)), i, [text])
 
     def read_image(self, item: Input) -> bytes | Image.Image:
         try:
@@ -94,9 +94,20 @@ def convert(cache_folder: Path, folder: Path, name: str, dataset_id: int) -> Non
     build(FromLegacy(BuildConfig(source=name), source, ledger, Place(), strict=True), quiet=True)
 
 
+def _stamp(image) -> list:
+    """What tells an image from others: a file's size and time, else a hash of the pixels."""
+    if isinstance(image, (str, os.PathLike)):
+        status = os.stat(image) if os.path.isfile(image) else None
+        return [os.fspath(image), status and [status.st_size, status.st_mtime_ns]]
+    try:
+        return [*_describe(image), content_hash(_readable(image), ())]
+    except (OSError, TypeError):  # reading it for the build says what is wrong
+        return _describe(image)
+
+
 def _describe(image) -> list:
     if isinstance(image, (str, os.PathLike)):
-        return [os.fspath(image), os.path.getsize(image) if os.path.isfile(image) else None]
+        return [os.fspath(image)]
     if isinstance(image, Image.Image):
         return [*image.size, image.mode]
     return [str(getattr(image, "dtype", type(image).__name__)), *getattr(image, "shape", ())]
@@ -114,6 +125,8 @@ def _readable(image) -> bytes | Image.Image:
         if image.is_floating_point():
             if not image.isfinite().all():  # converting it to uint8 would give a black picture
                 raise TypeError("the tensor has NaN or infinity")
+            if image.abs().max() > 2:  # not just beyond the ends, as a VAE's output is
+                raise TypeError(f"the tensor has values up to {image.abs().max():g}, must be in [-1, 1]")
             image = to_uint8(image)
         image = image.permute(1, 2, 0).contiguous().cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:

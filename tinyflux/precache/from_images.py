@@ -139,17 +139,31 @@ class FromImages(Listed):
 
     def same(self, index: int, item: Input) -> bool:
         for number in self.ledger.shards_of(index // self.listing.stride) or ():
-            note = self.ledger.note_of(number)
-            if note and (noted := note["contents"].get(str(index))):
-                try:
-                    return self.content(item, self.seed_of(index)) == noted
-                except (Rejected, OSError):
-                    return False
+            if (note := self.ledger.note_of(number)) is None:
+                continue
+            known = note["contents"].get(str(index))
+            reasons = [entry["reason"] for entry in note["rejected"] if entry["index"] == index]
+            if not known and not reasons:
+                continue
+            try:
+                if known:
+                    return self.content(item, self.seed_of(index)) == known
+                self.try_input(item, self.seed_of(index))  # it was rejected; it is the same if it still is
+            except Rejected as reason:
+                return str(reason) in reasons
+            except OSError:
+                pass
+            return False
         return False
 
     def content(self, item: Input, seed: int) -> str:
         """A hash of an input and its captions. Raises Rejected, OSError."""
         return content_hash(self.source.read_image(item), self.source.prompts(item, seed))
+
+    def try_input(self, item: Input, seed: int) -> None:
+        """Read an input without the models. Raises Rejected as `read`, OSError."""
+        self.source.prompts(item, seed)
+        self.cut(self.source.read_image(item), seed, (64, 64))
 
     @property
     def truncated(self) -> Mapping[str, int]:
@@ -175,15 +189,15 @@ class FromImages(Listed):
         """Read one input, in a thread: its captions by the source's rule, its image cropped. Raises Rejected."""
         seed = self.seed_of(index)
         prompts, image = self.source.prompts(item, seed), self.source.read_image(item)
-        picture = self.cut(image, seed, shape)
+        picture = self.cut(image, seed, self.shapes[shape])
         return Ready(index, item.origin, seed, prompts, picture, content=content_hash(image, prompts))
 
-    def cut(self, image, seed: int, shape: int = 0) -> Picture:
-        """Crop an image to a shape by the source's rules. Raises Rejected."""
+    def cut(self, image, seed: int, shape: tuple[int, int]) -> Picture:
+        """Crop an image to a shape, (height, width), by the source's rules. Raises Rejected."""
         source = self.source
         return prepare(
             image,
-            self.shapes[shape],
+            shape,
             crop=source.crop,
             seed=seed,
             min_side=source.min_side,

@@ -99,6 +99,10 @@ class FromLatents(FromImages):
     def content(self, item: Input, seed: int) -> str:
         return content_hash(self.source.read_latents(item).numpy().tobytes(), self.source.prompts(item, seed))
 
+    def try_input(self, item: Input, seed: int) -> None:
+        self.source.prompts(item, seed)
+        self.source.read_latents(item)
+
     def read(self, index: int, item: Input, shape: str = "") -> Ready:
         """Read one input, in a thread: its captions by the source's rule, its latents. Raises Rejected."""
         seed = self.seed_of(index)

@@ -142,7 +142,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise Rejected(f"unsupported pixels: integers outside 16 bits (mode {image.mode})")
-        image = Image.fromarray(np.round(grey / 257).astype(np.uint8))
+        pixels = np.round(grey / 257).astype(np.uint8)
+        pixels[grey == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(pixels)
     if image.mode == "F":
         raise Rejected("unsupported pixels: floating point (mode F)")
     if image.has_transparency_data:

@@ -69,8 +69,18 @@ def records(path: Path, key: str):
 
 def table_rows(path: Path) -> Iterator[dict]:
     """The rows of a CSV or TSV file with a header. Raises SourceError."""
+    comma = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+            rows = csv.DictReader(file, delimiter=comma, strict=True)
+            names = [name for name in rows.fieldnames or () if name]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise SourceError(f"{path}: two columns are called {twice!r}")
+            for row in rows:
+                if any(row.pop(None, ())):  # DictReader would give a caption without what follows its first comma
+                    raise SourceError(
+                        f"{path}, line {rows.line_num}: more cells than columns; a text with {comma!r} must be quoted"
+                    )
+                yield row
     except (csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not a CSV file in UTF-8: {error}") from error

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from tinyflux.shards.discover import tars
 from tinyflux.shards.manifest import Base, Manifest, ManifestError, diff_fingerprints, shard_path
 from tinyflux.shards.schema import Field, grouped
 from tinyflux.shards.writer import Shard
@@ -61,7 +62,10 @@ class Ledger:
         return self.out / shard_path(self.source, number, self.subfolders)
 
     def config(self) -> dict | None:
-        """The settings and fingerprint of the build in this folder, if there is one. Raises LedgerError."""
+        """The settings and fingerprint of the build in this folder, if there is one.
+
+        Raises LedgerError if it contains a source or tars of another origin, which a build could overwrite.
+        """
         path = self.notes / "config.json"
         if path.is_file():
             return json.loads(path.read_bytes())
@@ -70,6 +74,8 @@ class Ledger:
                 f"{self.out}: contains a finished source without the notes of its build ({path}), so nothing can be "
                 "added to it; choose another --out"
             )
+        if not self.notes.exists() and (found := tars(self.out)):
+            raise LedgerError(f"{self.out}: contains {found[0].name}, not from this build; choose another --out")
         return None
 
     def check(self, asked: dict) -> None:
@@ -207,13 +213,16 @@ class Ledger:
             self.finished(number)
 
     def complete(self) -> bool:
-        """Whether the build is done: all parts are finished, their files exist, and the manifest lists them."""
-        if not self.manifest.exists() or self.unfinished():
+        """Whether the build is done: all parts are finished, all files exist, and the manifest lists the shards."""
+        if not self.manifest.exists() or not (self.out / "rejected.jsonl").exists() or self.unfinished():
             return False
         try:
-            listed = {shard.name: shard.sha256 for shard in Manifest.load(self.out).shards}
+            manifest = Manifest.load(self.out)
         except (ManifestError, FileNotFoundError):
             return False
+        if manifest.null_sha256 and not (self.out / "null.safetensors").exists():
+            return False
+        listed = {shard.name: shard.sha256 for shard in manifest.shards}
         return listed == {note["shard"]["name"]: note["shard"]["sha256"] for note in self.all_notes() if note["shard"]}
 
     def claim(self) -> Iterator[int]:

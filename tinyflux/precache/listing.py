@@ -158,8 +158,7 @@ class Counted(Listing):
 
     def load(self) -> bool:
         path = self.folder / "runs.json"
-        if path.is_file():
-            self.runs = [tuple(run) for run in json.loads(path.read_bytes())]
+        self.runs = [tuple(run) for run in json.loads(path.read_bytes())] if path.is_file() else []
         return bool(self.runs)
 
     @property
@@ -315,8 +314,7 @@ class Parted(Listing):
 
     def load(self) -> bool:
         path = self.folder / "parts.json"
-        if path.is_file():
-            self.noted = json.loads(path.read_bytes())
+        self.noted = json.loads(path.read_bytes()) if path.is_file() else []
         return bool(self.noted)
 
     @property
@@ -351,10 +349,10 @@ class Parted(Listing):
                 changes.changed.add(name)
         new = [(name, stamp) for name, stamp in now.items() if name not in noted]
         cut, _, _, rest = self.noted[-1]
-        for name, _ in new if self.limit is None else ():
-            changes.new.add(name)
-        if rest is not None and (self.limit is None or self.limit > sum(len(self._read(k)) for k in range(self.parts))):
-            changes.new.add(f"more of {cut}")
+        more = [*(name for name, _ in new), *([f"more of {cut}"] if rest is not None else [])]
+        if more and (self.limit is None or self.limit > sum(len(self._read(k)) for k in range(self.parts))):
+            for name in more:
+                changes.new.add(name)
         if append and changes.only_new:
             self._add([*([(cut, noted[cut])] if rest is not None else []), *new], rest or 0)
             changes = Changes()

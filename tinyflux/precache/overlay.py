@@ -18,7 +18,7 @@ from torch import Tensor
 from tinyflux.precache import models
 from tinyflux.precache.config import BuildConfig, Place
 from tinyflux.precache.from_images import FromImages
-from tinyflux.precache.images import Rejected, preview
+from tinyflux.precache.images import Rejected, content_hash, preview
 from tinyflux.precache.kinds.base import ImageSource, Input
 from tinyflux.precache.ledger import Ledger, LedgerError
 from tinyflux.precache.listing import Counted, Parted
@@ -176,27 +176,34 @@ class Overlay(FromImages):
         return len(self.manifest.shapes) > 1
 
     def works(self, part: int) -> list[Work]:
-        file, tasks = self.open(part), []
+        file, tasks, note = self.open(part), [], self.folder / ".build" / f"{part:06d}.json"
+        contents = json.loads(note.read_bytes())["contents"] if note.is_file() else {}
         latent = self.manifest.shapes.index(self.manifest.shards[self.shards[part]].shape)
         if file.fault:
             raise file.fault
         for row in range(file.count):
             index, meta = parse_key(file.key(row))[1], file.meta(row)
-            tasks.append(Task(index, meta["origin"], partial(self.reread, file, row, index, meta, latent)))
+            content = contents.get(str(index))
+            tasks.append(Task(index, meta["origin"], partial(self.reread, file, row, index, meta, latent, content)))
         return [Work(part, tasks, self.manifest.shards[self.shards[part]].shape)]
 
-    def reread(self, file: ShardFile, row: int, index: int, meta: dict, shape: int) -> Ready:
-        """Read a sample of the base and its image again, in a thread. Raises Rejected."""
+    def reread(self, file: ShardFile, row: int, index: int, meta: dict, shape: int, content: str | None) -> Ready:
+        """Read a sample of the base and its image again, in a thread. `content`: the hash of its image and captions, if
+        it is known. Raises Rejected."""
         seed, item = self.seed_of(index), self._item(index, meta["origin"])
         prompts = self.source.prompts(item, seed) if "text" in self.groups else meta["prompts"]
         picture = None
         if self.of_images:
-            picture = self.cut(self.source.read_image(item), seed, shape)
+            image = self.source.read_image(item)
+            picture = self.cut(image, seed, self.shapes[shape])
             found, was = [[list(picture.size), list(picture.crop)], [meta["size"], meta["crop"]]]
             if found != was:
                 raise Rejected(f"image has changed: size and crop are {found}, were {was}")
-            if (shown := file.preview(row)) is not None and not alike(preview(picture.pixels), shown):
-                raise Rejected("image has changed: it looks unlike the preview")
+            if (shown := file.preview(row)) is not None:
+                if not alike(preview(picture.pixels), shown):
+                    raise Rejected("image has changed: it looks unlike the preview")
+            elif content not in (None, content_hash(image, meta["prompts"])):
+                raise Rejected("image has changed: its bytes have another hash")
         return Ready(index, meta["origin"], seed, prompts, picture, meta=meta)
 
     def done_with(self, part: int) -> None:

@@ -119,8 +119,11 @@ class Listed(Recipe):
         self.ledger.parts, self.ledger.total = range(self.listing.parts), self.listing.total
 
     def probe(self) -> None:
-        if self.source.parts() is None:
-            next(iter(self.source.records(self.size, self.config.seed)), None)
+        source, out = self.source, self.ledger.out
+        if source.parts() is None:
+            next(iter(source.records(self.size, self.config.seed)), None)
+        elif source.path.is_dir() and out.resolve().is_relative_to(source.path.resolve()):
+            raise LedgerError(f"--out {out}: is inside {source.path}, whose tars are inputs; choose another --out")
 
     def take_inputs(self) -> None:
         listing, ledger = self.listing, self.ledger
@@ -163,7 +166,7 @@ class Listed(Recipe):
         return numbers is not None and any(self.ledger.finished(number) for number in numbers)
 
     def same(self, index: int, item: Input) -> bool:
-        """Whether an input has the content that was built, although its stamp differs."""
+        """Whether an input has the content that was built or rejected, although its stamp differs."""
         return False
 
     def rejected(self, index: int, origin: str, reason: Rejected) -> dict:
@@ -174,7 +177,8 @@ class Listed(Recipe):
     def works(self, part: int) -> list[Work]:
         chunks, most = self.cut_part(part, self.listing.rows(part)), self.ledger.per_part
         if len(chunks) > most:
-            raise LedgerError(f"part {part} has {len(chunks)} shards, at most {most}: raise --shard-size")
+            change = "raise" if most == OF_A_TAR else "lower"  # with fewer inputs a slice has fewer shapes
+            raise LedgerError(f"part {part} has {len(chunks)} shards, at most {most}: {change} --shard-size")
         if most > 1 and self.ledger.plan(part) is None:  # the recipe has no plan of its own
             self.ledger.note_plan(part, {"shards": len(chunks)})
         return [

@@ -126,7 +126,7 @@ class Source:
         return {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("name", "base", "weight") and (f.default is MISSING or getattr(self, f.name) != f.default)
+            if f.name not in ("base", "weight") and (f.default is MISSING or getattr(self, f.name) != f.default)
         }
 
     @classmethod
@@ -164,6 +164,8 @@ class CaptionedSource(Source):
                 text.encode()  # a lone surrogate from JSON would fail much later
         except UnicodeError as error:
             raise Rejected(f"caption is not UTF-8: {error.reason}") from error
+        if any("\0" in text for text in given):
+            raise Rejected("caption has null bytes: is it in UTF-16? It must be in UTF-8")
         filled = [text for text in (" ".join(text.split()) for text in given) if text]
         if not filled:
             if self.allow_empty_captions:
@@ -174,7 +176,11 @@ class CaptionedSource(Source):
             return [max(filled, key=len)]
         if self.captions == "random":
             return [filled[rng.key(seed, "caption") % len(filled)]]
-        return filled[:1] if self.captions == "first" else filled[:MOST_CAPTIONS]
+        if self.captions == "first":
+            return filled[:1]
+        if len(filled) > MOST_CAPTIONS:
+            raise Rejected(f"too many captions: {len(filled)}, at most {MOST_CAPTIONS} can be kept")
+        return filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +195,7 @@ class ImageSource(CaptionedSource, ABC):
     """Images with a shorter side are rejected."""
     max_aspect: Annotated[float, AtLeast(1)] = 4.0
     """Images whose longer side is more than this many times the shorter are rejected."""
-    max_pixels: Annotated[int, AtLeast(1)] = 100_000_000
+    max_pixels: Annotated[int, Within(1, 178_956_970)] = 100_000_000  # Pillow opens no larger ones
     """Images with more pixels are rejected before they are decoded."""
 
     def __post_init__(self):

@@ -21,6 +21,8 @@ from tinyflux.precache.kinds.base import (
 )
 from tinyflux.util.settings import AtLeast
 
+TEXTS = ("string", "large_string", "string_view", "null")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -54,31 +56,48 @@ class HfDataset(Rows, ImageSource):
         return self.streaming
 
     @cached_property
-    def rows(self):
-        """The dataset with only the needed columns. Raises SourceError."""
+    def found(self) -> str:
+        """Its folder on this machine, else its name on the Hub."""
+        return str(self.path) if self.path.exists() else self.location
+
+    @cached_property
+    def loaded(self):
+        """The dataset with all columns. Raises SourceError."""
         try:
             import datasets  # optional: only this kind needs it
         except ImportError as error:
             raise SourceError(f"[{self.name}] kind 'hf' needs the datasets package: pip install datasets") from error
-        where = str(self.path) if self.path.exists() else self.location
+        where = self.found
         try:
             if (Path(where) / "state.json").is_file():
-                rows = datasets.load_from_disk(where)
-            elif (Path(where) / "dataset_dict.json").is_file():
-                rows = datasets.load_from_disk(where)[self.split]
-            else:
-                rows = datasets.load_dataset(
-                    where, name=self.config, split=self.split, revision=self.revision, streaming=self.streaming
-                )
+                return datasets.load_from_disk(where)
+            if (Path(where) / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(where)[self.split]
+            return datasets.load_dataset(
+                where, name=self.config, split=self.split, revision=self.revision, streaming=self.streaming
+            )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            raise SourceError(f"[{self.name}] {where}: cannot be loaded as a dataset: {error}") from error
+            why = f"{error}: {error.__cause__}" if error.__cause__ else error
+            raise SourceError(f"[{self.name}] {where}: cannot be loaded as a dataset: {why}") from error
+
+    @cached_property
+    def rows(self):
+        """The dataset with only the needed columns. Raises SourceError."""
+        rows, where = self.loaded, self.found
         columns = rows.features or {}
         texts = self.caption or [name for name in DEFAULT_FIELDS if name in columns][:1]
         wanted = self.cells | {"caption": texts or [" or ".join(DEFAULT_FIELDS)]}
         for key, names in wanted.items():
             if missing := [name for name in names if name not in columns]:
                 raise SourceError(f"[{self.name}] {key}: no column {missing[0]!r}; {where} has {', '.join(columns)}")
-        return self.as_read(rows.select_columns(list({name for names in wanted.values() for name in names})))
+        found = self.as_read(rows.select_columns(list({name for names in wanted.values() for name in names})))
+        for name in texts:
+            kind = columns[name]
+            while inner := getattr(kind, "feature", None):  # of a list
+                kind = inner
+            if getattr(kind, "dtype", None) not in TEXTS:
+                raise SourceError(f"[{self.name}] caption: column {name!r} is {columns[name]}, must be text")
+        return found
 
     @property
     def cells(self) -> dict[str, list[str]]:
@@ -107,16 +126,17 @@ class HfDataset(Rows, ImageSource):
             return
         others = {name for names in self.cells.values() for name in names}
         names = [name for name in self.rows.column_names if name not in others]
+        stamp = self.loaded._fingerprint  # the captions alone do not tell that an image has changed
         for i, row in enumerate(self.rows.with_format(None).select_columns(names)):
             values = captions_in(row, self.caption)
-            yield Input(f"{self.split}/{i}", digest(values), i, values)
+            yield Input(f"{self.split}/{i}", digest(values, stamp), i, values)
 
     def read_image(self, item: Input) -> bytes:
         if self.streaming:
             cell = self.stream.row(item.place).pop(self.image)  # pop, so that cached rows stay small
         else:
             cell = self.rows[item.place][self.image]
-        if not cell:
+        if not cell or isinstance(cell, dict) and cell["bytes"] is cell["path"] is None:
             raise Rejected("missing image")
         if isinstance(cell, bytes) or cell["bytes"] is not None:
             return cell if isinstance(cell, bytes) else cell["bytes"]

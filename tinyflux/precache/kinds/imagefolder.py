@@ -112,7 +112,8 @@ class ImageFolder(ImageSource):
                 "have one line for each image of its folder, in the order of their names: "
                 f"it has {len(lines)} for {pictures}"
             )
-        images = (e for e in os.listdir(path.parent) if e.rpartition(".")[2].lower() in self.extensions and e[0] != ".")
+        files = (entry.name for entry in os.scandir(path.parent) if not entry.is_dir())
+        images = (e for e in files if e.rpartition(".")[2].lower() in self.extensions and e[0] != ".")
         for name, (_, line) in zip(sorted(images, key=os.fsencode), lines, strict=True):
             yield name, [line]
 
@@ -139,6 +140,8 @@ class ImageFolder(ImageSource):
                 listed.setdefault(name, []).extend(value)
             else:
                 (images if what == "image" else beside)[name] = value
+        if not images and not listed:
+            self.ignored.update(f".{name.rpartition('.')[2].lower()} without an image" for name in beside)
         readable = any(name.rpartition(".")[2].lower() in self.extensions for name in images)
         for name in sorted(images.keys() | listed.keys()):
             captions = listed.get(name)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.precache.images import Rejected
-from tinyflux.precache.kinds.base import CaptionedSource, ImageSource, Input, Text
+from tinyflux.precache.kinds.base import CaptionedSource, ImageSource, Input, SourceError, Text
 from tinyflux.precache.kinds.hf import HfDataset, Rows
 from tinyflux.precache.kinds.imagefolder import ImageFolder
 from tinyflux.precache.kinds.webdataset import WebDataset
@@ -83,10 +83,12 @@ class Latents(Rows, CaptionedSource):
         common = {name: getattr(self, name) for name in ("name", "kind", "base", "dataset_id", "location", "caption")}
         common |= {"captions": self.captions, "allow_empty_captions": self.allow_empty_captions}
         path = self.path
-        if self.location.endswith(".tar") or path.is_dir() and next(path.rglob("*.tar"), None):
-            return _Tars(**common)
-        if path.is_dir() and any(each.suffix[1:].lower() in EXTENSIONS for each in path.rglob("*.*")):
-            return _Folder(**common)
+        tars = self.location.endswith(".tar") or path.is_dir() and next(path.rglob("*.tar"), None)
+        files = path.is_dir() and any(each.suffix[1:].lower() in EXTENSIONS for each in path.rglob("*.*"))
+        if tars and files:
+            raise SourceError(f"[{self.name}] location: {path}: has tars and files of latents; make it two sources")
+        if tars or files:
+            return (_Tars if tars else _Folder)(**common)
         rows = {field.name: getattr(self, field.name) for field in fields(Rows)}
         return _Table(**common, image=self.latent, shape=self.shape, **rows)
 

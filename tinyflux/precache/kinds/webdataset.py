@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import ClassVar
 from tinyflux.precache.fetch import download, forget
 from tinyflux.precache.images import EXTENSIONS, Rejected
 from tinyflux.precache.inputs import HEAD
-from tinyflux.precache.kinds.base import ImageSource, Input, Text, captions_in, digest, texts
+from tinyflux.precache.kinds.base import ImageSource, Input, SourceError, Text, captions_in, digest, texts
 from tinyflux.shards.tar import read_member, scan
 
 CAPTIONS = ("txt", "caption", "json")
@@ -39,13 +40,31 @@ class WebDataset(ImageSource):
             top = top if "://" in top else found[0].partition("://")[0] + "://"
             return {url[len(top) :].lstrip("/"): url for url in found}
         if self.path.is_dir():
-            return {path.relative_to(self.path).as_posix(): str(path) for path in sorted(self.path.rglob("*.tar"))}
+            return {path.relative_to(self.path).as_posix(): str(path) for path in sorted(self._tars())}
         found = [Path(path) for path in expand_urls(str(self.path))]
         for path in found:
             if not path.is_file():
                 raise FileNotFoundError(f"[{self.name}] location: {path}: no such tar or folder of tars")
         top = os.path.commonpath([path.parent for path in found])
         return {path.relative_to(top).as_posix(): str(path) for path in found}
+
+    @cached_property
+    def ignored(self) -> Counter[str]:
+        """Number of skipped files of the folder by extension, filled by `places`."""
+        return Counter()
+
+    def _tars(self) -> Iterator[Path]:
+        """The tars of the folder and its subfolders. Raises SourceError."""
+        for path in self.path.rglob("*"):
+            if any(name.startswith(".") for name in path.relative_to(self.path).parts):
+                continue
+            if path.is_dir():
+                if path.is_symlink():
+                    raise SourceError(f"{path}: is a link to a folder, which is not followed; copy or mount it instead")
+            elif path.suffix == ".tar":
+                yield path
+            else:
+                self.ignored[path.suffix or "without one"] += 1
 
     def parts(self) -> list[tuple[str, str]]:
         return [(name, _stamp(place)) for name, place in self.places.items()]
@@ -54,15 +73,20 @@ class WebDataset(ImageSource):
         path = self._local(part)
         with open(path, "rb") as file:
             samples, fault, _ = scan(file.fileno(), part)
-        for sample in samples:
-            picture = next((x for x in sample.members if x.rpartition(".")[2].lower() in self.extensions), None)
-            if picture is None:
-                continue
-            wanted = {kind: sample.members[kind] for kind in CAPTIONS if kind in sample.members}
-            place = (part, sample.members[picture], wanted)
-            yield Input(f"{part}/{sample.key}", digest(sample.members[picture]), place)
+        for key, members in samples:
+            found = [name for name in members if name.rpartition(".")[2].lower() in self.extensions]
+            pictures = [name for name in found if "." not in name] or found  # a.jpg rather than a.depth.png
+            wanted = {name.lower(): place for name, place in members.items() if name.lower() in CAPTIONS}
+            if len(pictures) == 1:
+                yield Input(f"{part}/{key}", digest(members[pictures[0]]), (part, members[pictures[0]], wanted))
+            elif pictures:
+                why = f"{len(pictures)} images of one key, which is a name up to its first dot"
+                yield from (Input(f"{part}/{key}.{name}", "", (part, None, why)) for name in pictures)
+            elif wanted.keys() - {"json"}:  # img2dataset writes a .json for an image that it could not download
+                why = f"no image beside the caption, only {', '.join(f'.{name}' for name in members)}"
+                yield Input(f"{part}/{key}", "", (part, None, why))
         if fault is not None:
-            yield Input(part, "", (part, None, str(fault.why)))
+            yield Input(part, "", (part, None, f"damaged tar, some of its images are lost: {fault.why}"))
 
     def done_with(self, part: str) -> None:
         """Delete a downloaded tar after its shards are written."""
@@ -76,7 +100,7 @@ class WebDataset(ImageSource):
     def read_image(self, item: Input) -> bytes:
         part, place, why = item.place
         if place is None:
-            raise Rejected(f"damaged tar, some of its images are lost: {why}")
+            raise Rejected(why)
         return self._slice(part, place)
 
     def sought(self, item: Input) -> str:
