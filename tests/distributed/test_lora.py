@@ -1,11 +1,14 @@
 """LoRA on sharded networks: the base weights do not change, and a run resumes on any number of ranks."""
 
+import shutil
+
 import pytest
 import torch
 
 from tests.training import curve, make_source, train
 from tinyflux.model.loader import load_model
 from tinyflux.model.lora import read_lora
+from tinyflux.run.checkpoint import PUBLISHED
 
 
 def test_resumes_on_another_rank_count(tmp_path):
@@ -24,6 +27,15 @@ def test_resumes_on_another_rank_count(tmp_path):
     whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+
+    done = train(tmp_path / "parts", source, *options, "--trainer.lora-rank", 2)
+    assert done.returncode == 2 and "trainer.freeze or trainer.lora_*" in done.stdout, done.stdout
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "parts/checkpoints/step_6_lora").iterdir()}
+    shutil.rmtree(tmp_path / "parts/checkpoints/step_6_lora")
+    (tmp_path / "parts/checkpoints/step_6" / PUBLISHED).unlink()  # killed after the weights were exported
+    done = train(tmp_path / "parts", source, *options)
+    assert done.returncode == 0 and "finished already" in done.stdout, done.stdout
+    assert {p.name: p.read_bytes() for p in (tmp_path / "parts/checkpoints/step_6_lora").iterdir()} == exported
 
     trained = load_model(tmp_path / "parts", use_ema=True)
     changed = {name for name, p in base.named_parameters() if not torch.equal(p, trained.get_parameter(name))}

@@ -1,5 +1,6 @@
 """The optimizers on sharded parameters: the same steps as unsharded, and runs that resume exactly."""
 
+import json
 import sys
 import tomllib
 from itertools import product
@@ -204,7 +205,9 @@ def test_resumes_on_another_rank_count(sources, tmp_path, name):
 def test_another_optimizer_or_freeze_than_the_checkpoint_s(sources, tmp_path):
     assert train(tmp_path / "run", sources, "--trainer.total-steps", 2).returncode == 0
     done = train(tmp_path / "run", sources, "--trainer.total-steps", 3, "--trainer.optimizer", "adafactor")
-    assert done.returncode == 2 and "another trainer.optimizer, trainer.freeze or" in done.stdout, done.stdout
+    assert done.returncode == 2 and "trainer.optimizer, trainer.freeze or" in done.stdout, done.stdout
+    config = json.loads((tmp_path / "run/checkpoints/training_config.json").read_text())
+    assert config["trainer"]["optimizer"] == "adamw"  # the message says to look there
 
 
 def test_gradient_accumulation_must_agree(sources, tmp_path):

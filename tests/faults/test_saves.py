@@ -16,7 +16,7 @@ from tinyflux.model.dcp import write_metadata
 from tinyflux.model.loader import load_model
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 from tinyflux.run import checkpoint, folders, metrics
-from tinyflux.run.checkpoint import Checkpointer
+from tinyflux.run.checkpoint import PUBLISHED, Checkpointer
 from tinyflux.run.folders import MARK, list_checkpoints
 from tinyflux.run.metrics import Metrics
 from tinyflux.run.records import read_metrics
@@ -43,8 +43,8 @@ def model() -> TinyFluxDeep:
 
 @contextmanager
 def opened(run_dir: Path, config: dict | None = None, **options):
-    checkpointer = Checkpointer(run_dir / "checkpoints", CONFIG, **options)
-    checkpointer.write_configs(config or {"trainer": {"shift": 3.0}})
+    checkpointer = Checkpointer(run_dir / "checkpoints", CONFIG, config or {"trainer": {"shift": 3.0}}, **options)
+    checkpointer.write_configs()
     yield checkpointer
     checkpointer.close()
 
@@ -147,6 +147,49 @@ def test_exports_that_are_missing_are_made_at_the_next_start(model, tmp_path):
     with opened(tmp_path) as checkpointer:
         checkpointer.load_newest(state(model))
     assert [path.read_bytes() for path in paths] == contents
+    paths[2].unlink()
+    (tmp_path / "checkpoints" / "step_1" / PUBLISHED).unlink()  # killed after the exports, before the copy
+    with opened(tmp_path) as checkpointer:
+        checkpointer.load_newest(state(model))
+    assert paths[2].read_bytes() == contents[2]
+
+
+def test_an_older_best_that_is_exported_late_does_not_replace_the_newest(model, tmp_path):
+    with opened(tmp_path) as checkpointer:
+        save(checkpointer, model, 1, reasons={"best", "step"})
+        save(checkpointer, TinyFluxDeep(CONFIG), 2, reasons={"best", "step"})
+    root = tmp_path / "checkpoints"
+    newest = (root / "best_ema.safetensors").read_bytes()
+    assert newest == (root / "step_2_ema.safetensors").read_bytes()
+    (root / "step_1_ema.safetensors").unlink()
+    with opened(tmp_path) as checkpointer:
+        checkpointer.load_newest(state(model))
+    assert (root / "step_1_ema.safetensors").exists() and (root / "best_ema.safetensors").read_bytes() == newest
+
+
+def test_what_killed_exports_leave_is_deleted(model, tmp_path):
+    with opened(tmp_path) as checkpointer:
+        save(checkpointer, model, 1)
+    left = [tmp_path / "checkpoints" / name for name in (".step_1.safetensors.0123abcd.tmp", ".step_1_lora.7.tmp")]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    with opened(tmp_path):
+        assert not any(path.exists() for path in left)
+
+
+def test_an_interrupted_deletion_is_completed_by_the_next(model, tmp_path, capfd):
+    export = tmp_path / "checkpoints" / "step_1.safetensors"
+    with opened(tmp_path, keep_steps=1) as checkpointer:
+        save(checkpointer, model, 1)
+        checkpointer.published.result()
+        export.unlink()
+        export.mkdir()  # it cannot be deleted as a file
+        save(checkpointer, model, 2)
+        checkpointer.published.result()
+        assert "old checkpoints could not be deleted" in capfd.readouterr().out
+        export.rmdir()
+        save(checkpointer, model, 3)
+    assert not list((tmp_path / "checkpoints").glob("step_[12]*"))
 
 
 def test_a_folder_that_goes_away_after_a_save_stops_no_training(model, tmp_path):
@@ -174,8 +217,8 @@ def test_a_large_state_is_exported_by_a_process_of_its_own(model, tmp_path, monk
 def test_a_stop_saves_and_leaves_exports_to_the_next_start(model, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(checkpoint, "APART", 0)  # a separate process takes seconds
     root = tmp_path / "checkpoints"
-    checkpointer = Checkpointer(root, CONFIG)
-    checkpointer.write_configs({})
+    checkpointer = Checkpointer(root, CONFIG, {})
+    checkpointer.write_configs()
     save(checkpointer, model, 1)
     assert (root / "step_1" / "metadata.json").exists()
     checkpointer.close(0.0)

@@ -299,7 +299,7 @@ def test_refused(sources, tmp_path, capfd, name):
 def test_nonfinite_steps_stop_the_run(sources, tmp_path):
     options = ("--trainer.learning-rate", "1e38", "--trainer.max-nonfinite-steps", 3, "--trainer.total-steps", 40)
     done = train(tmp_path / "run", sources, *options)
-    assert done.returncode == 1 and "3 steps in a row" in done.stdout, done.stdout
+    assert done.returncode == 1 and "error: 3 steps in a row" in done.stdout, done.stdout
     dump = json.loads(next((tmp_path / "run").glob("nonfinite_step_*.json")).read_text())
     assert len(dump["keys"]) == 8
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -59,6 +59,7 @@ def test_unknown_preset():
         ("[trainer]\ntotal_steps = 'many'\n", "trainer.total_steps is 'many': it must be an integer"),
         ("[trainer]\ndtype = 'float8'\n", "trainer.dtype is 'float8': it must be one of bfloat16, float32"),
         ("[trainer]\ntext_dropout = 2\n", r"trainer.text_dropout is 2: it must be in \[0, 1\]"),
+        ("[trainer]\ninit_from = ''\n", "trainer.init_from is '': it must be a file, a folder or user/repo"),
         ("[parallel]\ntimeout = 0\n", "parallel.timeout is 0: it must be at least 1"),
         ("[trainer\n", "run.toml"),
     ],

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.evaluate import main
 from sharding import build
-from tests.training import records, train
+from tests.training import make_source, records, train
 from tinyflux.model.tiny import shapes
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.run.recorded import Recorded
@@ -26,6 +26,7 @@ def run_dir(tmp_path_factory):
     assert build.main([*map(str, words), "--threads", "1", "--device", "cpu"]) == 0
     every = ["--trainer.evaluate-every", 2, "--trainer.evaluation-samples", 5, "--data.val-fraction", 0.5]
     options = ["--trainer.total-steps", 4, "--trainer.save-every-steps", 2, *every, *TINY]
+    options += ["--trainer.tensorboard-dir", "board"]
     process = train(folder / "run", [folder / "shapes"], *options)
     assert process.returncode == 0, process.stdout
     return folder / "run"
@@ -37,7 +38,7 @@ def test_in_a_training(run_dir):
         scores = json.loads((run_dir / "evaluations" / f"step_{step}_ema.json").read_text())
         assert scores["samples"] == 5 and len(scores["loss_by_t"]) == 10 and scores["held_out"]
         assert scores["clip_score"] < 50 < scores["clip_score_of_real"] and scores["cmmd"] > 0
-    board = EventAccumulator(str(run_dir / "logs"))
+    board = EventAccumulator(str(run_dir / "board"))
     board.Reload()
     assert [event.step for event in board.Scalars("evaluation/clip_score")] == [2, 4]
     page = (run_dir / "evaluations" / "step_4_ema.html").read_text()
@@ -55,15 +56,20 @@ def test_the_command_gives_the_scores_of_the_training(run_dir, tmp_path, capsys)
         assert scores["step"] == 4 and scores["held_out"] and scores["guidance"] == 2.0
         for key in ("loss", "clip_score", "clip_score_of_real", "cmmd"):
             assert scores[key] == pytest.approx(told[key], rel=1e-3, abs=1e-3), key
-    board = EventAccumulator(str(run_dir / "logs"))
+    board = EventAccumulator(str(run_dir / "board"))
     board.Reload()
     assert board.Scalars("evaluation/loss")[-1].step == 4
 
 
-def test_what_was_trained_on_is_said(run_dir, tmp_path, caplog):
-    options = ["--source", run_dir.parent / "shapes", "--samples", 2, "--steps", 1, "--val-fraction", 0.9]
-    assert main([str(word) for word in ("--checkpoint", run_dir, *options, "--out", tmp_path)]) == 0
-    assert "may have been trained on" in caplog.text
+def test_what_was_trained_on_and_what_does_not_fit_is_said(run_dir, tmp_path, caplog, capsys):
+    options = ["--source", run_dir.parent / "shapes", "--samples", 2, "--steps", 1]
+    for other in ("--val-fraction=0.9", "--seed=1"):  # the seed is that of the split too
+        caplog.clear()
+        assert main([str(word) for word in ("--checkpoint", run_dir, *options, other, "--out", tmp_path)]) == 0
+        assert "may have been trained on" in caplog.text
+    make_source(tmp_path / "other", 1)
+    assert main(["--checkpoint", str(run_dir), "--source", str(tmp_path / "other"), "--out", str(tmp_path)]) == 2
+    assert "have 4, 24 and 24 channels, this network takes 16, 128 and 128" in capsys.readouterr().err
     missing = ["--inception", tmp_path / "none.pth"]
     assert main([str(word) for word in ("--checkpoint", run_dir, *options, *missing)]) == 2
 

@@ -118,6 +118,10 @@ def test_callback_and_progress(pipe, capsys):
 
 
 
+def embeds(t5: torch.Tensor, clip: torch.Tensor, kind: str = "") -> dict:
+    return {f"{kind}prompt_embeds": t5, f"{kind}pooled_prompt_embeds": clip}
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -134,6 +138,12 @@ def test_callback_and_progress(pipe, capsys):
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise is none of latents"),
         ({"solver": "rk4"}, "solver must be one of"),
         ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"negative_prompt": [3]}, "negative_prompt must be a text"),
+        ({"height": 0}, "multiples of 8"),
+        ({"guidance_scale": float("nan")}, "guidance must be a finite number"),
+        ({"prompt": None} | embeds(torch.zeros(32, 128), torch.zeros(32, 128)), r"must be \[B, L, D\]"),
+        ({"prompt": None} | embeds(torch.zeros(1, 5, 128), torch.zeros(1, 128)), "differ only in B"),
+        (embeds(torch.zeros(1, 32, 128), torch.zeros(3, 128), "negative_"), "negative_pooled_prompt_embeds 3, for 1"),
         ({"prompt_embeds": torch.zeros(1, 32, 128)}, "give both prompt_embeds and pooled_prompt_embeds"),
         ({"timesteps": [0.5, 1.0], "sigmas": [1.0]}, "either timesteps or sigmas"),
         ({"timesteps": [0.5, 0.2]}, "timesteps must be two or more ascending"),
@@ -192,6 +202,9 @@ def test_an_image_to_draw_over(pipe):
     assert steps == [0, 1]
     two = draw(pipe, PROMPTS, num_images_per_prompt=2, strength=0.5, **given | {"image": [picture, picture]})
     assert len(two) == 4
+    for mode in ("RGBA", "L", "P"):
+        same = given | {"image": picture.convert(mode), "strength": 0.25}
+        assert draw(pipe, "a red ring", **same).shape == near.shape
 
 
 def test_given_timesteps_and_sigmas(pipe):
@@ -252,6 +265,12 @@ def test_adapters(saved, pipe, model, tmp_path):
     adapted.set_adapters("again", 1.0)  # the other one does not count
     assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-5)
     adapted.set_adapters(["default", "again"], [0.25, 0.75])
+    assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-4)
+    with pytest.raises(ValueError, match="1 adapter_weights for 2 adapters"):
+        adapted.set_adapters(["default", "again"], [1.0])
+    Lora({layers[0]: (torch.randn(2, 3), torch.randn(5, 2))}, {layers[0]: 1.0}).save_original(tmp_path / "other")
+    with pytest.raises(ValueError, match="the LoRA does not fit this network"):
+        adapted.load_lora_weights(tmp_path / "other")  # of the same name: the one that was there stays
     assert torch.allclose(draw(adapted, "a red ring"), whole, atol=1e-4)
     with pytest.raises(ValueError, match="no adapter other; loaded adapters: default, again"):
         adapted.set_adapters("other")

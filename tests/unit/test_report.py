@@ -14,6 +14,7 @@ from tinyflux.run.plots import plot, smooth, ticks
 from tinyflux.run.report import write_report
 from tinyflux.trainer.sampling import save_samples
 
+COUNTS = ("bad_samples", "replaced_samples", "cache_hits", "late_shards", "fetched_bytes")
 PROMPTS = ["a <red> circle", "a blue square", "a green star"]
 CONFIG = {"trainer": {"total_steps": 40, "sample_prompts": PROMPTS}}
 
@@ -23,6 +24,9 @@ def record(step: int) -> dict:
     timing = {"samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
     values = {"loss": 2 / step, "main": 1 / step, "weights": {"main": 1.0}, "lr": 1e-3, "grad_norm": 0.5}
     values["skipped"] = step == 3
+    if step == 40:
+        source = {"samples": 8, "share": 1.0, "requested": 1.0, "passes": 0.5}
+        values["data"] = {"sources": {"<red> shapes": source}, **dict.fromkeys(COUNTS, 0)}
     return {"step": step, **values, "main_by_t": by_t, **timing} | ({"val_loss": 1.5 / step} if step % 10 == 0 else {})
 
 
@@ -46,7 +50,7 @@ def test_page(run_dir):
     page = write_report(run_dir, CONFIG, earlier=run_dir).read_text()
     assert "40 of 40" in page and "0.0375 at step 40" in page
     assert page.count("<svg") == 7 and page.count('class="mark"') == 6 and "loss of the earlier run" in page
-    assert "a &lt;red&gt; circle" in page and "<red>" not in page
+    assert "a &lt;red&gt; circle" in page and "source &lt;red&gt; shapes" in page and "<red>" not in page
     found = json.loads(page.partition('id="pictures">')[2].partition("</script>")[0])
     assert [entry["step"] for entry in found] == [5, 10, 20, 40]
     assert page.index("<h2>Samples") < page.index("<h2>Curves")

@@ -32,7 +32,7 @@ def call(run_dir, *options):
 
 def test_a_grid_with_its_parameters(run_dir, tmp_path, capsys, caplog):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ring\n\n  a green star \n")
+    prompts.write_text("a red ring\n\n  a green star \n", encoding="utf-8-sig")
     out = tmp_path / "grid.png"
     options = ["--solver", "heun", "--guidance-interval", "0.2", "0.9", "--guidance-rescale", "0.7", "--seed", "4"]
     size = ["--height", "32", "--width", "48", "--columns", "1", "--negative-prompt", "blue"]
@@ -126,6 +126,8 @@ def test_a_compiled_network_draws_the_same(run_dir, tmp_path):
     "options, message",
     [
         (["--prompt", "a", "--height", "30"], "multiples of"),
+        (["--prompt", "a", "--height", "0"], "multiples of"),
+        (["--prompt", "a", "--guidance", "nan"], "guidance must be a finite number"),
         (["--prompt", "a", "--guidance-interval", "1", "0"], "guidance_interval must be"),
     ],
 )
@@ -134,7 +136,18 @@ def test_what_cannot_be_drawn_is_refused(run_dir, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_prompts_are_asked_for(run_dir, capsys):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "give --prompt or --prompt-file"),
+        (["--prompt", "a", "--out", "."], "--out . is a folder"),
+        (["--prompt", "a", "--lora-scale", "nan"], "--lora-scale is nan"),
+        (["--prompt-file", "latin1.txt"], "latin1.txt: not a text file in UTF-8"),
+    ],
+)
+def test_options_are_refused_before_anything_is_loaded(run_dir, tmp_path, monkeypatch, options, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("latin1.txt").write_bytes("ein grüner Stern".encode("latin1"))
     with pytest.raises(SystemExit):
-        call(run_dir)
-    assert "give --prompt or --prompt-file" in capsys.readouterr().err
+        call(run_dir, *options)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -2,6 +2,7 @@
 
     step_N/                     one .distcp file per rank (weights, optimizer, EMA), and
     step_N/metadata.json        step, configs, data, checksums; written last: a folder without it is not valid
+    step_N/published            its exports are written, copied and queued for upload
     step_N[_ema].safetensors    the same weights in the published layout, written later (see export.py)
     step_N.pt                   everything in one file, on request
     best_ema.safetensors        averaged weights with the lowest validation loss
@@ -44,11 +45,13 @@ from tinyflux.run import folders, identity
 from tinyflux.run.export import KINDS, LORA, Exporter, beside, export_missing
 from tinyflux.run.folders import list_checkpoints, patiently
 from tinyflux.run.staging import Staging
+from tinyflux.util.cli import Failed
 from tinyflux.util.files import atomic_write, replaced
 from tinyflux.util.log import say
 
 # errors of a full disk or a damaged file
 FAILURES = (CheckpointException, OSError, RuntimeError, ValueError, SafetensorError)
+PUBLISHED = "published"
 RETRY = 60.0
 """Seconds after which a failed save is retried."""
 APART = 2**28
@@ -80,14 +83,15 @@ def first_replica(state: dict[str, Tensor]) -> list[int]:
 
 
 def _check_names(folder: Path, state: dict) -> None:
-    """Raises ValueError if a checkpoint lacks tensors of a run's state."""
+    """Raises ValueError if a checkpoint lacks tensors of a run's state, or has them with other shapes."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    names, _ = flatten_state_dict(state)
-    if missing := [name for name in names if name not in stored]:
+    flat, _ = flatten_state_dict(state)
+    if missing := [name for name, x in flat.items() if name not in stored or stored[name].size != x.shape]:
         raise ValueError(
-            f"{folder} has no {missing[0]} (and lacks {len(missing)} tensors in total): its run had another"
-            " trainer.optimizer, trainer.freeze or trainer.lora_*; use those of the training_config.json beside it, or"
-            f" start a new run from its weights with --run-dir OTHER --trainer.init-from {folder.parent.parent}"
+            f"{folder} has no {missing[0]} of shape {list(flat[missing[0]].shape)} (and lacks {len(missing)} tensors in"
+            " total): its run had another network, trainer.optimizer, trainer.freeze or trainer.lora_*; use those of"
+            " the training_config.json beside it, or start a new run from its weights with --run-dir OTHER"
+            f" --trainer.init-from {folder.parent.parent}"
         )
 
 
@@ -117,6 +121,7 @@ class Checkpointer:
     A save copies the shards into persistent buffers and returns; a thread writes them. If several replicas hold the
     same shards, only the first writes. A second thread on rank 0 then exports, uploads and prunes. Writing uses its own
     process groups, so that its collectives do not mix with those of the training step.
+    training_config: the run's settings, recorded in and beside its checkpoints.
     upload: called on rank 0, in that thread, with the folder of a checkpoint whose weights are to be uploaded.
     every: seconds after which another save is due (0: never).
     """
@@ -125,6 +130,7 @@ class Checkpointer:
         self,
         root: Path,
         config: TinyFluxConfig,
+        training_config: dict,
         *,
         keep_steps: int = 3,
         keep_epochs: int = 3,
@@ -133,7 +139,7 @@ class Checkpointer:
         every: float = 0.0,
     ):
         self.root, self.config, self.save_pt, self.upload, self.every = root, config, save_pt, upload, every
-        self.training_config: dict = {}
+        self.training_config = training_config
         self.keep = {"step": keep_steps, "epoch": keep_epochs, "best": 1}
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         self.savers: dist.ProcessGroup | None = None  # ranks of the first replica
@@ -151,23 +157,16 @@ class Checkpointer:
         self.leads = dist.get_rank() == 0
         if self.leads:
             root.mkdir(parents=True, exist_ok=True)
+            folders.delete_unfinished(root)
             for folder in patiently(lambda: folders.list_cut(root)):
                 say(f"{folder} was not saved completely: renamed to {folders.set_aside(folder, folders.CUT).name}")
         dist.barrier(self.group)
 
-    def write_configs(self, training_config: dict) -> None:
-        """Write config.json and training_config.json beside the checkpoints.
-
-        Raises ValueError on every rank if the folder has checkpoints of another network.
-        """
-        path = self.root / "config.json"
-        if path.exists() and TinyFluxConfig.from_json(path) != self.config:
-            raise ValueError(f"{path} describes another network than the configured one: choose another run folder")
-        dist.barrier(self.group)
-        self.training_config = training_config
+    def write_configs(self) -> None:
+        """Write config.json and training_config.json beside the checkpoints, on rank 0."""
         if self.leads:
-            atomic_write(path, json.dumps(self.config.to_dict(), indent=2))
-            atomic_write(self.root / "training_config.json", json.dumps(training_config, indent=2))
+            atomic_write(self.root / "config.json", json.dumps(self.config.to_dict(), indent=2))
+            atomic_write(self.root / "training_config.json", json.dumps(self.training_config, indent=2))
 
     def prepare(self, state: dict) -> None:
         """Allocate the buffers for saves of `state` (nested dict of tensors), in the background. Must be called on all
@@ -252,17 +251,26 @@ class Checkpointer:
             (self.exporter or export_missing)(folder, save_pt=self.save_pt)
             if self.exporter and self.exporter.stopped:
                 return
-            if "best" in reasons:
+            if folder == self._best():  # an older best may be exported late
                 with replaced(self.root / "best_ema.safetensors") as temporary:
                     shutil.copyfile(beside(folder, KINDS[0]), temporary)
             if self.upload and "upload" in reasons:
                 self.upload(folder)
+            (folder / PUBLISHED).touch()
         except FAILURES as error:
             say(f"WARNING: exporting {folder} failed: {error}\n  the checkpoint itself is complete")
         try:
             self._prune()
         except FAILURES as error:
             say(f"WARNING: old checkpoints could not be deleted: {error}")
+
+    def _best(self) -> Path | None:
+        """The checkpoint with the lowest validation loss."""
+        found = list_checkpoints(self.root)
+        return next((folder for folder in found if "best" in read_metadata(folder)["reasons"]), None)
+
+    def _is_published(self, folder: Path) -> bool:
+        return (folder / PUBLISHED).exists() and all(beside(folder, kind).exists() for kind in KINDS)
 
     def _prune(self) -> None:
         """Delete old checkpoints: the newest few of each reason are kept, and the newest of all."""
@@ -273,11 +281,11 @@ class Checkpointer:
             having = [folder for folder in found if reason in reasons[folder]]
             kept.update(having[:count] if count else having)
         for folder in set(found) - kept:
-            (folder / METADATA).unlink()  # first make it invalid, then delete it
-            shutil.rmtree(folder)
-            for kind in (*KINDS, ".pt"):
+            for kind in (*KINDS, ".pt"):  # while the folder is valid: if this is interrupted, the next start repeats it
                 beside(folder, kind).unlink(missing_ok=True)
             shutil.rmtree(beside(folder, LORA), ignore_errors=True)
+            (folder / METADATA).unlink()  # first make it invalid, then delete it
+            shutil.rmtree(folder)
         for path in folders.cut_before(self.root, step_of(found[0])):
             shutil.rmtree(path)
 
@@ -299,12 +307,13 @@ class Checkpointer:
             self.newest = found[0]
 
     def load_newest(self, state: dict, *, start_over: bool = False) -> dict | None:
-        """Load the newest valid checkpoint into the tensors of `state`; a damaged one is set aside with a warning. Must
-        be called on all ranks.
+        """Load the newest valid checkpoint into the tensors of `state`; a damaged one is set aside with a warning. Then
+        write the configs. Must be called on all ranks.
 
         Returns its metadata, or None if there is no checkpoint and a run may start. Raises RuntimeError if all are
-        damaged, OSError if the folder or a file cannot be read (then nothing is set aside), ValueError if there are
-        remains of a run but no checkpoint, unless `start_over`.
+        damaged, OSError if the folder or a file cannot be read (then nothing is set aside), ValueError if they are of
+        another network or another kind of training, or if there are remains of a run but no checkpoint, unless
+        `start_over`.
         """
         found: list = [None, None]
         if self.leads:
@@ -316,19 +325,24 @@ class Checkpointer:
         if found[1] is not None:
             raise found[1]
         if found[0] is None:
+            self.write_configs()
             return None
         folder, metadata = found[0]
         _check_names(folder, state)
         dcp.load(flatten_state_dict(state)[0], checkpoint_id=folder, planner=flat_planner(), process_group=self.group)
         for change in identity.changes(metadata.get("config") or {}, self.training_config):
             say(f"WARNING: since this checkpoint {change}")
+        self.write_configs()
         if self.leads:  # exports that a stop or a kill left out, including the best weights
             for kept in reversed(patiently(lambda: list_checkpoints(self.root))):
-                if not all(beside(kept, kind).exists() for kind in KINDS):
+                if not self._is_published(kept):
                     self.published = self.publishing.submit(self._publish, kept)
         return metadata
 
     def _newest_sound(self, start_over: bool) -> tuple[Path, dict] | None:
+        path = self.root / "config.json"
+        if path.exists() and TinyFluxConfig.from_json(path) != self.config:
+            raise ValueError(f"{path} describes another network than the configured one: choose another run folder")
         found = patiently(lambda: list_checkpoints(self.root))
         for folder in found:
             try:
@@ -337,7 +351,7 @@ class Checkpointer:
                 aside = folders.set_aside(folder, folders.DAMAGED)
                 say(f"WARNING: {error}\n  renamed to {aside.name}; falling back to the checkpoint before it")
         if found:
-            raise RuntimeError(f"all checkpoints in {self.root} are damaged, see above")
+            raise Failed(f"all checkpoints in {self.root} are damaged, see above")
         left = folders.leftovers(self.root)
         if left and not start_over:
             raise ValueError(

@@ -14,7 +14,7 @@ import tyro
 
 from tinyflux.model.config import TinyFluxConfig
 from tinyflux.util import cli
-from tinyflux.util.files import replaced
+from tinyflux.util.files import replaced, sync
 
 KINDS = ("_ema.safetensors", ".safetensors")
 """What is written beside each checkpoint."""
@@ -60,8 +60,12 @@ def export_missing(folder: Path, *, save_pt: bool = False) -> None:
         if not beside(folder, kind).exists():
             export(folder, config, beside(folder, kind), ema=kind == KINDS[0])
     if not beside(folder, LORA).exists() and (lora := read_adapters(folder, "ema")):
-        lora.save_peft(beside(folder, LORA))
-        lora.save_original(beside(folder, LORA) / LORA_FILE)
+        temporary = folder.with_name(f".{folder.name}{LORA}.{os.getpid()}.tmp")
+        lora.save_peft(temporary)
+        lora.save_original(temporary / LORA_FILE)
+        for path in temporary.iterdir():
+            sync(path)
+        temporary.rename(beside(folder, LORA))
 
 
 class Exporter:

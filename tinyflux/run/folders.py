@@ -8,6 +8,7 @@
 
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tinyflux.model.dcp import METADATA, Damaged, read_metadata, step_of
+from tinyflux.util.cli import Failed
 from tinyflux.util.files import NoLocks, atomic_write, locked
 from tinyflux.util.log import say
 
@@ -56,7 +58,7 @@ def lock(run_dir: Path, patience: float = 120) -> ExitStack:
             say(f"waiting for another training to leave {run_dir}")
             held.enter_context(locked(path, timeout=patience))
     except TimeoutError:
-        raise RuntimeError(f"another training runs in {run_dir}: stop it, or choose another folder") from None
+        raise Failed(f"another training runs in {run_dir}: stop it, or choose another folder") from None
     except NoLocks as error:
         say(f"WARNING: {run_dir} cannot be locked ({error}): run only one training there at a time")
     return held
@@ -87,6 +89,12 @@ def list_cut(root: Path) -> list[Path]:
     """Folders of interrupted saves of earlier processes."""
     folders = [root / name for name in _names(root)]
     return [folder for folder in folders if step_of(folder) >= 0 and folder.is_dir() and not _is_complete(folder)]
+
+
+def delete_unfinished(root: Path) -> None:
+    """Delete what killed exports left: hidden temporary files and folders."""
+    for path in root.glob(".*.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, word: str) -> Path:

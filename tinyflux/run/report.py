@@ -217,7 +217,7 @@ def write_report(
     rows = summary(run_dir, records, config)
     if earlier:
         rows.append(("earlier run, dashed", str(Path(earlier).resolve())))
-    table = "".join(f"<tr><th>{a}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    table = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
     text = html.escape(json.dumps(config, indent=2))
     name = html.escape(run_dir.resolve().name)
     page = (

@@ -26,6 +26,7 @@ from tinyflux.shards.schema import DTYPES, Field, fields_at
 from tinyflux.shards.shardfile import ShardFile
 from tinyflux.shards.source import Source
 from tinyflux.util import rng
+from tinyflux.util.cli import Failed
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class StreamStats:
     last_wait: float = 0.0
 
 
-class BadSamples(RuntimeError):
+class BadSamples(Failed):
     """Too many bad samples to continue; each is in the log."""
 
 

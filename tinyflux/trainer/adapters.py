@@ -29,6 +29,8 @@ class Adapters:
         """Set the scales of these adapters (default 1), and 0 for all others. Raises ValueError for unknown names."""
         names = [names] if isinstance(names, str) else list(names)
         given = scales if isinstance(scales, list | tuple) else [scales] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"{len(given)} adapter_weights for {len(names)} adapters: give one, or one per adapter")
         chosen = {name: 1.0 if scale is None else scale for name, scale in zip(names, given, strict=True)}
         if unknown := [name for name in names if name not in self._loras]:
             raise ValueError(f"no adapter {', '.join(unknown)}; loaded adapters: {', '.join(self._loras) or 'none'}")
@@ -45,6 +47,10 @@ class Adapters:
             layers[path].weight.copy_(weight)
         changed = {path for lora, _ in loras.values() for path in lora.pairs if path in layers}
         self._plain = {path: layers[path].weight.cpu().clone() for path in changed}
-        for lora, scale in loras.values():
-            lora.add_to(network, scale)
+        try:
+            for lora, scale in loras.values():
+                lora.add_to(network, scale)
+        except ValueError:  # it does not fit: go back to the adapters that do
+            self._set(network, self._loras)
+            raise
         self._loras = loras

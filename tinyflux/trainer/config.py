@@ -40,7 +40,7 @@ class TrainerConfig:
     """How the learning rate rises."""
     total_steps: Annotated[int, AtLeast(1)] = 100_000
     """Optimizer steps of the whole run."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Match(r".+", "a file, a folder or user/repo")] = None
     """Weights to start from at step 0: a file, a folder or user/repo[:sub/folder]. Averaged weights are preferred. They
     also set the sizes of the network."""
     freeze: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ torch is imported when something is drawn, so that --help is fast.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class Artist:
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of a picture. Default: the most frequent size in training, else the zoo's."""
         usual = [*self.sizes, (self.zoo.image_size,) * 2][0]
-        return height or usual[0], width or usual[1]
+        return usual[0] if height is None else height, usual[1] if width is None else width
 
     def sampler(
         self,
@@ -178,10 +179,17 @@ class SampleOptions:
 
     def __post_init__(self):
         if self.prompt_file is not None:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = self.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--prompt-file {self.prompt_file}: not a text file in UTF-8: {error}") from error
             self.prompt = [*self.prompt, *(line.strip() for line in lines if line.strip())]
         if not self.prompt:
             raise ValueError("no prompts: give --prompt or --prompt-file")
+        if self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a folder: name the PNG to write")
+        if not math.isfinite(self.lora_scale):
+            raise ValueError(f"--lora-scale is {self.lora_scale}: it must be a finite number")
         if self.first < 0:
             raise ValueError(f"--first is {self.first}: it must be at least 0")
         for name in ("batch_size", "columns"):

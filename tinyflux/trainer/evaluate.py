@@ -4,9 +4,13 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tinyflux.trainer.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from tinyflux.model.config import TinyFluxConfig
+    from tinyflux.trainer.evaluation import Samples
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,17 @@ class EvaluateOptions:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
 
 
+def _check_widths(samples: "Samples", config: "TinyFluxConfig") -> None:
+    """Raises ValueError if a network cannot take the samples."""
+    found = samples.latents.shape[1], samples.prompts.t5.shape[-1], samples.prompts.clip.shape[-1]
+    expected = config.in_channels, config.joint_attention_dim, config.pooled_projection_dim
+    if found != expected:
+        raise ValueError(
+            "the source's latents, T5 and CLIP states have {}, {} and {} channels, this network takes {}, {} and {}:"
+            " choose a source that was built with the zoo of the network's run".format(*found, *expected)
+        )
+
+
 def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     """Draw, score and write the results. Returns the JSON's path and the scores."""
     from tinyflux.model.dcp import step_in
@@ -62,17 +77,19 @@ def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     inception = Inception(options.inception) if options.inception else None
     artist = Artist.load(options.checkpoint, zoo=options.zoo, ema=options.ema)
     found = find_training_config(options.checkpoint, options.ema)
-    data = json.loads(found.read_text())["data"] if found and "data" in json.loads(found.read_text()) else {}
+    run_config = json.loads(found.read_text()) if found else {}
+    data = run_config.get("data", {})
     fraction = options.val_fraction or data.get("val_fraction") or 0.0
-    held_out = fraction > 0 and fraction <= (data.get("val_fraction") or 0.0)
+    seed = options.seed if options.seed is not None else data.get("seed", 0)
+    held_out = 0 < fraction <= (data.get("val_fraction") or 0.0) and seed == data.get("seed", 0)
     if not held_out:
         log.warning("the run did not hold out these samples: they may have been trained on")
-    seed = options.seed if options.seed is not None else data.get("seed", 0)
     config = DataConfig(sources=options.source, val_fraction=fraction or 0.5, seed=seed, global_batch_size=1,
                         micro_batch_size=1)  # fmt: skip
     sources = open_sources(config, ())
     with Stream(sources, config, 0, 1) as stream:
         samples = Samples.read(stream, options.samples, options.batch_size)
+    _check_widths(samples, artist.model.config)
     height, width = (length * artist.zoo.factor for length in samples.latents.shape[2:])
     sampler = artist.sampler(height, width, batch_size=options.batch_size, shift=options.shift,
                              guidance=options.guidance, steps=options.steps, solver=options.solver)  # fmt: skip
@@ -98,7 +115,7 @@ def evaluate(options: EvaluateOptions) -> tuple[Path, dict]:
     if run is not None and step is not None:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(run / "logs")) as board:
+        with SummaryWriter(str(run / run_config["trainer"].get("tensorboard_dir", "logs"))) as board:
             for key, value in board_values(scores).items():
                 board.add_scalar(key, value, step)
     return out / f"{name}.json", scores

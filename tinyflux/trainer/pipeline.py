@@ -391,7 +391,7 @@ class TinyFluxPipeline(DiffusionPipeline):
         )
         device, size = device_of(self.transformer), self.config.image_size
         if image is None:
-            shape = self.zoo.latent_shape_of(height or size, width or size)
+            shape = self.zoo.latent_shape_of(*(size if side is None else side for side in (height, width)))
             start = starting_noise(B, shape, generator, latents, device)
         else:
             data = encode_pictures(self.vae, image, height, width, B, num_images_per_prompt).to(device)

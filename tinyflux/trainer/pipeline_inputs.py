@@ -44,8 +44,11 @@ def encode_texts(
     texts = [""] * len(t5) if prompt is None else [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"prompt must be a text or a list of texts, not {prompt!r:.80}")
-    if not isinstance(negative, str | None) and len(negative) != len(texts):
-        raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one per prompt")
+    if not isinstance(negative, str | None):
+        if not isinstance(negative, list | tuple) or not all(isinstance(text, str) for text in negative):
+            raise ValueError(f"negative_prompt must be a text or a list of texts, not {negative!r:.80}")
+        if len(negative) != len(texts):
+            raise ValueError(f"{len(negative)} negative prompts for {len(texts)} prompts: give one, or one per prompt")
     encoded = None
     if t5 is None or null_t5 is None:
         encoded = Prompts.encode(zoo, list(texts) if t5 is None else [], negative or "")
@@ -53,9 +56,16 @@ def encode_texts(
         t5, clip = encoded.t5, encoded.clip
     if null_t5 is None:
         null_t5, null_clip = encoded.null_t5, encoded.null_clip
-    for name, x in (("pooled_prompt_embeds", clip), ("negative_prompt_embeds", null_t5)):
-        if len(x) not in (1, len(t5)) or (x is clip and len(x) != len(t5)):
-            raise ValueError(f"{name} has {len(x)} rows for {len(t5)} prompts")
+    for name, x, null, axes in (
+        ("prompt_embeds", t5, null_t5, "[B, L, D]"),
+        ("pooled_prompt_embeds", clip, null_clip, "[B, D]"),
+    ):
+        if x.ndim != len(axes.split()) or x.shape[1:] != null.shape[1:]:
+            raise ValueError(
+                f"{name} {list(x.shape)} and negative_{name} {list(null.shape)} must be {axes}, and differ only in B"
+            )
+        if len(x) != len(t5) or len(null) not in (1, len(t5)):
+            raise ValueError(f"{name} has {len(x)} rows and negative_{name} {len(null)}, for {len(t5)} prompts")
     return Prompts(list(texts), *(x.cpu() for x in (t5, clip, null_t5, null_clip))).repeat(times)
 
 
@@ -80,7 +90,9 @@ def encode_pictures(
     vae: AutoencoderKL, image: PipelineImageInput, height: int | None, width: int | None, count: int, times: int
 ) -> Tensor:
     """Latents [count, C, h, w] of the images to draw over: one for all, or one per prompt, each `times` in a row."""
-    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+    processor = VaeImageProcessor(
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1), do_convert_rgb=True
+    )
     pixels = processor.preprocess(image, height, width).to(device_of(vae), vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
     if len(latents) == 1:

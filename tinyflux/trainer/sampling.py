@@ -81,8 +81,10 @@ class Settings:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps: sampling takes at least 1, not {self.steps}")
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive, not {self.shift}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, not {self.guidance}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be positive and finite, not {self.shift}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         first, last = self.guidance_interval

@@ -166,13 +166,13 @@ class Trainer:
         self.checkpointer = Checkpointer(
             root,
             self.model_config,
+            self.training_config,
             keep_steps=c.keep_last_n_steps,
             keep_epochs=c.keep_last_n_epochs,
             save_pt=c.save_pt,
             upload=self.uploader.add if self.uploader else None,
             every=60 * c.save_every_minutes,
         )
-        self.checkpointer.write_configs(self.training_config)
         self.load_checkpoint(start_over)
         self.checkpointer.prepare(self.state_dict())
         if sampler and c.sample_prompts and c.sample_every:
@@ -304,7 +304,7 @@ class Trainer:
         if reason:
             self.metrics.close()
             self.close()
-            raise RuntimeError(reason)
+            raise cli.Failed(reason)
 
     def _after_step(self) -> None:
         """Between steps: validation, checkpoints and samples."""

@@ -21,6 +21,10 @@ SETUP = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsA
 Options = TypeVar("Options")
 
 
+class Failed(RuntimeError):
+    """A failure after the start whose message says all that a user needs: it is reported without a traceback."""
+
+
 def parse(options: type[Options], argv: list[str] | None, prog: str, description: str | None) -> Options:
     """The options of a command line, default sys.argv. Exits with 0 after --help, with 2 for a wrong option."""
     import tyro
@@ -41,7 +45,7 @@ def report(action: Callable[[], int], failures: tuple[type[BaseException], ...] 
     except SETUP as error:
         tell(message(error))
         return REFUSED
-    except (OSError, *failures) as error:
+    except (OSError, Failed, *failures) as error:
         tell(message(error))
         return FAILED
 
