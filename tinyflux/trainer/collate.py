@@ -43,6 +43,7 @@ class StreamCollate:
         self.global_batch_size, self.seed = global_batch_size, seed
         self.terms = terms.enabled(config)
         self.grids = {group: grid for source in sources for group, grid in source.grids.items()}
+        self.points = {grid: torch.tensor(grid) for grid in self.grids.values()}
         self.null_t5 = torch.stack([source.null["t5_embeds"] for source in sources])
         self.null_clip = torch.stack([source.null["clip_pooled"] for source in sources])
         self.distribution = {
@@ -61,7 +62,7 @@ class StreamCollate:
 
     def features(self, raw: dict, t: Tensor) -> dict[str, Tensor]:
         """The teacher features that the terms use; those on the timestep grid are interpolated at t."""
-        places, found = {grid: locate(t, grid) for grid in set(self.grids.values())}, {}
+        places, found = {grid: locate(t, points) for grid, points in self.points.items()}, {}
         for name, stored in (pair for term in self.terms for pair in term.fields.items()):
             grid = self.grids.get(GROUP_OF[stored])
             found[name] = raw[stored].float() if grid is None else self._between(raw[stored], *places[grid])

@@ -12,12 +12,12 @@ def grid(count: int) -> tuple[float, ...]:
 BUCKETS = grid(10)  # 0.05, 0.15, ..., 0.95
 
 
-def locate(t: Tensor, buckets: tuple[float, ...] = BUCKETS) -> tuple[Tensor, Tensor]:
-    """Where t [B] lies on a grid of rising values, clamped to it: the bucket below, int64 [B], and the weight of the
-    next one, float32 [B]."""
-    grid = torch.tensor(buckets, device=t.device)
-    low = (torch.bucketize(t.float(), grid, right=True) - 1).clamp(0, len(buckets) - 2)
-    return low, ((t.float() - grid[low]) / (grid[low + 1] - grid[low])).clamp(0, 1)
+def locate(t: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Where t [B] lies on a grid [K] of rising values, clamped to it: the bucket below, int64 [B], and the weight of
+    the next one, float32 [B]."""
+    low = torch.bucketize(t, grid[1:-1], right=True)
+    below, above = grid.index_select(0, low), grid.index_select(0, low + 1)
+    return low, ((t - below) / (above - below)).clamp_(0, 1)
 
 
 def between(features: Tensor, low: Tensor, weight: Tensor) -> Tensor:
@@ -36,4 +36,4 @@ def interpolate(features: Tensor, t: Tensor, buckets: tuple[float, ...] = BUCKET
     """
     if features.shape[1] != len(buckets):
         raise ValueError(f"features have {features.shape[1]} timestep buckets, the grid has {len(buckets)}")
-    return between(features, *locate(t, buckets))
+    return between(features, *locate(t.float(), torch.tensor(buckets, device=t.device)))
