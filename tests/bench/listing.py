@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyflux.precache.images import Rejected
 from tinyflux.precache.kinds.base import ImageSource, Input
 from tinyflux.precache.kinds.imagefolder import ImageFolder
 from tinyflux.precache.listing import Counted
@@ -29,6 +30,9 @@ class Names(ImageSource):
         for i in range(self.count):
             name, stamp = f"class-{i % 1000:04d}/image-{i:09d}.jpg", f"{i} 1700000000000000000"
             yield Input(name, stamp, i, [f"caption number {i}"])
+
+    def read_image(self, item: Input) -> bytes:
+        raise Rejected("there is only a name")
 
 
 def measure(source: ImageSource, folder: Path) -> None:

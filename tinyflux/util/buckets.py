@@ -15,7 +15,7 @@ BUCKETS = grid(10)  # 0.05, 0.15, ..., 0.95
 def locate(t: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Where t [B] lies on a grid [K] of rising values, clamped to it: the bucket below, int64 [B], and the weight of
     the next one, float32 [B]."""
-    low = torch.bucketize(t, grid[1:-1], right=True)
+    low = torch.bucketize(t.contiguous(), grid[1:-1], right=True)
     below, above = grid.index_select(0, low), grid.index_select(0, low + 1)
     return low, ((t - below) / (above - below)).clamp_(0, 1)
 
