@@ -1,10 +1,15 @@
 """A run reads one commit of a Hub source, on all ranks and after every resume."""
 
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 from tests.dataset_hub import commit_id, dataset_hub
 from tests.training import make_source, train
+from tinyflux.shards.clients import VERSIONED, repo_of, without_revision
+from tinyflux.shards.source import base_url
 
 REPO = "user/repo"
 URL = f"hf://datasets/{REPO}"
@@ -41,3 +46,15 @@ def test_a_resume_stays_at_its_commit_until_told_otherwise(tmp_path, monkeypatch
         assert done.returncode == 0 and "WARNING: revisions was" in done.stdout, done.stdout
         assert recorded(run_dir, 6) == {f"{URL}@{second}": second}
         assert second in {commit for commit, _ in hub.served}
+
+
+@pytest.mark.parametrize("repo", ["hf://datasets/user/repo", "vault://repo"])
+def test_urls_of_a_scheme_with_revisions(monkeypatch, repo):
+    monkeypatch.setitem(VERSIONED, "vault", re.compile(r"(vault://[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?"))
+    for url in (repo, f"{repo}@v1", f"{repo}/faces/lune", f"{repo}@v1/faces/lune/"):
+        assert repo_of(url) == repo and without_revision(url) == url.replace("@v1", "").rstrip("/")
+    assert base_url(f"{repo}@v1/faces/lune", "../base") == f"{repo}@v1/faces/base"
+    with pytest.raises(ValueError, match="not a path inside the same"):
+        base_url(f"{repo}@v1/lune", "../../other")
+    for url in ("s3://bucket/repo@v1/lune", "data/repo@v1"):
+        assert repo_of(url) is None and without_revision(url) == url

@@ -53,13 +53,12 @@ class FromImages(Listed):
         self.timesteps = grid(config.timesteps or len(BUCKETS))
 
     def asked(self, begun: dict) -> dict:
-        found = {
+        self.settings = self.config.recorded | {
             "source": self.source.describe(),
             "shapes": list(self.config.shapes),
             "timesteps": len(self.timesteps),
             **models.device_and_threads(self.config, begun, self.place),
         }
-        self.settings = self.config.recorded | found
         return {"settings": self.settings}
 
     def check(self, begun: dict) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tinyflux.run.folders import newest_identity
+from tinyflux.shards.clients import repo_of
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.plan import PLAN_VERSION
 from tinyflux.shards.source import Source
@@ -52,7 +53,7 @@ def data_identity(stream: Stream) -> dict:
     c = stream.config
     sums = ["+".join(layer.manifest.sha256 for layer in s.layers) for s in stream.sources]
     manifests = dict(zip(stream.labels, sums, strict=True))
-    commits = {s.url: s.revision for s in stream.sources if s.url.startswith("hf://")}
+    commits = {s.url: s.revision for s in stream.sources if repo_of(s.url)}
     return {
         **({"revisions": commits} if commits else {}),
         "plan_version": PLAN_VERSION,

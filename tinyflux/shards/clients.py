@@ -1,6 +1,7 @@
 """Clients of remote stores, one per URL scheme. Only this module knows the errors of their libraries.
 
-To add a scheme, write a class with `Client`'s two members and a line in CLIENTS.
+To add a scheme, write a class with `Client`'s two members and a line in CLIENTS, and one in VERSIONED if it has
+revisions.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ CHUNK = 1 << 20  # bytes that are yielded at a time
 BLOCK = 8 << 20  # bytes per request, for stores that are read in blocks
 PLAIN = "/%:@~+,;=!$&()*"  # characters of a path that are not escaped in a URL
 REQUESTS = 4  # blocks of a file that are requested in parallel
-HUB = re.compile(r"hf://(datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
+HUB = re.compile(r"(hf://datasets/[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*?))?/?")
 
 
 class DownloadError(OSError):
@@ -122,7 +123,7 @@ class HubClient:
         if match is None:
             raise ValueError(f"source {url!r}: a Hub source is hf://datasets/USER/REPO[@REVISION][/FOLDER]")
         repo, wanted, folder = match.groups()
-        self._repo, self._folder = repo.removeprefix("datasets/"), f"{folder}/" if folder else ""
+        self._repo, self._folder = repo.removeprefix("hf://datasets/"), f"{folder}/" if folder else ""
         self.pin = revision or self._asked(wanted)
 
     def _asked(self, revision: str | None) -> str:
@@ -243,3 +244,22 @@ CLIENTS: dict[str, Callable[[str, str | None], Client]] = {
     "s3": partial(FsspecClient, config_kwargs={"retries": {"total_max_attempts": 1}}),  # `Patience` retries
     "gs": FsspecClient,
 }
+VERSIONED = {"hf": HUB}
+"""The pattern of the URLs of each scheme with revisions: repo, revision, folder."""
+
+
+def repo_of(url: str) -> str | None:
+    """The URL of the repo, whose files have a revision together; None if the URL's scheme has no revisions."""
+    match = _versioned(url)
+    return match and match[1]
+
+
+def without_revision(url: str) -> str:
+    """A URL without its @REVISION; unchanged if its scheme has no revisions."""
+    match = _versioned(url)
+    return "/".join(filter(None, (match[1], match[3]))) if match else url
+
+
+def _versioned(url: str) -> re.Match | None:
+    pattern = VERSIONED.get(url.partition("://")[0])
+    return pattern and pattern.fullmatch(url)

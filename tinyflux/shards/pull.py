@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from tinyflux.shards.cache import NodeCache
-from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.clients import DownloadError, repo_of
 from tinyflux.shards.discover import tars
 from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.index import number_of
@@ -53,7 +53,7 @@ def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None =
         below, there = base_url(url, manifest.base.location), Path(base_url(str(out), manifest.base.location))
         if with_base:
             _check_beside(manifest.base.location, below)
-            pin = store.revision if url.startswith("hf://") else manifest.base.sha256
+            pin = store.revision if repo_of(url) else manifest.base.sha256
             pull(below, there, with_base=True, revision=pin)
         missing = None if (there / "manifest.json").is_file() else (redacted(below), there)
     fetched = 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from tinyflux.shards.cache import MIN_RATE, NodeCache
-from tinyflux.shards.clients import CLIENTS, HUB, Client, DownloadError
+from tinyflux.shards.clients import CLIENTS, Client, DownloadError
 from tinyflux.util import files
 from tinyflux.util.files import Stopped
 from tinyflux.util.urls import redacted
@@ -40,12 +40,6 @@ def is_remote(url: str) -> bool:
     """Whether a source is read through the cache."""
     scheme, separator, _ = url.partition("://")
     return bool(separator) and scheme in CLIENTS
-
-
-def without_revision(url: str) -> str:
-    """A Hub URL without its @REVISION; other URLs are unchanged."""
-    match = HUB.fullmatch(url)
-    return "/".join(filter(None, (f"hf://{match[1]}", match[3]))) if match else url
 
 
 class Patience:

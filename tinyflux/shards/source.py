@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.clients import repo_of
 from tinyflux.shards.discover import adopt
 from tinyflux.shards.index import FILE as INDEX
 from tinyflux.shards.manifest import Manifest, ManifestError, parse
@@ -178,8 +179,9 @@ def open_layers(
     if manifest.base is None:
         return [top]
     below = base_url(url, manifest.base.location)
-    same_repo = url.startswith("hf://") and repo_of(below) == repo_of(url)
-    pin = (store.revision if same_repo else None) if below.startswith("hf://") else manifest.base.sha256
+    repo, pin = repo_of(below), manifest.base.sha256
+    if repo is not None:
+        pin = store.revision if repo == repo_of(url) else None
     layers = open_layers(below, dataset_id, cache, pin if "://" in below else None, (*above, url))
     found = layers[-1].manifest.sha256
     if found != manifest.base.sha256:
@@ -215,7 +217,7 @@ def base_url(url: str, location: str) -> str:
         return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
     url, question, query = url.partition("?")  # keep a signature
     scheme, _, path = url.partition("://")
-    parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # keep the repo, or the host or bucket
+    parts, keep = path.rstrip("/").split("/"), (repo_of(url) or "://").count("/") - 1  # keep the repo, host or bucket
     for part in location.split("/"):
         if part == ".." and len(parts) > keep:
             parts.pop()
@@ -225,11 +227,6 @@ def base_url(url: str, location: str) -> str:
         elif part != ".":
             parts.append(part)
     return f"{scheme}://{'/'.join(parts)}{question}{query}"
-
-
-def repo_of(url: str) -> str:
-    """hf://datasets/USER/REPO of a Hub URL."""
-    return "/".join(url.split("/")[:5]).partition("@")[0]
 
 
 def check_overlay(base: Manifest, overlay: Manifest, url: str) -> None:

@@ -3,9 +3,10 @@
 from collections import Counter
 
 from tinyflux.shards.cache import NodeCache
+from tinyflux.shards.clients import without_revision
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.manifest import OWN, diff_producers
-from tinyflux.shards.remote import is_remote, without_revision
+from tinyflux.shards.remote import is_remote
 from tinyflux.shards.schema import EXTRAS, SCHEMA
 from tinyflux.shards.source import Source, open_source
 from tinyflux.shards.store import open_store

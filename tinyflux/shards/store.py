@@ -11,7 +11,7 @@ from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import CLIENTS
 from tinyflux.shards.remote import RemoteStore, is_remote
 
-ACCEPTED = f"a folder, file:///folder or a URL with {', '.join(f'{scheme}://' for scheme in CLIENTS)}"
+ACCEPTED = f"a folder, file:///folder or a URL ({', '.join(f'{scheme}://' for scheme in CLIENTS)})"
 _NEVER = threading.Event()
 
 
