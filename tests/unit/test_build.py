@@ -27,6 +27,7 @@ from tests.builds import content, run, samples, sources, whole
 from tinyflux.model.zoo import ModelZoo
 from tinyflux.precache.config import BuildConfig
 from tinyflux.precache.engine import Engine, check_tensors
+from tinyflux.precache.from_images import FromImages
 from tinyflux.precache.images import Rejected
 from tinyflux.precache.ledger import LedgerError
 from tinyflux.shards.manifest import Manifest
@@ -303,6 +304,23 @@ def test_a_build_that_has_not_begun_takes_other_settings(tmp_path, monkeypatch, 
         patch.setattr(Engine, "run", full)
         assert run(tmp_path) == 1
     assert run(tmp_path, "--seed", 3) == 0 and Manifest.load(tmp_path / "out").count == 3
+
+
+def test_an_image_of_another_shape_than_when_it_was_sorted_is_rejected(tmp_path, monkeypatch):
+    """Not cropped to the shape of its shard."""
+    few(tmp_path)
+    args = ("--shapes", "64x64", "64x128")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FromImages, "encode", full)
+        assert run(tmp_path, *args) == 1
+    Image.new("RGB", (64, 128), "red").save(tmp_path / "images" / "1.png")
+    assert run(tmp_path, *args) == 1
+    rejected = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert rejected["origin"] == "1.png" and rejected["reason"].startswith("changed shape: ")
 
 
 @pytest.mark.parametrize("lost", ["null.safetensors", "rejected.jsonl"])

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from tinyflux.model.zoo import ModelZoo
 
 
+MOVED = "changed shape: it was another one, or unreadable, when the shards were laid out"
+
+
 class FromImages(Listed):
     """Builds all groups of every image."""
 
@@ -189,6 +192,8 @@ class FromImages(Listed):
         seed = self.seed_of(index)
         prompts, image = self.source.prompts(item, seed), self.source.read_image(item)
         picture = self.cut(image, seed, self.shapes[shape])
+        if self.several_shapes and nearest(*picture.size, self.shapes) != shape:
+            raise Rejected(MOVED)
         return Ready(index, item.origin, seed, prompts, picture, content=content_hash(image, prompts))
 
     def cut(self, image, seed: int, shape: tuple[int, int]) -> Picture:

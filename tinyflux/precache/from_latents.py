@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinyflux.precache import models
-from tinyflux.precache.from_images import FromImages, encode
+from tinyflux.precache.from_images import MOVED, FromImages, encode
 from tinyflux.precache.images import COLOURS, Rejected, content_hash, preview
 from tinyflux.precache.kinds.base import Input, SourceError
 from tinyflux.precache.work import Ready
@@ -103,11 +103,13 @@ class FromLatents(FromImages):
         self.source.prompts(item, seed)
         self.source.read_latents(item)
 
-    def read(self, index: int, item: Input, shape: str = "") -> Ready:
+    def read(self, index: int, item: Input, shape: str) -> Ready:
         """Read one input, in a thread: its captions by the source's rule, its latents. Raises Rejected."""
         seed = self.seed_of(index)
         prompts, given = self.source.prompts(item, seed), self.source.read_latents(item)
         latents, (h, w) = self.scaled(given), given.shape[1:]
+        if shape != f"{w}x{h}":
+            raise Rejected(MOVED)
         factor, step = self.zoo.factor, models.step_of(self.zoo)
         if self.teaches and (h * factor % step or w * factor % step):
             raise Rejected(f"wrong latents: {w}x{h}, the teachers need multiples of {step // factor}")
