@@ -104,6 +104,20 @@ def test_the_same_step_damaged_twice(model, tmp_path):
     assert names(tmp_path) == {"step_1", "step_2.damaged", "step_2.damaged2"}
 
 
+def test_damaged_metadata_of_an_older_checkpoint(model, tmp_path, capfd):
+    with opened(tmp_path, keep_steps=2) as checkpointer:
+        save(checkpointer, model, 1, 2)
+        checkpointer.published.result()
+        path = tmp_path / "checkpoints" / "step_1" / "metadata.json"
+        path.write_text(path.read_text()[:-9])
+        save(checkpointer, model, 3, reasons={"step", "best"})
+        save(checkpointer, model, 4)
+    said = capfd.readouterr().out
+    assert said.count("WARNING") == 1 and "step_1/metadata.json is damaged" in said, said
+    assert names(tmp_path) == {"step_1.damaged", "step_3", "step_4"}
+    assert (tmp_path / "checkpoints" / "best_ema.safetensors").exists()
+
+
 def test_what_remains_of_a_run_is_not_begun_at_0_unasked(model, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with opened(tmp_path) as checkpointer:  # died before its first checkpoint: nothing is lost

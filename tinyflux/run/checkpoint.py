@@ -251,7 +251,8 @@ class Checkpointer:
             (self.exporter or export_missing)(folder, save_pt=self.save_pt)
             if self.exporter and self.exporter.stopped:
                 return
-            if folder == self._best():  # an older best may be exported late
+            best = next((path for path, kept_for in self._reasons().items() if "best" in kept_for), None)
+            if folder == best:  # an older one may be exported late
                 with replaced(self.root / "best_ema.safetensors") as temporary:
                     shutil.copyfile(beside(folder, KINDS[0]), temporary)
             if self.upload and "upload" in reasons:
@@ -264,18 +265,23 @@ class Checkpointer:
         except FAILURES as error:
             say(f"WARNING: old checkpoints could not be deleted: {error}")
 
-    def _best(self) -> Path | None:
-        """The checkpoint with the lowest validation loss."""
-        found = list_checkpoints(self.root)
-        return next((folder for folder in found if "best" in read_metadata(folder)["reasons"]), None)
+    def _reasons(self) -> dict[Path, list[str]]:
+        """Why each checkpoint is kept, newest first. One with damaged metadata is set aside with a warning."""
+        found = {}
+        for folder in list_checkpoints(self.root):
+            try:
+                found[folder] = read_metadata(folder)["reasons"]
+            except Damaged as error:
+                say(f"WARNING: {error}\n  renamed to {folders.set_aside(folder, folders.DAMAGED).name}")
+        return found
 
     def _is_published(self, folder: Path) -> bool:
         return (folder / PUBLISHED).exists() and all(beside(folder, kind).exists() for kind in KINDS)
 
     def _prune(self) -> None:
         """Delete old checkpoints: the newest few of each reason are kept, and the newest of all."""
-        found = list_checkpoints(self.root)
-        reasons = {folder: read_metadata(folder)["reasons"] for folder in found}
+        reasons = self._reasons()
+        found = [*reasons]
         kept = set(found[:1])
         for reason, count in self.keep.items():
             having = [folder for folder in found if reason in reasons[folder]]
@@ -286,7 +292,7 @@ class Checkpointer:
             shutil.rmtree(beside(folder, LORA), ignore_errors=True)
             (folder / METADATA).unlink()  # first make it invalid, then delete it
             shutil.rmtree(folder)
-        for path in folders.cut_before(self.root, step_of(found[0])):
+        for path in folders.cut_before(self.root, max(map(step_of, found), default=-1)):
             shutil.rmtree(path)
 
     def wait(self) -> None:
