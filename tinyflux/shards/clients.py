@@ -108,10 +108,10 @@ class HttpClient:
                 raise DownloadError.of(error, error.code, error.headers.get("Retry-After")) from error
         except DownloadError:
             raise
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DownloadError(f"not a valid URL: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             raise DownloadError.of(error) from error
-        except ValueError as error:
-            raise DownloadError(f"not a valid URL: {error}") from error
 
 
 class HubClient:

@@ -66,6 +66,9 @@ class Source:
         found = {name: group for layer in layers for name, group in layer.groups.items()}
         self.groups = {name: found[name] for name in sorted(found, key=_place_in_schema)}
         """The groups to read, from all layers."""
+        grids = {group.timesteps for name, group in self.groups.items() if name in SCHEMA and group.timesteps}
+        if len(grids) > 1:
+            raise ValueError(f"source {url}: its teachers' groups differ in their timesteps: {sorted(grids)}")
         self.fields = flat(self.groups)
         self._texts = next((layer.manifest for layer in layers if "text" in layer.groups), self.manifest)
 
@@ -212,7 +215,9 @@ def base_url(url: str, location: str) -> str:
     if "://" in location:
         return location
     if "://" not in url or url.startswith("file://"):
-        return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
+        folder = url.removeprefix("file://")  # it may be a symbolic link, and its base beside the link or its target
+        places = [os.path.normpath(os.path.join(at, location)) for at in (folder, os.path.realpath(folder))]
+        return next(filter(os.path.isdir, places), places[0])
     url, question, query = url.partition("?")  # keep a signature
     scheme, _, path = url.partition("://")
     parts, keep = path.rstrip("/").split("/"), 3 if scheme == "hf" else 1  # keep the repo, or the host or bucket
