@@ -115,6 +115,7 @@ WRONG = {
     "producer nested": (group("lune", producer={"a": nested(200)}), "groups.lune.producer is nested too deep"),
     "timesteps": (group("lune", timesteps=[0.5, 0.1]), "groups.lune.fields.lune.shape .* 2 timesteps"),
     "timesteps falling": (group("lune", timesteps=[1 - t / 10 for t in range(10)]), "groups.lune.timesteps is"),
+    "timesteps uneven": (group("lune", timesteps=[t * t / 100 for t in range(10)]), "groups.lune.timesteps .* even"),
     "timesteps infinite": (group("lune", timesteps=[*range(9), float("inf")]), "groups.lune.timesteps is"),
     "timesteps NaN": (group("lune", timesteps=[float("nan")] * 10), "groups.lune.timesteps is"),
     "no timesteps": (lambda d: d["groups"]["lune"].pop("timesteps"), "groups.lune: must not be repeated and must have"),

@@ -1,12 +1,14 @@
 """The stream yields the plan's samples, complete and in order, on any number of ranks and from any step."""
 
 import gc
+import json
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from tests.training import environment
 from tinyflux.shards.format import parse_key
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.util import rng
+from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.files import Stopped
 
 COUNTS = {"portraits": (5, 3, 4), "places": (6, 1, 2, 7)}
 
@@ -154,6 +158,27 @@ def test_closing_stops_the_threads_and_may_go_on(folders):
     assert_equal(by_slot(batches + take(stream, 5)), by_slot(take(stream_of(config_of(folders)), 8)))
     stream.close()
     stream.close()
+
+
+def test_another_thread_may_close_at_any_line(folders):
+    stream, left = stream_of(config_of(folders, threads=9)), 0
+
+    def step(frame, event, _):
+        nonlocal left
+        if frame.f_code is Stream.__next__.__code__:
+            left -= event == "line"
+            if left == 0:
+                stream.close()
+            return step
+
+    for line in range(1, 25):
+        left = line
+        sys.settrace(step)
+        with suppress(Stopped):
+            next(stream)
+        sys.settrace(None)
+    stream.close()
+    assert ends("stream-8")
 
 
 def test_a_forgotten_stream_stops_its_threads(folders):
@@ -355,6 +380,15 @@ def test_sources_that_do_not_go_together_are_refused(tmp_path):
     refused("has no lune: turn that loss off, or put 'b' into data.allow_missing")
     for source in open_sources(DataConfig([a, b]), groups=("sol",)):
         assert list(source.groups) == ["latents", "text", "sol"]
+
+
+def test_teachers_of_different_timesteps_are_refused(tmp_path):
+    path = make_source(tmp_path / "a") / "manifest.json"
+    grids = [json.dumps(list(times)) for times in (BUCKETS, (t / 2 for t in BUCKETS))]
+    path.write_text(path.read_text().replace(*grids, 1))
+    with pytest.raises(ValueError, match="source .*a: its teachers' groups differ in their timesteps"):
+        open_sources(DataConfig([str(path.parent)]))
+    open_sources(DataConfig([str(path.parent)]), groups=("sol",))
 
 
 def test_a_source_without_lune_carries_a_mask(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 1 << 28  # bytes of one group of one sample, beyond which a manifest is not believed
+ROUNDED = 2e-4  # how far timesteps, which are rounded, may be from even spacing
 SPATIAL = ("h", "w")  # sizes that follow the latents: they differ from shard to shard
 _FIELD_NAME = re.compile(r"[A-Za-z0-9_]+")
 
@@ -194,6 +195,9 @@ def check_group(group: str, entry: Group) -> None:
         numbers = all(type(t) is float and math.isfinite(t) for t in grid)
         if len(grid) < 2 or not numbers or list(grid) != sorted(set(grid)):
             raise ValueError(f"{where}.timesteps is {list(grid)!r:.200}, must be two or more rising numbers")
+        step = (grid[-1] - grid[0]) / (len(grid) - 1)
+        if any(abs(t - grid[0] - i * step) > ROUNDED for i, t in enumerate(grid)):
+            raise ValueError(f"{where}.timesteps is {list(grid)!r:.200}, must be evenly spaced")
     if known is None:
         return
     if set(entry.fields) != set(known.fields):

@@ -71,7 +71,7 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     collate = StreamCollate(
         c,
         [source.null for source in sources],
-        buckets=sources[0].timesteps or BUCKETS,
+        buckets=next((source.timesteps for source in sources if source.timesteps), BUCKETS),
         global_batch_size=config.data.global_batch_size,
         seed=seed,
     )
