@@ -79,7 +79,7 @@ def cached(tmp_path) -> set[int]:
 NETWORK = {
     "cut": ["cut", "cut"],
     "429s": [(429, {"Retry_After": "0"})] * 4,
-    "500s": [(500, {}), (503, {}), (502, {})],
+    "500s": [(500, {}), (503, {"Retry_After": "²"}), (502, {})],
     "cut and no ranges": ["cut", "ignore range"],
     "shorter": ["short"],
     "flipped bit": ["flip"],

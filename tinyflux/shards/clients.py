@@ -58,7 +58,7 @@ class DownloadError(OSError):
             return cls("the file is shorter than expected", status=status)
         if isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 425, 429)):
             return cls(f"check your access (token, credentials): {said}", status=status)
-        seconds = float(after) if after and after.replace(".", "", 1).isdigit() else 0.0
+        seconds = float(after) if after and after.replace(".", "", 1).isdecimal() else 0.0
         return cls(said, again=True, status=status, after=seconds)
 
 
