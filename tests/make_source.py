@@ -13,7 +13,7 @@ from tinyflux.shards.format import encode_sample, sample_key
 from tinyflux.shards.manifest import Base, Manifest, shard_path
 from tinyflux.shards.schema import GROUP_OF, SCHEMA, fields_of, grouped
 from tinyflux.shards.writer import write_null, write_shard
-from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.buckets import BUCKETS, grid
 
 SIZES = {
     "channels": 4,
@@ -109,7 +109,8 @@ def make_source(
         first += count
     one = {key: value for key, value in options.items() if key != "captions"}
     tensors = make_tensors(0, **one)
-    groups = grouped(fields_of(tensors), BUCKETS, dict.fromkeys(SCHEMA, producer or {"vae": {"revision": "abc"}}))
+    timesteps = grid((SIZES | options)["timesteps"])
+    groups = grouped(fields_of(tensors), timesteps, dict.fromkeys(SCHEMA, producer or {"vae": {"revision": "abc"}}))
     null = {key: torch.zeros_like(tensors[key]) for key in ("t5_embeds", "clip_pooled") if key in tensors}
     manifest = Manifest.of(
         name,

@@ -156,6 +156,13 @@ def test_validation_epochs_and_exports(sources, tmp_path):
     assert export.main([str(tmp_path)]) == 2
 
 
+def test_timesteps_are_those_of_the_sources_that_have_teachers(tmp_path):
+    plain = make_source(tmp_path / "plain", 1, groups=("latents", "text"))
+    taught = make_source(tmp_path / "taught", 2, timesteps=5)
+    done = train(tmp_path / "run", [plain, taught], "--data.allow-missing", "plain", "--trainer.total-steps", 1)
+    assert done.returncode == 0, done.stdout
+
+
 def test_dry_run_starts_nothing(sources, tmp_path):
     done = train(tmp_path / "run", sources, "--dry-run", "--trainer.freeze", "double_blocks")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stdout

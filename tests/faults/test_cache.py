@@ -1,6 +1,7 @@
 """Remote files and the node's cache: faults of the network, the disk and the store."""
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -79,7 +80,7 @@ def cached(tmp_path) -> set[int]:
 NETWORK = {
     "cut": ["cut", "cut"],
     "429s": [(429, {"Retry_After": "0"})] * 4,
-    "500s": [(500, {}), (503, {}), (502, {})],
+    "500s": [(500, {}), (503, {"Retry_After": "²"}), (502, {})],
     "cut and no ranges": ["cut", "ignore range"],
     "shorter": ["short"],
     "flipped bit": ["flip"],
@@ -228,14 +229,35 @@ def test_one_file_at_a_url(server, files, tmp_path):
         assert download(f"{server.url}/x/2.tar?sig=1", cache).read_bytes() == content(2)
     with pytest.raises(DownloadError, match="there is no such file"):
         download(f"{server.url}/x/none.tar", cache)
+    (files / "2.tar").write_bytes(content(3))  # a query may choose the file
+    assert download(f"{server.url}/x/2.tar?sig=2", cache).read_bytes() == content(3)
 
 
-def test_a_damaged_shard_heals_and_a_whole_one_stays(server, tmp_path):
+def test_a_url_that_cannot_be_is_refused_at_once(tmp_path):
+    with pytest.raises(DownloadError, match="not a valid URL: nonnumeric port"):
+        RemoteStore("http://127.0.0.1:80a/x", NodeCache(tmp_path / "cache", timeout=60))
+
+
+def test_a_huge_manifest_is_not_read(server, files, tmp_path):
+    (files / "manifest.json").write_bytes(b'{"a": [' + b"0," * (9 << 20) + b"0]}")
+    with pytest.raises(DownloadError, match="manifest.json: it has more than 16777216 bytes"):
+        store_of(server, tmp_path)
+
+
+def test_a_damaged_shard_heals_and_a_whole_one_stays(server, tmp_path, monkeypatch):
     store = store_of(server, tmp_path)
     path = fetch(store, 0)
     assert not store.heal("0.tar", SIZE, sha(0)) and path.is_file()
     path.write_bytes(content(0)[:500] + b"x" + content(0)[501:])
     assert store.heal("0.tar", SIZE, sha(0)) and not path.exists()
+    fetch(store, 0)
+
+    def unreadable(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", unreadable)
+        assert store.heal("0.tar", SIZE, sha(0)) and not path.exists()
     fetch(store, 0)
 
 
@@ -288,6 +310,16 @@ def test_eviction_looks_at_what_it_removes_alone(server, tmp_path, monkeypatch):
     for k in (0, 1, 2, 3, 4, 5) * 4:
         fetch(store, k)
     assert len(cached(tmp_path)) == 2 and len(listed) <= 2
+
+
+def test_files_that_vanish_while_they_are_counted_hide_no_others(tmp_path):
+    for k in range(9):
+        (tmp_path / f"{k}.tar").write_bytes(bytes(100))
+    found = cache_module._files(tmp_path)
+    first = next(found)[0].name
+    gone = next(path for path in tmp_path.iterdir() if path.name != first)
+    gone.unlink()
+    assert len(list(found)) == 7
 
 
 def test_the_total_of_all_processes_is_kept(server, tmp_path):

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tests.store_server import store_server
 from tinyflux.shards.decode import decode_chunk
 from tinyflux.shards.format import SUFFIX, ShardError, bits, encode_sample, parse_key, sample_key
 from tinyflux.shards.manifest import Manifest
+from tinyflux.shards.reader import Reader
 from tinyflux.shards.schema import fields_at
 from tinyflux.shards.source import open_source
 from tinyflux.shards.stream import BadSamples, DataConfig, Stream, open_sources
@@ -351,15 +353,31 @@ def test_a_bad_sample_of_an_unlinked_shard_is_marked(clean, tmp_path, remote):
     rewrite(folder / SHARD, lambda sample: sample.pop("lune" + SUFFIX))
     with store_server(tmp_path) as server:
         url = f"{server.url}/portraits" if remote else str(folder)
-        options = {"val_fraction": 0.6, "cache_dir": str(tmp_path / "cache")}
-        config = DataConfig([url], global_batch_size=6, micro_batch_size=6, **options)
-        stream, batches = Stream(open_sources(config), config), []
-        opened = stream._reader.shards.get(0, BAD_SHARD)
+        config = DataConfig([url], cache_dir=str(tmp_path / "cache"))
+        reader = Reader(open_sources(config), config)
+        opened = reader.shards.get(0, BAD_SHARD)
         Path(opened.path).unlink()
-        thread = threading.Thread(target=lambda: batches.extend(stream.validation(1)), daemon=True)
+        zero = np.zeros(1, np.int64)
+        micro = reader.new_batch((4, 4), zero, zero + BAD_SHARD, zero + BAD_ROW, seeds=zero, slots=zero, step=0)
+        thread = threading.Thread(target=reader.load, args=(micro, range(1)), daemon=True)
         thread.start()
         thread.join(60)
-    assert opened.is_unlinked and [int(batch["local_indices"]) for batch in batches if not batch["valid"]] == [9]
+    assert opened.is_unlinked and not thread.is_alive() and micro.good == [False] and reader.stats.bad == 1
+
+
+def test_a_shard_that_the_disk_cannot_read_is_named(clean, tmp_path, caplog):
+    folder = shutil.copytree(clean, tmp_path / "portraits")
+    config = DataConfig([str(folder)], global_batch_size=6, micro_batch_size=3, seed=3)
+    with Stream(open_sources(config), config) as stream, open("/proc/self/mem", "rb") as memory:
+        os.dup2(memory.fileno(), stream._reader.shards.get(0, BAD_SHARD).fd)  # whose first bytes give an I/O error
+        for _ in range(2 * STEPS):
+            next(stream)
+        assert stream.stats.bad == 6
+    assert f"{SHARD}, sample {sample_key(1, 9)}: member latents{SUFFIX} cannot be read: Input/output" in caplog.text
+    (folder / SHARD).unlink()
+    (folder / SHARD).symlink_to("/proc/self/mem")
+    with pytest.raises(ShardError, match=f"{SHARD}: cannot be read: Input/output error"):
+        run(folder)
 
 
 def test_bad_held_out_samples_are_marked(clean, tmp_path, caplog):

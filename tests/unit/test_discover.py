@@ -12,6 +12,8 @@ from tinyflux.shards.format import SUFFIX, ShardError
 from tinyflux.shards.manifest import Manifest
 from tinyflux.shards.schema import flat
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.shards.writer import write_null, write_shard
+from tinyflux.util.buckets import grid
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,14 @@ def test_is_read_once(folder, cache):
     (folder / "plain-0001.tar").rename(folder / "two words.tar")
     with pytest.raises(ValueError, match="'two words.tar' is not a plain file name"):
         adopt(folder)
+
+
+def test_fewer_timesteps(tmp_path):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    write_shard(folder / "plain-000000.tar", make_samples(range(4), timesteps=5))
+    write_null(folder, {name: make_tensors(0)[name] for name in ("t5_embeds", "clip_pooled")})
+    assert {group.timesteps for group in adopt(folder).groups.values()} == {None, grid(5)}
 
 
 def test_streams_the_same_samples(folder):

@@ -132,7 +132,7 @@ def test_equal_input_gives_equal_bytes():
 def test_keys():
     assert sample_key(7, 42) == "0007_000000042"
     assert parse_key(sample_key(12345, 10**10)) == (12345, 10**10)
-    for key in ("", "0001-000000001", "0001_000000001.json", "0001_1", "../0001_000000001"):
+    for key in ("", "0001-000000001", "0001_000000001.json", "0001_1", "../0001_000000001", f"0001_{10**19}"):
         with pytest.raises(ValueError, match="not a sample key"):
             parse_key(key)
 
@@ -301,6 +301,21 @@ def test_scan_refuses(tmp_path, names, message):
         for name in names:
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(ShardError, match=message):
+        scan_tar(path)
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_scan_ends_at_a_negative_size(tmp_path, format):
+    path, info = tmp_path / "x.tar", tarfile.TarInfo("a.json")
+    if format == tarfile.PAX_FORMAT:
+        info.pax_headers = {"size": "-1024"}
+        data = info.tobuf(format)
+    else:
+        data = bytearray(info.tobuf(format))
+        data[124:136] = (-1024).to_bytes(12, "big", signed=True)
+        data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:]))
+    path.write_bytes(bytes(data) + bytes(10240))
+    with pytest.raises(ShardError, match="negative size"):
         scan_tar(path)
 
 

@@ -121,6 +121,13 @@ def test_damage_is_told(tmp_path, capsys):
     assert "0001_000000001" in (tmp_path / "page.html").read_text()
 
 
+def test_a_damaged_list_of_rejects_is_told(tmp_path, capsys):
+    source = make_source(tmp_path / "portraits", (4,))
+    (source / "rejected.jsonl").write_text('{"reason": "too small: 3 x 3"}\n[]\n{"reason": 3}\n{"reas')
+    assert inspect.main([str(source)]) == 0
+    assert "3  unreadable line of rejected.jsonl\n  1  too small" in capsys.readouterr().out
+
+
 def test_nan_is_counted(tmp_path, capsys):
     """In a shard that another tool wrote: ours refuses to."""
     source = make_source(tmp_path / "portraits", (1,))

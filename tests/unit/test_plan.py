@@ -270,6 +270,12 @@ def test_impossible_plans_are_refused(change, words):
         Plan(sources, **{"weights": [1, 1], "global_batch_size": 4, "seed": 0, **change})
 
 
+def test_a_source_may_list_many_shapes():
+    shapes = tuple((8, 8 + i) for i in range(300))
+    plan = Plan([PlanSource("a", 1, np.array([3, 4]), shapes, np.array([299, 40]))], [1], global_batch_size=2, seed=0)
+    assert plan.shapes == (shapes[40], shapes[299])
+
+
 def test_sources_need_samples_and_ids_of_their_own():
     with pytest.raises(ValueError, match="'a' has no training samples"):
         PlanSource("a", 0, np.array([0, 0]))

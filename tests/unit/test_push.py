@@ -224,6 +224,14 @@ def test_a_flipped_bit_is_found_before_it_is_sent(hub, client, source):
     assert not hub.lfs
 
 
+def test_a_source_that_is_built_again_during_a_push_is_not_mixed(hub, client, source, monkeypatch):
+    sheet = pushing.contact_sheet
+    monkeypatch.setattr(pushing, "contact_sheet", lambda opened: make_source(source, (5, 3, 4, 2)) and sheet(opened))
+    done = client.push(source)
+    assert done.returncode == 2 and "manifest.json: was replaced during the push; run the same" in done.stderr
+    assert "portraits/manifest.json" not in hub.files(REPO)
+
+
 def test_pull_does_not_mix_sources(hub, client, source, tmp_path):
     assert client.push(source).returncode == 0
     other = make_source(tmp_path / "other", (2,), name="other", dataset_id=7)

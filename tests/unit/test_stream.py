@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
 from tinyflux.util import rng
 from tinyflux.util.buckets import interpolate
+from tinyflux.util.files import Stopped
 
 COUNTS = {"portraits": (5, 3, 4), "places": (6, 1, 2, 7)}
 
@@ -159,6 +161,27 @@ def test_closing_stops_the_threads_and_may_go_on(folders):
     assert_equal(by_slot(batches + take(stream, 5)), by_slot(take(stream_of(config_of(folders)), 8)))
     stream.close()
     stream.close()
+
+
+def test_another_thread_may_close_at_any_line(folders):
+    stream, left = stream_of(config_of(folders, threads=9)), 0
+
+    def step(frame, event, _):
+        nonlocal left
+        if frame.f_code is Stream.__next__.__code__:
+            left -= event == "line"
+            if left == 0:
+                stream.close()
+            return step
+
+    for line in range(1, 25):
+        left = line
+        sys.settrace(step)
+        with suppress(Stopped):
+            next(stream)
+        sys.settrace(None)
+    stream.close()
+    assert ends("stream-8")
 
 
 def test_a_forgotten_stream_stops_its_threads(folders):

@@ -1,5 +1,7 @@
 """Verifying intact sources, and sources with one fault."""
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -241,6 +243,33 @@ def test_a_lost_manifest_is_rebuilt(source, whole, capsys, notes):
         assert found.index.digest == expected.index.digest and found.dataset_id == 8
         assert flat(found.groups) == flat(expected.groups)
         assert "unknown" in found.groups["lune"].producer["producer"]
+
+
+def test_an_overlay_behind_a_symbolic_link(copied, capsys, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a-lune").symlink_to(copied / "a-lune")  # the base is beside its target
+    assert faults(capsys, tmp_path / "elsewhere" / "a-lune")[0] == 0
+    (copied / "a").rename(tmp_path / "elsewhere" / "a")  # beside the link
+    assert faults(capsys, tmp_path / "elsewhere" / "a-lune")[0] == 0
+
+
+def test_a_disk_that_cannot_read_is_one_fault(source, capsys, monkeypatch):
+    monkeypatch.setattr(hashlib, "file_digest", broken_digest(hashlib.file_digest, source / "drawn-000001.tar"))
+    assert faults(capsys, source, "--deep") == (1, ["drawn-000001.tar: cannot be read: Input/output error"])
+    monkeypatch.setattr(hashlib, "file_digest", broken_digest(hashlib.file_digest, source / "index.safetensors"))
+    assert verify.main([str(source)]) == 1
+    assert "index.safetensors: Input/output error" in capsys.readouterr().err
+
+
+def broken_digest(digest, path: Path):
+    """Hashing with a sector of `path` that the disk cannot read."""
+
+    def read(file, name):
+        if file.name == str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(file, name)
+
+    return read
 
 
 def test_nothing_to_verify(tmp_path, capsys):

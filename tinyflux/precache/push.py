@@ -89,6 +89,18 @@ def check_hash(path: Path, sha256: str) -> None:
         raise ValueError(f"{path}: its content is not what the manifest says; see python -m sharding.verify --deep")
 
 
+def small_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The manifest, the index and the empty prompt. Raises ValueError if a build has replaced one since."""
+    sums = {"manifest.json": manifest.sha256, INDEX: manifest.index.digest["sha256"]}
+    if manifest.null_sha256:
+        sums["null.safetensors"] = manifest.null_sha256
+    found = {name: (folder / name).read_bytes() for name in sums}
+    for name, data in found.items():
+        if hashlib.sha256(data).hexdigest() != sums[name]:
+            raise ValueError(f"{folder / name}: was replaced during the push; run the same command again")
+    return found
+
+
 class Repo:
     """A dataset repo on the Hub: its content, and commits to it."""
 
@@ -163,13 +175,8 @@ def _push(folder: Path, name: str, private: bool, rejected: bool, license_id: st
     manifests = repo.manifests() | {place: manifest}
     pictured = {other for other in manifests if f"{other}/{PREVIEW}" in repo.files} - {place}
     pictured |= {place} if sheet else set()
-    small = {
-        "README.md": render(repo.text("README.md"), name, manifests, pictured, license_id).encode(),
-        f"{place}/manifest.json": (folder / "manifest.json").read_bytes(),
-        f"{place}/{INDEX}": (folder / INDEX).read_bytes(),
-    }
-    if manifest.null_sha256:
-        small[f"{place}/null.safetensors"] = (folder / "null.safetensors").read_bytes()
+    small = {"README.md": render(repo.text("README.md"), name, manifests, pictured, license_id).encode()}
+    small |= {f"{place}/{file}": data for file, data in small_files(folder, manifest).items()}
     if sheet:
         small[f"{place}/{PREVIEW}"] = sheet
     if rejected and (folder / "rejected.jsonl").is_file():

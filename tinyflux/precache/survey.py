@@ -172,7 +172,14 @@ def rejects(source: Source) -> Counter[str]:
         if not error.lacks:
             raise
         return Counter()
-    return Counter(json.loads(line)["reason"].partition(":")[0] for line in text.splitlines())
+    return Counter(map(_reason, text.splitlines()))
+
+
+def _reason(line: str) -> str:
+    try:
+        return json.loads(line)["reason"].partition(":")[0]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return "unreadable line of rejected.jsonl"
 
 
 def decode(report: Report, zoo_name: str) -> None:

@@ -306,6 +306,10 @@ def _files(folder: str | Path) -> Iterator[tuple[os.DirEntry, os.stat_result]]:
                     if entry.is_dir(follow_symlinks=False):
                         folders += [entry.path] if not entry.name.startswith(".") else []
                     elif not entry.name.startswith(".") or entry.name.endswith(".part"):
-                        yield entry, entry.stat(follow_symlinks=False)
+                        try:
+                            stat = entry.stat(follow_symlinks=False)
+                        except FileNotFoundError:  # another process has just moved or evicted it
+                            continue
+                        yield entry, stat
         except FileNotFoundError:
             continue

@@ -59,7 +59,7 @@ class DownloadError(OSError):
             return cls("the file is shorter than expected", status=status)
         if isinstance(error, PermissionError) or (400 <= status < 500 and status not in (408, 425, 429)):
             return cls(f"check your access (token, credentials): {said}", status=status)
-        seconds = float(after) if after and after.replace(".", "", 1).isdigit() else 0.0
+        seconds = float(after) if after and after.replace(".", "", 1).isdecimal() else 0.0
         return cls(said, again=True, status=status, after=seconds)
 
 
@@ -109,10 +109,10 @@ class HttpClient:
                 raise DownloadError.of(error, error.code, error.headers.get("Retry-After")) from error
         except DownloadError:
             raise
+        except (ValueError, http.client.InvalidURL) as error:
+            raise DownloadError(f"not a valid URL: {error}") from error
         except (OSError, http.client.HTTPException) as error:
             raise DownloadError.of(error) from error
-        except ValueError as error:
-            raise DownloadError(f"not a valid URL: {error}") from error
 
 
 class HubClient:

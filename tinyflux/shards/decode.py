@@ -119,7 +119,7 @@ class _Decoder:
 
     def fill(self, file: ShardFile, row: int, caption: int, room: _Room, i: int) -> bool:
         """Read and decompress a sample into row i of its room. Returns False, or raises KeyError, AttributeError,
-        ValueError or ZstdError, if a member is unusual or missing."""
+        ValueError, OSError or ZstdError, if a member is unusual, unreadable or missing."""
         view, ends = memoryview(self.data), [0]
         layer: ShardFile | None = file
         while layer is not None:  # an overlay, then its base
@@ -178,7 +178,7 @@ def decode_chunk(
         origins.append(file.origins[row])
         try:
             whole.append(decoder.fill(file, row, caption, room, i))
-        except (KeyError, AttributeError, ValueError, zstandard.ZstdError):  # no such row or member, or a broken one
+        except (KeyError, AttributeError, ValueError, OSError, zstandard.ZstdError):  # missing or bad
             whole.append(False)
     good, origins = np.array(whole), np.array(origins, np.uint32)
     for room, having in filled.items():

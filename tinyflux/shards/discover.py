@@ -14,7 +14,7 @@ from tinyflux.shards.schema import SCHEMA, SPATIAL, Field, Group
 from tinyflux.shards.tar import Sample, read_member, scan
 from tinyflux.shards.writer import Shard
 from tinyflux.util import files
-from tinyflux.util.buckets import BUCKETS
+from tinyflux.util.buckets import grid
 
 MANIFEST, INDEX, NULL = "manifest.json", "index.safetensors", "null.safetensors"
 
@@ -92,9 +92,15 @@ def _groups(fd: int, path: Path, sample: Sample) -> tuple[dict[str, Group], tupl
                 shape = tuple(field.shape[axes.index(axis)] for axis in SPATIAL)
                 symbols = (axis if axis in SPATIAL else n for axis, n in zip(axes, field.shape, strict=True))
                 fields[name] = Field(field.dtype, tuple(symbols))
-        groups[group] = Group(fields, BUCKETS if known and known.on_grid else None, bool(caption))
+        groups[group] = Group(fields, _timesteps(fields) if known and known.on_grid else None, bool(caption))
     order = [*(name for name in SCHEMA if name in groups), *(name for name in groups if name not in SCHEMA)]
     return {name: groups[name] for name in order}, shape
+
+
+def _timesteps(fields: dict[str, Field]) -> tuple[float, ...] | None:
+    """The timesteps that a build gives to features of this many; None if it cannot have made them."""
+    counts = [field.shape[0] for field in fields.values() if field.shape]
+    return grid(int(counts[0])) if counts and counts[0] in range(2, 101) else None
 
 
 def assemble(

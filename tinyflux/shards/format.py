@@ -29,7 +29,7 @@ ORIGIN = "origin"
 _ORIGIN_BYTES = 4
 TOP = {"float16": 0x7C, "bfloat16": 0x7F, "float32": 0x7F}  # high bytes from here on may be inf or NaN
 _HEADER_LIMIT = 4096  # bytes; longer safetensors headers are refused
-_KEY = re.compile(r"(\d{4,})_(\d{9,})")
+_KEY = re.compile(r"([0-9]{4,18})_([0-9]{9,18})")  # both numbers have 64 bits
 
 
 class ShardError(ValueError):

@@ -47,7 +47,7 @@ class PlanSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int32))
         shape_of = np.zeros(len(self.sizes)) if self.shape_of is None else self.shape_of
-        object.__setattr__(self, "shape_of", np.asarray(shape_of, np.uint8))
+        object.__setattr__(self, "shape_of", np.asarray(shape_of, np.uint16))
         if not self.total:
             raise ValueError(f"source {self.name!r} has no training samples")
 

@@ -4,6 +4,7 @@ A download resumes a partial file, survives outages shorter than the cache's tim
 size, checksum or syntax is right.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -30,7 +31,7 @@ FIRST_WAIT = 1.0  # seconds, doubled after each try
 LONGEST_WAIT = 15.0  # seconds between two tries
 LONGEST_ASKED = 60.0  # seconds, whatever the store asks for
 SILENCE = 30.0  # seconds without a byte, or below MIN_RATE, after which a request is sent again
-LARGEST = 1 << 30  # most bytes of a file of unknown size
+LARGEST = {"json": 1 << 24, "jsonl": 1 << 30, "safetensors": 1 << 30}  # most bytes of a file of unknown size
 SMALL = 64 << 20  # files up to this many bytes are checked whenever they are opened; shards only after a fault
 _NEVER = threading.Event()
 T = TypeVar("T")
@@ -175,7 +176,7 @@ class RemoteFiles:
         """One request for the missing bytes of a file. Raises DownloadError, Stopped."""
         done = file.tell()
         silence, began, received = min(SILENCE, self.cache.timeout), time.monotonic(), 0
-        limit = size if size is not None else LARGEST if _syntax(name) else math.inf
+        limit = size if size is not None else LARGEST.get(name.rpartition(".")[2], math.inf)
         with closing(self._client.read(name, done, size, silence)) as chunks:
             for chunk in chunks:
                 received += len(chunk.data)
@@ -262,7 +263,7 @@ def download(url: str, cache: NodeCache) -> Path:
 def copy_of(url: str, cache: NodeCache) -> Path:
     """The path where `download` puts a file."""
     folder, name = split(url)
-    return _folder_of(folder, "", cache) / name
+    return _folder_of(folder, url.partition("?")[2], cache) / name
 
 
 def split(url: str) -> tuple[str, str]:
@@ -277,11 +278,15 @@ def _fault(path: Path, name: str, size: int | None, sha256: str | None) -> str:
     length = path.stat().st_size
     if size is not None and length != size:
         return f"it has {length} bytes instead of {size}"
-    if sha256 is not None:
-        return "" if sha256 == files.sha256(path) else "its sha256 differs"
     try:
+        if sha256 is not None:
+            return "" if sha256 == files.sha256(path) else "its sha256 differs"
         if check := _syntax(name):
             check(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"it cannot be read: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         with open(path, "rb") as file:
             return f"it is not what its name says ({error}): it starts with {file.read(40)!r}"

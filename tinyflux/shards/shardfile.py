@@ -36,7 +36,10 @@ class ShardFile:
         self.origins: np.ndarray = shard.origins if base is None else base.origins
         self.layouts = {name: layout_of(fields_at(group.fields, shard.shape)) for name, group in groups.items()}
         self._repeated = {name for name, group in groups.items() if group.repeated}
-        samples, self.fault, gaps = scan(self.fd, self.path)
+        try:
+            samples, self.fault, gaps = scan(self.fd, self.path)
+        except OSError as error:
+            raise ShardError(self.path, why=f"cannot be read: {error.strerror}") from error
         size = os.fstat(self.fd).st_size
         if self.fault is None and (size != shard.bytes or len(samples) > shard.count):
             why = f"is not the shard of the manifest ({size} bytes with {len(samples)} samples, "
@@ -155,7 +158,10 @@ class ShardFile:
             raise ShardError(self.path, key, f"member {member} is missing{why}")
         if place[1] > limit:
             raise ShardError(self.path, key, f"member {member} has {place[1]} bytes, must have at most {limit}")
-        return read_member(self.fd, *place)
+        try:
+            return read_member(self.fd, *place)
+        except OSError as error:
+            raise ShardError(self.path, key, f"member {member} cannot be read: {error.strerror}") from error
 
     def members(self, row: int, captions: int) -> dict[str, "ShardFile"]:
         """The members to read for a row, each with its file: `captions` members of repeated groups, one of each other

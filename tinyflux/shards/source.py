@@ -214,7 +214,9 @@ def base_url(url: str, location: str) -> str:
     if "://" in location:
         return location
     if "://" not in url or url.startswith("file://"):
-        return os.path.normpath(os.path.join(url.removeprefix("file://"), location))
+        folder = url.removeprefix("file://")  # it may be a symbolic link, and its base beside the link or its target
+        places = [os.path.normpath(os.path.join(at, location)) for at in (folder, os.path.realpath(folder))]
+        return next(filter(os.path.isdir, places), places[0])
     url, question, query = url.partition("?")  # keep a signature
     scheme, _, path = url.partition("://")
     parts, keep = path.rstrip("/").split("/"), (repo_of(url) or "://").count("/") - 1  # keep the repo, host or bucket

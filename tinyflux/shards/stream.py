@@ -322,19 +322,20 @@ class Stream:
 
     def __next__(self) -> Any:
         began = time.perf_counter()
-        if self._pipeline is not None and self._pipeline.pid != os.getpid():
+        pipeline = self._pipeline  # another thread may close the stream at any line
+        if pipeline is not None and pipeline.pid != os.getpid():
             raise RuntimeError("this stream was read before the process was forked: open a new one in the child")
-        if self._pipeline is None:
-            self._pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
+        if pipeline is None:
+            pipeline = _Pipeline(self._reader, self.rank, self.world, self._position, *self._options)
             # also when the stream is garbage collected, and before the interpreter ends
-            self._shut_down = weakref.finalize(self, self._pipeline.close)
-        done = False
+            self._shut_down = weakref.finalize(self, pipeline.close)
+            self._pipeline = pipeline
         try:
-            counts, batch = self._pipeline.next()
-            done = True
-        finally:
-            if not done:
+            counts, batch = pipeline.next()
+        except BaseException:
+            if self._pipeline is pipeline:
                 self.close()
+            raise
         self.stats.last_wait = time.perf_counter() - began
         self.stats.wait += self.stats.last_wait
         self.stats.samples = [a + b for a, b in zip(self.stats.samples, counts, strict=True)]

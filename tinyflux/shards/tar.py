@@ -112,8 +112,8 @@ def _any_members(fd: int) -> Iterator[tuple[str, int, int] | Damage]:
         with os.fdopen(os.dup(fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + (member.size + _BLOCK - 1 & -_BLOCK)
-                if end > os.fstat(fd).st_size or member.issparse():
-                    yield Damage(f"{member.name} is sparse or cut short")
+                if member.size < 0 or end > os.fstat(fd).st_size or member.issparse():
+                    yield Damage(f"{member.name} is sparse, cut short or of a negative size")  # tarfile would turn back
                     return
                 if member.isfile():
                     yield member.name, member.offset_data, member.size

@@ -106,8 +106,11 @@ def check_shard(source: Source, k: int, deep: bool) -> tuple[list[str], np.ndarr
             said = file.samples[row] is None and (file.fault or of_base)
             if not said:
                 faults.append(f", sample {error.key or row}: {error.why}")
-    if deep and files.sha256(file.path) != shard.sha256:
-        faults.append(": its sha256 is not the manifest's")
+    try:
+        if deep and files.sha256(file.path) != shard.sha256:
+            faults.append(": its sha256 is not the manifest's")
+    except OSError as error:
+        faults.append(f": cannot be read: {error.strerror}")
     return faults, np.array(indices, np.int64), of_base
 
 

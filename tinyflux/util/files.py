@@ -32,8 +32,12 @@ def cache_folder() -> Path:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        error.filename = os.fspath(path)  # an error of a read has none
+        raise
 
 
 def sync(path: Path) -> None:
