@@ -104,7 +104,8 @@ def collated(folder: Path, batch: int, threads: int) -> Iterator[dict]:
     from tinyflux.trainer.collate import StreamCollate
     from tinyflux.trainer.config import TrainerConfig
 
-    collate = StreamCollate(TrainerConfig(), [open_source(folder)], global_batch_size=batch, seed=0)
+    source = open_source(folder)
+    collate = StreamCollate(TrainerConfig(), [source.null], source.grids, global_batch_size=batch, seed=0)
     return ours(folder, batch, threads, collate)
 
 

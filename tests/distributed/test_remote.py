@@ -14,6 +14,7 @@ from tests.training import curve, make_source, records, run_ranks, train, wait_f
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.config import DataConfig
 from tinyflux.shards.source import open_source
+from tinyflux.shards.sources import grids_of
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
@@ -105,7 +106,7 @@ def drawn(urls, world: int, steps: range, cache: NodeCache | None = None) -> dic
     trainer = TrainerConfig(text_dropout=0.2)
     config = DataConfig([str(u) for u in urls], [0.5, 0.5], global_batch_size=8, micro_batch_size=2, unit=2, seed=7)
     opened, found = [open_source(url, cache=cache) for url in urls], {}
-    collate = StreamCollate(trainer, opened, global_batch_size=8, seed=7)
+    collate = StreamCollate(trainer, [s.null for s in opened], grids_of(opened), global_batch_size=8, seed=7)
     for rank in range(world):
         with Stream(opened, config, rank, world, start_step=steps.start) as stream:
             for _ in range(len(steps) * stream.accumulation):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.training import curve, make_source, records, train
 from tinyflux.model.loader import load_checkpoint, load_model
 from tinyflux.run import export
+from tinyflux.shards.sources import grids_of
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.trainer.collate import StreamCollate
 from tinyflux.trainer.config import TrainerConfig
@@ -44,7 +45,7 @@ def draws(
     config = DataConfig([str(s) for s in sources], global_batch_size=8, micro_batch_size=micro, seed=7)
     opened = open_sources(config)
     trainer = replace(TrainerConfig(text_dropout=0.5), **options)
-    collate = StreamCollate(trainer, opened, global_batch_size=8, seed=7)
+    collate = StreamCollate(trainer, [s.null for s in opened], grids_of(opened), global_batch_size=8, seed=7)
     found = {}
     with_place = lambda raw: (raw["step"], raw["slots"], collate(raw))  # noqa: E731
     with Stream(opened, config, rank, world, with_place, start_step=steps.start) as stream:

@@ -17,6 +17,7 @@ import torch
 from tests.make_source import make_source, make_tensors
 from tests.training import environment
 from tinyflux.shards.format import parse_key
+from tinyflux.shards.sources import grids_of
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.trainer.cache_experts import DatasetCache
 from tinyflux.trainer.collate import StreamCollate
@@ -414,7 +415,7 @@ def test_every_teacher_has_its_own_timesteps(tmp_path):
     (taught / "manifest.json").write_text(json.dumps(manifest))
     config = config_of([str(plain), str(taught)], weights=[0.0, 1.0], allow_missing=["plain"])
     sources = open_sources(config, ("latents", "text", "lune", "sol"))
-    collate = StreamCollate(TrainerConfig(), sources, global_batch_size=8, seed=0)
+    collate = StreamCollate(TrainerConfig(), [s.null for s in sources], grids_of(sources), global_batch_size=8, seed=0)
     with Stream(sources, config) as stream:
         raw, t = next(stream), torch.tensor([0.3, 0.55])
     found = collate.at(raw, t)

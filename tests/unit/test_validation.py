@@ -7,6 +7,7 @@ import torch
 
 from tests.store_server import store_server
 from tests.training import make_source, records, train
+from tinyflux.shards.sources import grids_of
 from tinyflux.shards.stream import DataConfig, Stream, open_sources
 from tinyflux.trainer import collate, trainer
 from tinyflux.trainer.collate import VALIDATION_TIMESTEPS, HeldOut, StreamCollate
@@ -18,7 +19,8 @@ def held_out(urls: list[str], samples: int, world: int, micro: int = 2, **option
     config = DataConfig(urls, global_batch_size=8, micro_batch_size=micro, val_fraction=0.4, **options)
     sources, found, numbers = open_sources(config), [], set()
     for rank in range(world):
-        collated = StreamCollate(TrainerConfig(), sources, global_batch_size=8, seed=0)
+        nulls = [source.null for source in sources]
+        collated = StreamCollate(TrainerConfig(), nulls, grids_of(sources), global_batch_size=8, seed=0)
         with Stream(sources, config, rank, world, collated) as stream:
             batches = HeldOut(stream, collated, samples)
             rounds = []
@@ -65,7 +67,7 @@ def test_of_a_remote_source_few_shards_are_fetched_once(tmp_path, monkeypatch, c
                 options = {"val_fraction": 0.4, "cache_dir": str(tmp_path / f"node {rank} of {world}")}
                 config = DataConfig([server.url], global_batch_size=8, micro_batch_size=2, **options)
                 (opened,) = open_sources(config)
-                collated = StreamCollate(TrainerConfig(), [opened], global_batch_size=8, seed=0)
+                collated = StreamCollate(TrainerConfig(), [opened.null], opened.grids, global_batch_size=8, seed=0)
                 with Stream([opened], config, rank, world, collated) as stream:
                     batches = HeldOut(stream, collated, 1000)
                     rounds = []

@@ -73,6 +73,11 @@ def _check_groups(source: Source, wanted: list[str], config: DataConfig) -> None
         )
 
 
+def grids_of(sources: list[Source]) -> dict[str, tuple[float, ...]]:
+    """The timestep grid of each group that has one, in any of these sources."""
+    return {group: grid for source in sources for group, grid in source.grids.items()}
+
+
 def differing_grid(a: dict[str, tuple], b: dict[str, tuple]) -> str | None:
     """A group that has different timestep grids in two sources."""
     return next((group for group in a if group in b and a[group] != b[group]), None)

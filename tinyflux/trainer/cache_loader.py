@@ -41,7 +41,7 @@ class CacheCollate(StreamCollate):
         self.ids = sorted(cache.caches) if isinstance(cache, MultiSourceCache) else []
         nulls = [cache.caches[i].null() for i in self.ids] if self.ids else [one.null() for one in caches]
         nothing = {"t5_embeds": torch.zeros(1, 1), "clip_pooled": torch.zeros(1)}  # only without text dropout
-        super().__init__(config, nulls or [nothing], **options)
+        super().__init__(config, nulls or [nothing], grids={}, **options)
 
     def source_index(self, dataset_ids: Tensor) -> Tensor:
         """Index of each sample's cache. Raises ValueError."""

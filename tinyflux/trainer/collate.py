@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tinyflux.shards.format import bits
 from tinyflux.shards.schema import EXTRAS, GROUP_OF, SCHEMA
-from tinyflux.shards.source import Source
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.batches import Batch
@@ -28,13 +27,15 @@ COPIED = ("latents", "t5_embeds", "clip_pooled", "local_indices", "dataset_ids",
 class StreamCollate:
     """Collate function of the shard stream: raw batch -> `Batch`. Every draw is keyed by the sample's seed.
 
-    sources: of the stream; the empty prompts are theirs, and the timestep grids of their groups.
+    nulls: for each source, `t5_embeds` [L, D] and `clip_pooled` [D] of the empty prompt. grids: the timesteps of each
+    group that has some.
     """
 
     def __init__(
         self,
         config: TrainerConfig,
-        sources: list[Source],
+        nulls: list[dict[str, Tensor]],
+        grids: dict[str, tuple[float, ...]],
         *,
         global_batch_size: int,
         seed: int,
@@ -42,10 +43,9 @@ class StreamCollate:
         self.config = config
         self.global_batch_size, self.seed = global_batch_size, seed
         self.terms = terms.enabled(config)
-        self.grids = {group: grid for source in sources for group, grid in source.grids.items()}
-        self.points = {grid: torch.tensor(grid) for grid in self.grids.values()}
-        self.null_t5 = torch.stack([source.null["t5_embeds"] for source in sources])
-        self.null_clip = torch.stack([source.null["clip_pooled"] for source in sources])
+        self.grids, self.points = grids, {grid: torch.tensor(grid) for grid in grids.values()}
+        self.null_t5 = torch.stack([null["t5_embeds"] for null in nulls])
+        self.null_clip = torch.stack([null["clip_pooled"] for null in nulls])
         self.distribution = {
             "shift": config.shift,
             "logit_normal": config.logit_normal_sampling,

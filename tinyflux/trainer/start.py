@@ -14,7 +14,7 @@ from tinyflux.run.identity import agree, software
 from tinyflux.run.recorded import seen
 from tinyflux.run.sources import data_identity, open_run_sources
 from tinyflux.shards.schema import EXTRAS
-from tinyflux.shards.sources import usual_shape
+from tinyflux.shards.sources import grids_of, usual_shape
 from tinyflux.shards.stream import Stream
 from tinyflux.trainer import terms
 from tinyflux.trainer.collate import HeldOut, StreamCollate
@@ -70,7 +70,8 @@ def run(config: RunConfig, given: set[str], device: torch.device) -> int:
     config.model = fit_model(config.model, given, shapes)
     collate = StreamCollate(
         c,
-        sources,
+        [source.null for source in sources],
+        grids_of(sources),
         global_batch_size=config.data.global_batch_size,
         seed=seed,
     )
