@@ -60,12 +60,18 @@ class Tab:
         return value
 
     async def click(self, selector: str) -> None:
-        """A click with the mouse in the middle of an element, once it is there."""
-        find = f"document.querySelector({json.dumps(selector)})"
-        await self.until(f"{find} !== null")
-        x, y = await self.run(
-            f"{find}.scrollIntoView({{block: 'center'}}), (box => [box.x + box.width / 2, box.y + box.height / 2])"
-            f"({find}.getBoundingClientRect())"
+        """A click with the mouse in the middle of an element, once it is there and stands still."""
+        x, y = await self.until(
+            f"""(async () => {{
+                const element = document.querySelector({json.dumps(selector)});
+                if (element === null) return null;
+                const middle = (box) => [box.x + box.width / 2, box.y + box.height / 2];
+                element.scrollIntoView({{block: "center", behavior: "instant"}});
+                const before = middle(element.getBoundingClientRect());
+                await new Promise((done) => setTimeout(done, 100));
+                const now = middle(element.getBoundingClientRect());
+                return element.isConnected && before.join() === now.join() && now;
+            }})()"""
         )
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -96,8 +102,11 @@ async def tab(url: str, width: int = 1400, height: int = 1100):
         try:
             port = next(m[1] for line in process.stderr if (m := re.search(r"listening on ws://[^:]+:(\d+)/", line)))
             async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                    [target] = [page for page in await answer.json() if page["type"] == "page"]
+                deadline, targets = time.monotonic() + PATIENCE, []
+                while not targets and time.monotonic() < deadline:  # it listens before it has a page
+                    async with session.get(f"http://127.0.0.1:{port}/json") as answer:
+                        targets = [page for page in await answer.json() if page["type"] == "page"]
+                [target] = targets
                 async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                     shown = Tab(socket)
                     for domain in ("Page", "Network", "Runtime"):

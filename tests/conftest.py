@@ -1,6 +1,7 @@
 """Fixtures of several test files, and the server that all workers of a pytest run share."""
 
 import os
+import threading
 
 import pytest
 
@@ -34,6 +35,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def retried(monkeypatch) -> threading.Event:
+    """Set as soon as a download has failed and is about to be tried again."""
+    from tinyflux.shards.remote import Patience
+
+    event, wait = threading.Event(), Patience.wait
+    monkeypatch.setattr(Patience, "wait", lambda *arguments: event.set() or wait(*arguments))
+    return event
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
@@ -17,14 +19,13 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+def _wait(folder: Path, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
+            raise RuntimeError(f"Slurm's two nodes did not come up in 180 s:\n{logs}")
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    host, (control, n1, n2) = socket.gethostname(), _free_ports(3)
+    host, (control, n1, n2) = socket.gethostname(), free_ports(3)
     (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -67,17 +68,19 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
     munged = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
               f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/munge.seed"]  # fmt: skip
     daemons = []
+
+    def begin(*command: str) -> None:
+        with open(folder / f"{len(daemons)}-{command[0]}.out", "wb") as out:
+            daemons.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+
     try:
-        for command in (munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
-            with open(folder / f"{len(daemons)}-{command[0]}.out", "wb") as out:
-                daemons.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
-            time.sleep(1)
-        deadline = time.monotonic() + 60
-        while _idle_nodes(env) < 2:
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.log")))
-                raise RuntimeError(f"Slurm's two nodes did not come up in 60 s:\n{logs}")
-            time.sleep(0.5)
+        begin(*munged)
+        _wait(folder, (folder / "munge.socket").exists)
+        begin("slurmctld", "-D")
+        _wait(folder, lambda: " UP" in _said(env, "scontrol", "ping"))
+        for node in ("n1", "n2"):
+            begin("slurmd", "-D", "-N", node)
+        _wait(folder, lambda: len(_said(env, "sinfo", "-h", "-N", "-t", "idle").splitlines()) == 2)
         yield env
     finally:
         for daemon in reversed(daemons):
@@ -89,6 +92,5 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
                 daemon.kill()
 
 
-def _idle_nodes(env: dict[str, str]) -> int:
-    done = subprocess.run(["sinfo", "-h", "-N", "-t", "idle"], env=env, capture_output=True, text=True, check=False)
-    return len(done.stdout.splitlines())
+def _said(env: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tinyflux.shards.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -18,7 +21,8 @@ class StoreServer(ThreadingHTTPServer):
     bodies.
 
     rate: bytes per second of all answers together. latency: seconds before each answer. hold: files that are not
-    answered before `held` is set. login: the required Authorization header. port: to restart after an outage.
+    answered before `held` is set; `holding` is set when one was asked for. login: the required Authorization header.
+    port: to restart after an outage.
     """
 
     daemon_threads = True
@@ -32,7 +36,7 @@ class StoreServer(ThreadingHTTPServer):
         self.bodies: Counter = Counter()
         self.rate: float | None = None
         self.hold: set[str] = set()
-        self.held = threading.Event()
+        self.held, self.holding = threading.Event(), threading.Event()
         self._line, self._free_at = threading.Lock(), 0.0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -103,6 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         data, base = file.read_bytes(), file.name
         time.sleep(self.server.latency)
         if base in self.server.hold:
+            self.server.holding.set()
             self.server.held.wait()
         faults = self.server.faults[base]
         fault = faults.popleft() if faults and self.command == "GET" else ""
@@ -159,6 +164,23 @@ def store_server(root: Path, port: int = 0) -> Iterator[StoreServer]:
         thread.join(timeout=5)
 
 
+@contextmanager
+def nobody_at(port: int) -> Iterator[None]:
+    """Keep a port for a server that comes back: meanwhile nobody listens there, and nobody else gets it."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", port))
+        yield
+
+
+def fetch_all(source: Source, but: str = "") -> None:
+    """Download all shards of a remote source except one, so that nothing else needs the store."""
+    for layer in source.layers:
+        for shard in layer.manifest.shards:
+            if shard.name != but:
+                layer.store.fetch(shard.path, shard.bytes, shard.sha256)
+
+
 class S3:
     """moto's S3 server on loopback; its content survives `stop` and `start`."""
 
@@ -174,6 +196,24 @@ class S3:
 
     def stop(self) -> None:
         self._server.stop()
+
+    @contextmanager
+    def outage(self, until: threading.Event) -> Iterator[None]:
+        """Stop it until this is set, at the end of the block at the latest."""
+        self.stop()
+
+        def come_back() -> None:
+            until.wait(120)
+            self.start()
+
+        with nobody_at(self.port):
+            thread = threading.Thread(target=come_back, daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                until.set()
+                thread.join()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 import tests.make_source as sources
 from launch.train import main
 from tests.forked import Forked
+from tests.held import holding
 
 ROOT = Path(__file__).parent.parent
 TINY = {  # the network that tests train, without the sizes that depend on the shards
@@ -66,6 +67,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def command(holds: dict[str, Path] | None) -> tuple[list[Path], dict[str, str]]:
+    """The training command and its environment. holds: where it waits, see tests/held.py."""
+    script = ROOT / "launch/train.py"
+    return ([ROOT / "tests/held.py", script], environment() | holding(holds)) if holds else ([script], environment())
+
+
 def train(
     run_dir: Path,
     sources: list[Path],
@@ -73,13 +80,15 @@ def train(
     ranks: int = 1,
     file_limit: int | None = None,
     meanwhile: Callable[[list[Forked]], None] | None = None,
+    holds: dict[str, Path] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a training to its end; stdout has stderr too. file_limit: bytes beyond which writing a file fails.
-    meanwhile: is called with the processes of several ranks once they are started.
+    meanwhile: is called with the processes of several ranks once they are started. holds: where these wait.
 
     Of one rank without a limit in this process, of several in forked ones: both spare the start of an interpreter.
     """
-    argv = [ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)]
+    script, env = command(holds)
+    argv = [*script, *options_of_run(run_dir, sources, *options)]
     if ranks == 1:
         if file_limit is None:
             return _train_here(argv)
@@ -87,7 +96,7 @@ def train(
         said, _ = process.communicate(timeout=300)
         return subprocess.CompletedProcess(argv, process.returncode, said)
     with tempfile.NamedTemporaryFile() as log:
-        status = run_ranks(argv, ranks, Path(log.name), meanwhile)
+        status = run_ranks(argv, ranks, Path(log.name), meanwhile, env=env)
         return subprocess.CompletedProcess(argv, status, Path(log.name).read_text())
 
 
@@ -97,13 +106,14 @@ def run_ranks(
     log: Path,
     meanwhile: Callable[[list[Forked]], None] | None = None,
     timeout: float = 300,
+    env: dict[str, str] | None = None,
 ) -> int:
     """`argv` on several ranks, as torchrun would start them, with their output in `log`.
 
-    Returns the exit status of the first rank that failed, which ends the others, or 0.
+    Returns the exit status of a rank that failed, which ends the others, or 0.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # kept here, as torchrun's agent does
-    env = environment() | {
+    env = (env or environment()) | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_RUN_ID": "tests",
@@ -144,26 +154,33 @@ def _train_here(argv: list[object]) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, status, output.getvalue())
 
 
-def start(run_dir: Path, sources: list[Path], *options: object) -> Forked:
-    """Start a training on one rank."""
-    return Forked([ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)], environment())
+def start(run_dir: Path, sources: list[Path], *options: object, holds: dict[str, Path] | None = None) -> Forked:
+    """Start a training on one rank. holds: where it waits."""
+    script, env = command(holds)
+    return Forked([*script, *options_of_run(run_dir, sources, *options)], env)
 
 
 def start_torchrun(
-    run_dir: Path, sources: list[Path], *options: object, ranks: int = 2, more: Sequence[object] = ()
+    run_dir: Path,
+    sources: list[Path],
+    *options: object,
+    ranks: int = 2,
+    more: Sequence[object] = (),
+    holds: dict[str, Path] | None = None,
 ) -> Forked:
-    """Start a training on several ranks under the real torchrun. more: its options. The output is in RUN_DIR.log."""
+    """Start a training on several ranks under the real torchrun. more: its options; holds: where the ranks wait. The
+    output is in RUN_DIR.log."""
+    script, env = command(holds)
     argv = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *more]
-    argv += [ROOT / "launch/train.py", *options_of_run(run_dir, sources, *options)]
-    return Forked(argv, environment(), log=Path(f"{run_dir}.log"))
+    argv += [*script, *options_of_run(run_dir, sources, *options)]
+    return Forked(argv, env, log=Path(f"{run_dir}.log"))
 
 
 def wait_for(process: Forked, run_dir: Path, when: int | Path) -> None:
-    """Wait until a step of a run is recorded, or a file exists."""
+    """Wait until a step of a run is recorded, or a file exists. AssertionError if the process ends before."""
     deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if when.exists() if isinstance(when, Path) else len(records(run_dir)) >= when:
-            return
+    while not (when.exists() if isinstance(when, Path) else len(records(run_dir)) >= when):
+        assert process.poll() is None and time.monotonic() < deadline, f"{process.returncode} before {when}"
         time.sleep(0.002)
 
 
@@ -172,18 +189,27 @@ def workers(torchrun: Forked) -> list[int]:
     found = {}
     for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
         for pid in children.read_text().split():
-            content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            content: list[bytes] = []
+            with contextlib.suppress(OSError):  # it has ended
+                content = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             rank = next((entry[5:] for entry in content if entry.startswith(b"RANK=")), None)
             if rank is not None:
                 found[int(rank)] = int(pid)
     return [found[rank] for rank in sorted(found)]
 
 
-def train_until(run_dir: Path, sources: list[Path], when: int | Path, number: int, *options: object) -> tuple[int, str]:
-    """Train on one rank until a step is recorded or a file exists, then send a signal. (Exit status, output)."""
-    process = start(run_dir, sources, *options)
+def train_until(
+    run_dir: Path, sources: list[Path], when: int | Path, number: int, *options: object, latest: str
+) -> tuple[int, str]:
+    """Train on one rank until a step is recorded or a file exists, then send a signal. (Exit status, output).
+
+    latest: the place where the training waits for the signal if it comes there first.
+    """
+    sent = run_dir.with_name(f"{run_dir.name}.{when if isinstance(when, int) else when.name}.sent")
+    process = start(run_dir, sources, *options, holds={latest: sent})
     wait_for(process, run_dir, when)
     process.send_signal(number)
+    sent.touch()
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 

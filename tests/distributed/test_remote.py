@@ -75,13 +75,16 @@ def test_four_ranks_then_two_then_one(unbroken, urls, tmp_path):
     run_dir = tmp_path / "run"
     options = (*OPTIONS, "--data.cache-dir", tmp_path / "cache")
     saving = ("--trainer.total-steps", STEPS, "--trainer.save-every-steps", 2)
+    killed = tmp_path / "killed"
 
     def strike(processes: list[Forked]) -> None:
         wait_for(processes[0], run_dir, run_dir / "checkpoints" / "step_2" / "metadata.json")
         processes[1].kill()
+        assert processes[1].wait(300) == -signal.SIGKILL
+        killed.touch()
 
-    done = train(run_dir, urls, *options, *saving, ranks=4, meanwhile=strike)
-    assert done.returncode == -signal.SIGKILL, done.stdout
+    done = train(run_dir, urls, *options, *saving, ranks=4, meanwhile=strike, holds={"step 6": killed})
+    assert done.returncode, done.stdout
 
     done = train(run_dir, urls, *options, "--trainer.total-steps", 8, ranks=2)
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout

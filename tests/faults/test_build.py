@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import webdataset
 
 from tests.builds import content
 from tests.forked import Forked
-from tests.training import environment
+from tests.held import holding
+from tests.training import ROOT, environment
 from tests.unit.test_images import encoded
 from tinyflux.model.tiny import shapes
 from tinyflux.shards.manifest import Manifest
+from tinyflux.util.files import atomic_write
 
 COUNT, SHARD, TARS = 48, 4, 6
 KILLS = int(os.environ.get("TINYFLUX_KILLS", "3"))
@@ -23,18 +26,31 @@ SHAPES = ("--shapes", "auto")
 
 
 def rank(
-    folder: Path, out: str, index: int = 0, world: int = 1, options: tuple = (), source: str = "drawn", **limits
+    folder: Path,
+    out: str,
+    index: int = 0,
+    world: int = 1,
+    options: tuple = (),
+    source: str = "drawn",
+    most: Path | None = None,
+    **limits,
 ) -> Forked:
-    """A rank of the build of `folder`/sources.toml into `folder`/`out`."""
-    args = ["-m", "sharding.build", "--source", source, "--sources", "sources.toml", "--out", out, "--zoo", "tiny"]
-    args += ["--threads", "1", "--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
+    """A rank of the build of `folder`/sources.toml into `folder`/`out`. most: a file with the number of finished shards
+    at which it waits."""
+    args = ["-m", "sharding.build"] if most is None else [ROOT / "tests/held.py", "sharding.build"]
+    args += ["--source", source, "--sources", "sources.toml", "--out", out, "--zoo", "tiny", "--threads", "1"]
+    args += ["--shard-size", str(SHARD), "--batch-size", "4", "--workers", "2", "--device", "cpu"]
     env = environment() | {"RANK": str(index), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    env |= holding({"shards": most}) if most else {}
     return Forked([*args, *options], env, cwd=folder, log=folder / f"{out}-{index}.log", **limits)
 
 
-def notes(out: Path) -> int:
-    """How many shards are noted as finished."""
-    return len(list(out.glob(".build/0*.json")))
+def finished(out: Path, count: int) -> None:
+    """Wait until so many shards are noted as finished."""
+    deadline = time.monotonic() + PATIENCE
+    while len(list(out.glob(".build/0*.json"))) < count:
+        assert time.monotonic() < deadline, f"{out} has no {count} shards yet"
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +85,25 @@ def tars(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 def test_killed_ranks_come_back(tars, world, kills):
     """Ranks killed with SIGKILL at random moments while parts of several shapes are being built, and started again."""
     folder, expected = tars
-    draw, out = random.Random(), f"storm-{world}"
+    draw, out, most = random.Random(), f"storm-{world}", folder / f"most-{world}"
     shards = sum(name.endswith(".tar") for name in expected)
 
     def begin(index: int) -> Forked:
-        return rank(folder, out, index, world, SHAPES, "tars")
+        return rank(folder, out, index, world, SHAPES, "tars", most)
 
+    atomic_write(most, f"{shards - 1 if kills else shards}")  # a build that is to be killed does not end before
     ranks = {index: begin(index) for index in range(world)}
-    struck = 0
     for kill in range(kills):
-        # shards finished when it strikes; the last third takes less time than it may take to notice them
-        target = (kill + draw.random()) / kills * shards * 2 / 3
-        deadline = time.monotonic() + PATIENCE
-        while notes(folder / out) < int(target) and time.monotonic() < deadline:
-            time.sleep(0.002)
+        # shards finished when it strikes, or a few more
+        finished(folder / out, int((kill + draw.random()) / kills * (shards - 1)))
         time.sleep(draw.random() * 0.1)
-        running = [index for index, process in ranks.items() if process.poll() is None]
-        victim = draw.choice(running or [0])
-        struck += victim in running
+        victim = draw.choice([index for index, process in ranks.items() if process.poll() is None])
         ranks[victim].kill()
-        ranks[victim].wait(PATIENCE)
+        assert ranks[victim].wait(PATIENCE) == -signal.SIGKILL
         ranks[victim] = begin(victim)
+    atomic_write(most, f"{shards}")
     for index, process in ranks.items():
         assert process.wait(PATIENCE) == 0, (folder / f"{out}-{index}.log").read_text()
-    print(f"{struck} of {kills} kills struck a running build")
-    assert struck or not kills
     assert content(folder / out) == expected
     assert not list((folder / out).rglob("*.tmp"))
 
@@ -102,14 +112,13 @@ def test_fields_added_by_ranks_that_are_killed(whole):
     """--only on two ranks, one killed and restarted: the same bytes as on one rank, and an unchanged base."""
     folder, expected = whole
     assert rank(folder, "bare", options=("--no-lune",)).wait(PATIENCE) == 0, (folder / "bare-0.log").read_text()
-    before, options = content(folder / "bare"), ("--only", "lune", "--from", "bare")
-    ranks = {index: rank(folder, "taught", index, 2, options) for index in range(2)}
-    deadline = time.monotonic() + PATIENCE
-    while notes(folder / "taught") < 1 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    print(f"struck a running build: {ranks[1].poll() is None}")
+    before, options, most = content(folder / "bare"), ("--only", "lune", "--from", "bare"), folder / "most"
+    atomic_write(most, "1")
+    ranks = {index: rank(folder, "taught", index, 2, options, most=most) for index in range(2)}
+    finished(folder / "taught", 1)
     ranks[1].kill()
-    ranks[1].wait(PATIENCE)
+    assert ranks[1].wait(PATIENCE) == -signal.SIGKILL
+    atomic_write(most, f"{COUNT}")
     ranks[1] = rank(folder, "taught", 1, 2, options)
     for index, process in ranks.items():
         assert process.wait(PATIENCE) == 0, (folder / f"taught-{index}.log").read_text()

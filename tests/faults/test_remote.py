@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,14 +14,16 @@ import torch
 
 from tests.forked import Forked
 from tests.make_source import make_samples, make_source
-from tests.store_server import COMMIT, s3_server, store_server  # noqa: F401  (COMMIT: for HUB)
+from tests.store_server import COMMIT, fetch_all, s3_server, store_server  # noqa: F401  (COMMIT: for HUB)
 from tests.training import environment
 from tinyflux.shards import cache, remote
 from tinyflux.shards.cache import NodeCache
 from tinyflux.shards.clients import DownloadError
+from tinyflux.shards.lookahead import LookAhead
+from tinyflux.shards.opened import OpenShards
 from tinyflux.shards.reader import Reader
 from tinyflux.shards.remote import RemoteStore
-from tinyflux.shards.stream import DataConfig, Stream, open_sources
+from tinyflux.shards.stream import DataConfig, Stream, _Pipeline, open_sources
 from tinyflux.shards.writer import write_shard
 
 SHARD = "portraits-000001.tar"
@@ -59,9 +60,17 @@ def config_of(urls, tmp_path, **options):
     )
 
 
-def run(config, **options):
-    with Stream(open_sources(config, **options), config) as stream:
+def run(config, sources=None):
+    with Stream(sources or open_sources(config), config) as stream:
         return [next(stream) for _ in range(STEPS)]
+
+
+def all_but_one(config):
+    """The sources, with all shards but SHARD in the cache, which from now on waits only for a moment for its store."""
+    (source,) = sources = open_sources(config)
+    fetch_all(source, but=SHARD)
+    source.layers[0].store.cache.timeout = 0.5
+    return sources
 
 
 def assert_same(batches, folder, tmp_path):
@@ -99,16 +108,12 @@ def test_two_sources_from_the_hub_give_the_same_batches(server, folder, tmp_path
     assert process.returncode == 0, said
 
 
-def test_s3_gives_the_same_batches_through_an_outage(folder, tmp_path, monkeypatch):
-    config = config_of("s3://bucket/portraits", tmp_path, timeout=60.0)
+def test_s3_gives_the_same_batches_through_an_outage(folder, tmp_path, monkeypatch, retried):
+    config = config_of("s3://bucket/portraits", tmp_path)
     with s3_server(folder, "bucket", "portraits", monkeypatch) as s3:
         sources = open_sources(config)
-        s3.stop()
-        timer = threading.Timer(1.5, s3.start)
-        timer.start()
-        with Stream(sources, config) as stream:
-            batches = [next(stream) for _ in range(STEPS)]
-        timer.join()
+        with s3.outage(until=retried):
+            batches = run(config, sources)
     assert_same(batches, folder, tmp_path)
 
 
@@ -125,25 +130,46 @@ def test_retry_after_is_honoured(server, tmp_path):
     assert time.monotonic() - began >= 0.7
 
 
-def test_gives_up_with_the_url(server, tmp_path):
+def test_gives_up_with_the_url(server, tmp_path, monkeypatch):
+    """The store's own error, also where the thread that downloads was slow to begin."""
     server.faults[SHARD].extend([(503, {})] * 1000)
-    with pytest.raises(DownloadError, match=rf"{server.url}/portraits/{SHARD}: gave up after \d+ tries in 1 s"):
-        run(config_of(f"{server.url}/portraits", tmp_path, timeout=1.0))
+    fetch, begin = LookAhead._fetch, _Pipeline.__init__
+
+    def late(look, *what):
+        time.sleep(1.0)
+        fetch(look, *what)
+
+    def patient(pipeline, *given):
+        begin(pipeline, *given)
+        pipeline.patience = 120.0
+
+    monkeypatch.setattr(LookAhead, "_fetch", late)
+    monkeypatch.setattr(_Pipeline, "__init__", patient)
+    config = config_of(f"{server.url}/portraits", tmp_path)
+    sources = all_but_one(config)
+    config.timeout = 1.0
+    with pytest.raises(DownloadError, match=rf"{server.url}/portraits/{SHARD}: gave up after \d+ tries in \d+ s"):
+        run(config, sources)
 
 
-def test_a_shard_that_is_asked_for_late_has_its_whole_time(server, tmp_path, monkeypatch):
-    """The store's own error, not the stream's, also where a thread was slow before it came to that shard."""
-    server.faults[SHARD].extend([(503, {})] * 1000)
-    opened = Reader._open
+def test_a_shard_that_is_asked_for_late_has_its_whole_time(folder, tmp_path, monkeypatch):
+    """The stream's time for a shard begins when a thread asks for it, not with the last sample before it."""
+    opened, get, asked = Reader._open, OpenShards.get, []
 
-    def late(reader, micro, source, shard):
-        if shard != int(SHARD[-10:-4]):
-            time.sleep(1.2)  # meanwhile the look-ahead has given up
-        return opened(reader, micro, source, shard)
+    def late(reader, *where):
+        reader.progress = -1.0  # long ago
+        return opened(reader, *where)
+
+    def noted(shards, *where):
+        asked.append(stream._reader.progress)
+        return get(shards, *where)
 
     monkeypatch.setattr(Reader, "_open", late)
-    with pytest.raises(DownloadError, match=f"{SHARD}: gave up"):
-        run(config_of(f"{server.url}/portraits", tmp_path, timeout=1.0))
+    monkeypatch.setattr(OpenShards, "get", noted)
+    config = config_of(folder, tmp_path, threads=1)
+    with Stream(open_sources(config), config) as stream:
+        next(stream)
+    assert asked and min(asked) > 0
 
 
 @pytest.mark.parametrize(
@@ -180,12 +206,14 @@ def test_a_resume_reads_the_revision_that_it_began_with(server, folder, tmp_path
 
 def on_disk(tmp_path) -> tuple[int, int]:
     """Shards in the cache, and evicted shards that an open descriptor keeps."""
-    held = []
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
-            held.append(os.readlink(link))
-    gone = {name for name in held if name.startswith(str(tmp_path / "cache")) and name.endswith(".tar (deleted)")}
-    return len(list((tmp_path / "cache").glob("*/*.tar"))), len(gone)
+    while True:
+        there, held = {*(tmp_path / "cache").glob("*/*.tar")}, []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another thread closed it meanwhile
+                held.append(os.readlink(link))
+        gone = {name for name in held if name.startswith(str(tmp_path / "cache")) and name.endswith(".tar (deleted)")}
+        if there == {*(tmp_path / "cache").glob("*/*.tar")}:  # otherwise the two were not there at the same time
+            return len(there), len(gone)
 
 
 def test_the_cache_bounds_the_disk(tmp_path):

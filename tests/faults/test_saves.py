@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,11 +86,10 @@ def test_an_io_error_is_no_damage(model, tmp_path, monkeypatch, capfd):
         assert capfd.readouterr().out.count("trying again in") == 2
         assert said.count("trying again in") == 2 and "falling back" not in said
 
-        def heal() -> None:
-            path.unlink()
-            (tmp_path / "kept").rename(path)
+        def heal(_pause: float) -> None:
+            (tmp_path / "kept").replace(path)
 
-        threading.Timer(0.15, heal).start()
+        monkeypatch.setattr(folders, "time", SimpleNamespace(sleep=heal))  # while it waits for its second try
         assert checkpointer.load_newest(state(model))["step"] == 2
 
 

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -317,10 +319,21 @@ def test_a_shard_that_vanished_is_named(clean, tmp_path):
 def test_a_read_that_hangs_is_named(clean, tmp_path):
     folder = shutil.copytree(clean, tmp_path / "portraits")
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    config = DataConfig([str(folder)], global_batch_size=6, micro_batch_size=3, seed=3)
     with open(folder / SHARD, "r+b") as file:  # who opens a leased file waits, as on a dead network file system
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        with pytest.raises(TimeoutError, match=rf"no sample came for 0.72 s \(data.timeout\); being read: .*{SHARD}"):
-            run(folder, timeout=0.2)
+        with Stream(open_sources(config), config) as stream, ThreadPoolExecutor(1) as pool:
+            reader = stream._reader
+            read = pool.submit(lambda: [next(stream) for _ in range(2 * STEPS)])
+            deadline = time.monotonic() + 120
+            while stream._pipeline is None or (0, BAD_SHARD) not in [*reader.reading.values()]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with stream._pipeline._lock:  # it has waited long enough, as soon as it has come to that shard
+                stream._pipeline.patience = 0.2
+                stream._pipeline._ready.notify_all()
+            with pytest.raises(TimeoutError, match=rf"no sample came for 0.2 s .*; being read: .*{SHARD}"):
+                read.result(timeout=120)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     signal.signal(signal.SIGIO, before)
     assert run(folder)[1].bad == 0

@@ -1,12 +1,14 @@
 """Uploads of weights to a loopback Hub during training, with the real client in separate processes."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.dataset_hub import TOKEN, dataset_hub, yaml_faults
 from tests.forked import Forked
+from tests.held import holding
 from tests.training import ROOT, curve, environment, make_source, options_of_run
 from tinyflux.run.upload import render
 from tinyflux.trainer.config import TrainerConfig
@@ -22,11 +24,15 @@ def sources(tmp_path_factory):
     return [make_source(tmp_path_factory.mktemp("sources") / "a", 1)]
 
 
+def of_hub(url: str, home: Path) -> dict[str, str]:
+    """The environment of a process whose Hub is there."""
+    env = {k: v for k, v in environment().items() if not k.startswith("HF_")}
+    return env | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+
+
 def run(argv: list[object], url: str, home: Path) -> tuple[int, str]:
     """Exit status and output."""
-    env = {k: v for k, v in environment().items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    process = Forked(argv, env)
+    process = Forked(argv, of_hub(url, home))
     said, _ = process.communicate(timeout=300)
     return process.returncode, said
 
@@ -73,9 +79,15 @@ def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
         nobody = hub.url
     options = (*OPTIONS, *UPLOAD, "--trainer.upload-wait", 2)
     argv = [ROOT / "launch/train.py", *options_of_run(tmp_path / "run", sources, *options)]
-    status, said = run(argv, nobody, tmp_path / "hf")
+    failed, log = tmp_path / "failed", tmp_path / "log"
+    env = of_hub(nobody, tmp_path / "hf") | holding({"step 7": failed})
+    process, deadline = Forked([ROOT / "tests/held.py", *argv], env, log=log), time.monotonic() + 300
+    while f"WARNING: upload to {REPO} failed (1 in a row)" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    failed.touch()
+    status, said = process.wait(300), log.read_text()
     assert status == 0 and len(curve(tmp_path / "run")) == 8, said
-    assert f"WARNING: upload to {REPO} failed (1 in a row)" in said, said
     assert "WARNING: not uploaded" in said and "run the same command to send them" in said
     with dataset_hub() as hub:
         status, said = run(argv, hub.url, tmp_path / "hf")

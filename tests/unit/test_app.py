@@ -1,7 +1,6 @@
 """The browser page: its pictures, and the page itself in a real browser."""
 
 import asyncio
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.browser import chromium, tab
+from tests.ports import free_ports
 from tests.weights import write_run
 from tinyflux.model.loader import load_model
 from tinyflux.model.zoo import ModelZoo
@@ -81,21 +81,18 @@ def test_what_cannot_be_drawn(run_dir, tmp_path):
         AppOptions("mine", port=0)
 
 
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return some.getsockname()[1]
-
-
 FIELDS = "[...document.querySelectorAll('#prompts textarea, #seed input')].map(field => field.value)"
-SHOWN = "[...document.querySelectorAll('#pictures .grid-container img')].map(image => image.src)"
+SHOWN = (
+    "[...document.querySelectorAll('#pictures .grid-container img')]"
+    ".filter(image => image.complete && image.naturalWidth > 0).map(image => image.src)"
+)
 
 
 @pytest.mark.skipif(not chromium(), reason="needs chromium")
 def test_in_a_browser(run_dir, tmp_path):
     """A click draws; a picture's settings go back into the form, and draw it again; nothing comes from elsewhere."""
     pytest.importorskip("gradio")
-    page, url = serve(AppOptions(str(run_dir), port=free_port()), tmp_path)
+    page, url = serve(AppOptions(str(run_dir), port=free_ports(1)[0]), tmp_path)
 
     async def use() -> None:
         async with tab(url) as shown:

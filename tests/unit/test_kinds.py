@@ -21,6 +21,7 @@ from tests.listed import inputs_of
 from tinyflux.precache.images import Rejected, open_image
 from tinyflux.precache.kinds import kind_of
 from tinyflux.precache.kinds.base import ImageSource, SourceError
+from tinyflux.shards.remote import Patience
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange"]
 UNREADABLE = "rejected: unreadable image: not an image file of a known kind"
@@ -189,8 +190,14 @@ def test_webdataset_by_url(tmp_path, tars, monkeypatch):
 def test_lists_of_urls(tmp_path, monkeypatch):
     """Images are fetched when they are read, again after an error of the server, and not for ever."""
     monkeypatch.setattr("tinyflux.shards.remote.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("tinyflux.precache.fetch.OUTAGE", 1.0)
-    asked = []
+    asked, wait = [], Patience.wait
+
+    def impatient(patience, error):
+        if patience.tries > 3:
+            patience.outage = 0.0
+        wait(patience, error)
+
+    monkeypatch.setattr(Patience, "wait", impatient)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

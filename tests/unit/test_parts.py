@@ -63,15 +63,16 @@ def test_each_tar_is_fetched_once_in_all(tmp_path, monkeypatch):
 
     handler = functools.partial(Handler, directory=tmp_path / "served")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/{{00000..{TARS - 1:05d}}}.tar"
         context = multiprocessing.get_context("fork")
         ranks = [context.Process(target=_rank, args=(tmp_path, url, rank)) for rank in range(RANKS)]
         for process in ranks:
             process.start()
+        # only now, as a fork beside the server's threads may find a lock held for ever
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         for process in ranks:
-            process.join(120)
+            process.join(300)
     finally:
         server.shutdown()
         server.server_close()

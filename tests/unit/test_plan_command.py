@@ -84,5 +84,5 @@ def test_faults_are_one_line(capsys, name):
 
 def test_as_a_command(config):
     command = [sys.executable, "launch/plan.py", "--config", str(config[0]), "--step", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr and "passes" in done.stdout, done.stderr

@@ -62,7 +62,8 @@ def test_page(run_dir):
 
 def chromium(page: Path, *options: str) -> str:
     argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,1400", *options]
-    return subprocess.run([*argv, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    argv += [f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -110,7 +110,7 @@ def test_another_zoo_and_a_missing_step(run_dir, tmp_path, capsys):
 def test_help_appears_at_once():
     """Nothing heavy is imported before something is drawn."""
     code = "import sys, launch.sample; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.stdout.strip() == "[]", process.stderr
 
 

@@ -146,8 +146,8 @@ def running(name):
 
 
 def ends(name):
-    """Whether a thread has ended after 5 s at most."""
-    deadline = time.monotonic() + 5
+    """Whether a thread has ended after 120 s at most."""
+    deadline = time.monotonic() + 120
     while running(name) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not running(name)

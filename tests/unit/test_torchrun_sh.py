@@ -106,6 +106,6 @@ def test_two_real_processes_meet(tmp_path):
     env = {**os.environ, "PATH": path, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
     for name in [name for name in env if name.startswith("SLURM_")]:
         del env[name]
-    done = subprocess.run([SCRIPT, script, tmp_path], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([SCRIPT, script, tmp_path], env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / name).read_text() for name in ("rank0", "rank1")] == ["3", "3"]

@@ -3,7 +3,11 @@
 import json
 import logging
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.models import Unigram
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel
 
 from tests.hub import serve
@@ -53,6 +58,23 @@ def test_every_model_is_the_real_class_frozen(zoo):
     assert zoo.loaded() == list(KINDS)
     assert (zoo.image_size, zoo.t5_length, zoo.latent_shape) == (64, 32, (16, 8, 8))
     assert SolAttnProcessor.__module__ == "tinyflux.model.teachers"
+
+
+def test_models_are_built_one_at_a_time(monkeypatch):
+    """diffusers changes torch while it builds one: if two threads did so at once, the change could stay."""
+    monkeypatch.setattr(nn.Module, "register_parameter", nn.Module.register_parameter)  # as it was, whatever happens
+    build, both, together = AutoencoderKL.__init__, threading.Barrier(2), []
+
+    def built(vae, *args, **kwargs):
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+            together.append(vae)
+        build(vae, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "__init__", wraps(build)(built))
+    with ThreadPoolExecutor(2) as pool:
+        vaes = list(pool.map(lambda _: ModelZoo(zoo="tiny").load_vae(), range(2)))
+    assert not together and not any(p.is_meta for vae in vaes for p in vae.parameters())
 
 
 def test_the_package_data_is_small():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -152,6 +153,9 @@ def _readable(place: Pretrained) -> Iterator[None]:
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+# while they build a model, diffusers and transformers change torch for the whole process, such as register_parameter of
+# all modules; if two threads did so at once, the change could stay
+_BUILDING = threading.Lock()
 SMALLEST_VOCABULARY = 0.9  # of the model's, because models round up their vocabulary (T5: by 28 to 32,128)
 
 
@@ -170,13 +174,14 @@ def load_pretrained(kind: type, place: Pretrained, **options):
         raise FileNotFoundError(f"{place} has no weights: one of {', '.join(weights)} is needed")
     if issubclass(kind, ModelMixin):  # otherwise diffusers suggests installing accelerate for each model
         options = {**options, "low_cpu_mem_usage": is_accelerate_available()}
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers prints a table of the weights that this part of the model does not use
-    try:
-        with _readable(place):
-            model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
-    finally:
-        logging.set_verbosity(level)
+    with _BUILDING:
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # transformers prints a table of the weights that this part does not use
+        try:
+            with _readable(place):
+                model, info = kind.from_pretrained(**place.arguments(), output_loading_info=True, **options)
+        finally:
+            logging.set_verbosity(level)
     _refuse(place, kind, [f"missing {key}" for key in info["missing_keys"]])
     return model
 

@@ -54,8 +54,7 @@ class LookAhead:
     """Downloads of one rank's remote shards for the steps from `step` to `end_step`, until `stop`.
 
     first: samples in the rank's first batch; their shards are downloaded before all others. budget: bytes of the cache
-    that the rank may fill ahead. timeout: the longest that `need` waits, in seconds. Raises ValueError if the shards of
-    one step exceed the budget.
+    that the rank may fill ahead. Raises ValueError if the shards of one step exceed the budget.
     """
 
     def __init__(
@@ -68,11 +67,10 @@ class LookAhead:
         *,
         first: int,
         budget: int,
-        timeout: float,
         end_step: int | None = None,
     ):
         self.sources, self.plan, self.rank, self.world = sources, plan, rank, world
-        self.budget, self.timeout = budget, timeout
+        self.budget = budget
         self.late = 0
         """Number of shards that a reader had to wait for."""
         self._remote = [any(layer.store.cache for layer in source.layers) for source in sources]
@@ -109,7 +107,7 @@ class LookAhead:
     def need(self, source: int, shard: int) -> None:
         """Wait until a shard is in the cache. Shards that a reader waits for are downloaded first.
 
-        Raises the download's error, TimeoutError, or Stopped after `stop`.
+        There is no other limit than the download's: its error says most. Raises it, or Stopped after `stop`.
         """
         if not self._remote[source]:
             return
@@ -122,18 +120,13 @@ class LookAhead:
             self._wanted[key] = None
             self._later.pop(key, None)
             self._change.notify_all()
-            deadline = time.monotonic() + 1.05 * self.timeout + 0.25  # after the store's own error, which says more
             try:
                 while not all(path.is_file() for path in paths):
                     if self._stopped.is_set():
                         raise Stopped("the stream was closed")
                     if key in self._errors:
                         raise self._errors[key]
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        url, name = self.sources[source].url, needed.files[0][1].name
-                        raise TimeoutError(f"waited {self.timeout:g} s (data.timeout) for {url}/{name}")
-                    self._change.wait(min(left, POLL))
+                    self._change.wait(POLL)
             finally:
                 self._wanted.pop(key, None)
                 self._errors.pop(key, None)
@@ -218,9 +211,12 @@ class LookAhead:
                 return needed, None
         most = MOST_DOWNLOADS if self._first else min(MOST_DOWNLOADS, DOWNLOADS + self.late)
         while self._missing and len(self._busy) < most and chosen is None and self._pause <= now:
-            needed = self._needed.get(self._missing[0][2])
-            if needed is None or needed.there or needed.key in self._busy:
+            *use, key = self._missing[0]
+            needed = self._needed.get(key)
+            if needed is None or needed.there or key in self._busy:
                 heapq.heappop(self._missing)
+            elif (*use,) != needed.uses[0]:  # a reader fetched it for that one
+                heapq.heapreplace(self._missing, (*needed.uses[0], key))
             elif self._first and needed.key not in self._first:  # the first batch gets the whole bandwidth
                 break
             elif self._later.get(needed.key, 0.0) > now:

@@ -54,7 +54,6 @@ class OpenShards:
         step: int,
         *,
         first: int,
-        timeout: float,
         ranks_on_node: int,
         end_step: int | None = None,
     ) -> LookAhead | None:
@@ -73,7 +72,6 @@ class OpenShards:
             step,
             first=first,
             budget=min(cache.limit for cache in self.caches) // ranks_on_node,
-            timeout=timeout,
             end_step=end_step,
         )
         return self._ahead

@@ -66,7 +66,6 @@ class _Pipeline:
             world,
             position // reader.config.accumulation(world),
             first=reader.config.micro_batch_size,
-            timeout=reader.config.timeout,
             ranks_on_node=ranks_on_node,
             end_step=end_step,
         )

@@ -23,11 +23,12 @@ class Background:
 
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
         """Do this after all earlier jobs."""
-        self._newest = self._executor.submit(work, *arguments)
-        self._newest.add_done_callback(self._tell)
+        self._newest = self._executor.submit(self._do, work, *arguments)
 
-    def _tell(self, job: Future) -> None:
-        if error := job.exception():  # an error that the job does not handle, such as MemoryError
+    def _do(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001  one that the job does not handle, such as MemoryError
             say(f"WARNING: {self.name}: {error!r}; training continues")
 
     def wait(self, patience: float | None = None) -> bool:
