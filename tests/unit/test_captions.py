@@ -218,6 +218,16 @@ def test_what_is_passed_over_is_counted(tmp_path):
     assert spec.ignored == {".mov": 1, ".db": 1, ".nef": 1, "without one": 1, ".txt without an image": 1}
 
 
+def test_a_folder_without_captions_is_listed_once_to_say_so(tmp_path, monkeypatch):
+    folder(tmp_path, {f"{i}.png": b"" for i in range(20)} | {"3.md": "", "3.csv": "", "30.text": "", "3.rtf": ""})
+    spec, listed, listdir = source(tmp_path), [], os.listdir
+    items = {item.origin: item for item in inputs_of(spec)}
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
+    found = {name: spec.sought(item).partition("; ")[2] for name, item in items.items()}
+    assert found["4.png"] == "nothing of its name beside it" and found["3.png"] == "beside it: 3.csv, 3.md, 3.rtf"
+    assert len(found) == 22 and listed == [tmp_path / "images"]
+
+
 def test_stamps_see_what_has_changed(tmp_path):
     """Same size, another time; the target of a link."""
     folder(tmp_path, {"a.txt": "one", "b.txt": "two"})

@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sharding import build, verify
-from tests.builds import content, run, samples
+from tests.builds import content, run, samples, sources
 from tinyflux.model.zoo import TINY_DIR
 from tinyflux.precache.extract import EXTRACTORS, Extractor
 from tinyflux.shards.manifest import Manifest
@@ -182,6 +183,24 @@ def test_a_changed_image_without_a_preview_is_refused(mine, capsys):
     Image.new("RGB", (73, 80), (250, 250, 0)).save(mine / "images" / "3.png")
     assert redo(mine, "new", "plain", "--only", "lune") == 2
     assert "3.png (sample" in (message := capsys.readouterr().err) and "its bytes have another hash" in message
+
+
+def test_captions_of_other_rows_are_refused(tmp_path, monkeypatch, capsys):
+    """The origin of a dataset's row is its number."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    rows = []
+    for i in range(3):
+        picture(tmp_path / "x.png", i)
+        rows.append({"image": (tmp_path / "x.png").read_bytes(), "text": f"number {i}"})
+    (tmp_path / "images").mkdir()
+    sources(tmp_path, kind="hf")
+    datasets.Dataset.from_list(rows[1:]).to_parquet(tmp_path / "images" / "train.parquet")
+    assert build_to(tmp_path, "old", "--no-lune", "--no-sol") == 0
+    datasets.Dataset.from_list([rows[1], rows[2] | {"text": "new"}]).to_parquet(tmp_path / "images" / "train.parquet")
+    assert redo(tmp_path, "new", "old", "--only", "prompt") == 0
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "images" / "train.parquet")
+    assert redo(tmp_path, "wrong", "old", "--only", "prompt") == 2
+    assert "image has changed: its bytes have another hash" in capsys.readouterr().err
 
 
 def test_all_captions_of_an_image(tmp_path):

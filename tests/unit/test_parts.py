@@ -14,8 +14,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from tests.builds import content, run, samples
+from tests.builds import content, run, samples, sources
 from tests.unit.test_images import encoded, gradient
+from tinyflux.precache import from_images
 from tinyflux.precache.kinds import kind_of
 from tinyflux.precache.kinds.base import Input
 from tinyflux.precache.ledger import Ledger
@@ -146,6 +147,44 @@ def test_a_larger_limit_reaches_the_next_tar(tmp_path):
     assert changes(9, append=True) == changes(None) == ""
     tar(tmp_path / "raw" / "3.tar", {"3": Image.new("RGB", (8, 8))})
     assert changes(6) == "" and changes(9) == "1 (3.tar) new"
+
+
+def test_the_listing_and_the_settings_stay_while_another_process_builds(tmp_path, capsys):
+    """Although no shard is finished yet."""
+    (tmp_path / "images").mkdir()
+
+    def picture(i: int) -> None:
+        gradient(64, 64).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"picture {i}")
+
+    picture(0)
+    sources(tmp_path)
+    context = multiprocessing.get_context("fork")
+    building, go = context.Event(), context.Event()
+
+    def slow(*args) -> list:
+        building.set()
+        go.wait(300)
+        return encode(*args)
+
+    encode = from_images.encode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_images, "encode", slow)
+        other = context.Process(target=run, args=(tmp_path,))
+        other.start()
+    try:
+        assert building.wait(300)
+        assert run(tmp_path, "--seed", 3) == 2
+        assert "another process is building here with other settings" in capsys.readouterr().err
+        (tmp_path / "images" / "0.txt").write_text("something else")
+        assert run(tmp_path) == 2 and "1 (0.png) changed" in capsys.readouterr().err
+        (tmp_path / "images" / "0.txt").write_text("picture 0")
+        picture(1)
+        assert run(tmp_path) == 2 and "1 (1.png) new" in capsys.readouterr().err
+    finally:
+        go.set()
+        other.join(300)
+    assert [sample["meta"]["origin"] for sample in samples(tmp_path / "out").values()] == ["0.png"]
 
 
 def test_without_locks_each_rank_keeps_to_its_share(tmp_path, monkeypatch, capsys):

@@ -45,16 +45,19 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
     recipe.probe()
     ledger.out.mkdir(parents=True, exist_ok=True)  # before loading models, so that an unwritable folder fails fast
     producers = recipe.load(begun)
-    with ledger.lock():
-        ledger.begin(asked | {"producers": producers}, recipe.base)
-        recipe.take_inputs()
-        if not (ledger.out / "null.safetensors").exists() and (null := recipe.null()) is not None:
-            write_null(ledger.out, null)
-    engine = Engine(recipe, ledger, config.batch_size, workers_of(config, place), whole_shards=config.low_memory)
-    progress = Progress(ledger, engine, show=place.local_rank == 0)
-    start = time.perf_counter()
-    engine.run(progress)
-    progress.close()
+    try:
+        with ledger.lock():
+            ledger.begin(asked | {"producers": producers}, recipe.base)
+            recipe.take_inputs()
+            if not (ledger.out / "null.safetensors").exists() and (null := recipe.null()) is not None:
+                write_null(ledger.out, null)
+        engine = Engine(recipe, ledger, config.batch_size, workers_of(config, place), whole_shards=config.low_memory)
+        progress = Progress(ledger, engine, show=place.local_rank == 0)
+        start = time.perf_counter()
+        engine.run(progress)
+        progress.close()
+    finally:
+        ledger.close()
     if not quiet:
         say_speed(engine, time.perf_counter() - start, recipe.truncated, recipe.seconds)
     return finish(

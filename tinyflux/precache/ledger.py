@@ -4,7 +4,8 @@ config.json        settings and fingerprint; a resume must agree with them
 inputs/            the inputs: see listing.py
 plans/000012.json  how part 12 is cut into shards, if that is not known from the start
 000012.json        shard 12 is finished: its manifest entry, its fields, and its rejected inputs
-locks              byte k + 1 is locked by the process that writes part k, byte 0 while the files above are changed
+locks              byte k + 1 is locked by the process that writes part k, byte 0 while the files above are changed;
+                   all processes of a build share byte BUILDING
 
 Ranks need no process group: each takes its own parts first, then unfinished parts that no process holds. The kernel
 drops a dead process's locks, so its parts are free again. The process that finishes the last part writes the manifest.
@@ -29,6 +30,8 @@ from tinyflux.shards.writer import Shard
 from tinyflux.util.buckets import BUCKETS
 from tinyflux.util.files import atomic_write, sha256
 
+BUILDING = 1 << 30
+"""The byte of the lock file that all processes of a build share."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -48,6 +51,8 @@ class Ledger:
         """Shard numbers reserved for each part; if more than one, a plan gives the real number of shards."""
         self.subfolders = False
         self.locks = True
+        self.alone = True
+        """Whether no other process was building when this one began. Others have read the listing, so it must stay."""
         self.total: int | None = None
         """Number of all inputs, None if it is not known from the start."""
         self._done: dict[int, tuple[int, int]] = {}  # finished shards: samples and rejects
@@ -108,9 +113,13 @@ class Ledger:
 
         base: for an overlay; written so that a lost manifest can be rebuilt, and not compared.
         """
+        self.alone = self._try(fcntl.LOCK_EX | fcntl.LOCK_NB, BUILDING)
+        self._try(fcntl.LOCK_SH, BUILDING)
         begun = self.config()
         if begun is not None and diff_fingerprints({key: begun.get(key) for key in config}, config):
             self.check(config)
+            if not self.alone:
+                raise LedgerError(f"{self.out}: another process is building here with other settings; stop it first")
             self.start_over()
             begun = None
         if begun is None:
@@ -130,6 +139,12 @@ class Ledger:
             yield
         finally:
             self._try(fcntl.LOCK_UN, 0)
+
+    def close(self) -> None:
+        """Drop all locks of this process."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def _try(self, how: int, byte: int) -> bool:
         """Lock or unlock a byte. Returns whether it is held. If the file system has no locks, prints that once."""

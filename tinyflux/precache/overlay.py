@@ -204,6 +204,9 @@ class Overlay(FromImages):
                     raise Rejected("image has changed: it looks unlike the preview")
             elif content not in (None, content_hash(image, meta["prompts"])):
                 raise Rejected("image has changed: its bytes have another hash")
+        elif self.source.by_number and content is not None:
+            if content_hash(self.source.read_image(item), meta["prompts"]) != content:
+                raise Rejected("image has changed: its bytes have another hash")
         return Ready(index, meta["origin"], seed, prompts, picture, meta=meta)
 
     def done_with(self, part: int) -> None:

@@ -131,9 +131,9 @@ class Listed(Recipe):
         if not listing.load():
             listing.begin()
         elif not listing.checked_by_another() and (
-            changes := listing.changes(self.same, built=self.built, append=self.config.append)
+            changes := listing.changes(self.same, built=self.built if ledger.alone else None, append=self.config.append)
         ):
-            if not ledger.begun_nothing():
+            if not (ledger.alone and ledger.begun_nothing()):
                 hint = "add them with --append" if changes.only_new else "choose another --out"
                 raise LedgerError(
                     f"{ledger.out}: the inputs have changed since the build was started: {changes}. "

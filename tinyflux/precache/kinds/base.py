@@ -58,6 +58,8 @@ class Source:
     """Module and class of its recipe."""
     keeps_order: ClassVar[bool] = False
     """Whether its inputs keep their listed order; other inputs get an order keyed by the build's seed."""
+    by_number: ClassVar[bool] = False
+    """Whether an origin is the number of a row, which another image may take later."""
 
     def __post_init__(self):
         check(self)

@@ -44,6 +44,7 @@ class HfDataset(Rows, ImageSource):
     image: Text = "image"
     caption: list[str] | None = None
     """Columns of the captions; None means "text", "caption" or "prompt"."""
+    by_number = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,10 +2,12 @@
 
 import json
 import os
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -176,6 +178,11 @@ class ImageFolder(ImageSource):
         text = data.decode("utf-8-sig")
         return text.splitlines() if self.captions else [text]
 
+    @cached_property
+    def _names_in(self) -> Callable[[str], list[str]]:
+        """The sorted names in a subfolder; kept, because a folder may have many images without a caption."""
+        return lru_cache(maxsize=4)(lambda folder: sorted(os.listdir(self.path / folder)))
+
     def sought(self, item: Input) -> str:
         name = item.place[0]
         if item.captions is not None:
@@ -183,10 +190,12 @@ class ImageFolder(ImageSource):
         folder, _, file = name.rpartition("/")
         stem = file.rpartition(".")[0]
         try:
-            names = [each for each in os.listdir(self.path / folder) if each.startswith(stem) and each != file]
+            every = self._names_in(folder)
         except OSError:
-            names = []
-        some = ", ".join(sorted(map(printable, names))[:3])
+            every = []
+        alike = takewhile(lambda each: each.startswith(stem), islice(every, bisect_left(every, stem), None))
+        names = list(islice((each for each in alike if each != file), 3))
+        some = ", ".join(map(printable, names))
         there = f"beside it: {some}" if names else "nothing of its name beside it"
         return f"no {printable(stem)}.txt, .caption, .tags or .json and no list has it; {there}"
 
