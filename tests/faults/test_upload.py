@@ -8,6 +8,7 @@ import pytest
 from tests.dataset_hub import TOKEN, dataset_hub, yaml_faults
 from tests.forked import Forked
 from tests.training import ROOT, curve, environment, make_source, options_of_run
+from tinyflux.run.checkpoint import PUBLISHED
 from tinyflux.run.upload import render
 from tinyflux.trainer.config import TrainerConfig
 
@@ -77,6 +78,9 @@ def test_a_hub_that_is_down_stops_nothing_and_gets_all_later(sources, tmp_path):
     assert status == 0 and len(curve(tmp_path / "run")) == 8, said
     assert f"WARNING: upload to {REPO} failed (1 in a row)" in said, said
     assert "WARNING: not uploaded" in said and "run the same command to send them" in said
+    for path in (tmp_path / "run/checkpoints/.upload").glob("step_8*"):  # killed between the last save and its upload
+        path.unlink()
+    (tmp_path / "run/checkpoints/step_8" / PUBLISHED).unlink()
     with dataset_hub() as hub:
         status, said = run(argv, hub.url, tmp_path / "hf")
         assert status == 0 and "finished already: step 8" in said, said
