@@ -154,6 +154,9 @@ def test_validation_epochs_and_exports(sources, tmp_path):
     out = tmp_path / "out" / "weights.safetensors"
     assert export.main([str(tmp_path / "two"), "--out", str(out)]) == 0
     assert load_model(out).config == whole["model"].config
+    again = tmp_path / "another" / "step_16.pt"
+    assert export.main([str(tmp_path / "one"), "--out", str(again)]) == 0
+    assert load_checkpoint(again)["step"] == 16
     assert export.main([str(tmp_path)]) == 2
 
 

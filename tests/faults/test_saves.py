@@ -191,7 +191,7 @@ def test_what_killed_exports_leave_is_deleted(model, tmp_path):
 
 
 def test_an_interrupted_deletion_is_completed_by_the_next(model, tmp_path, capfd):
-    export = tmp_path / "checkpoints" / "step_1.safetensors"
+    export = tmp_path / "checkpoints" / "step_1_ema.safetensors"
     with opened(tmp_path, keep_steps=1) as checkpointer:
         save(checkpointer, model, 1)
         checkpointer.published.result()

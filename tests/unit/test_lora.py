@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tinyflux.model.align import AlignHead
 from tinyflux.model.lora import Lora, attach, detach, linear_layers, merged, read_lora
 from tinyflux.model.model import TinyFluxConfig, TinyFluxDeep
 
@@ -86,6 +87,14 @@ def test_a_network_without_memory_gets_the_same_values(base):
     for name, value in plain.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert attach(TinyFluxDeep(CONFIG), RANK, ALPHA, TARGETS, weights={}) == {}  # on a rank without them
+
+
+def test_heads_for_training_only_are_trained_and_get_no_adapters(base):
+    model = TinyFluxDeep(CONFIG, {"align": AlignHead(CONFIG.hidden_size, 0, (12, 2, 2))})
+    attach(model, RANK, ALPHA, ["*"])
+    heads = {name: p.requires_grad for name, p in model.named_parameters() if name.startswith("heads.")}
+    assert len(heads) == 6 and all(heads.values()) and not any(".lora_" in name for name in heads)
+    detach(model.state_dict(), ALPHA)[1].add_to(copy.deepcopy(base))  # it fits the network without them
 
 
 def test_both_layouts(trained, lora, base, tmp_path):

@@ -338,6 +338,7 @@ def test_pins_and_keeps_order_on_a_gpu(folders):
         ({"weights_at": ["10:1"]}, "data.weights_at is '10:1.0': it must be of 2 weights"),
         ({"weights_at": ["0:1,1"]}, "data.weights_at is .* of step 1 or later"),
         ({"weights_at": ["ten:1,1"]}, "data.weights_at is .* STEP:WEIGHT"),
+        ({"weights_at": ["10:1,0", "10:0,1"]}, "data.weights_at is .* one entry a step"),
         ({"weights_at": ["10:1,x"]}, "data.weights_at is .* STEP:WEIGHT"),
         ({"unit": 3}, "data.unit is 3: it must be a divisor of data.global_batch_size = 8"),
         ({"dataset_ids": [1]}, "data.dataset_ids has 1 entries for 2 sources"),

@@ -20,6 +20,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names of
 PREFIX = "base_model.model."  # of PEFT's keys
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names of an adapter in memory
 BASE = ".base_layer."  # peft's name of the adapted layer
+HEADS = "heads."  # heads for training only
 PLAIN = {  # other settings of a PEFT adapter, and their values in a plain LoRA
     "bias": "none",
     "modules_to_save": None,
@@ -104,7 +105,8 @@ def attach(
     seed: int = 0,
     weights: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor] | None:
-    """Freeze a network and add adapters, which have no effect yet, to the layers that match `targets` (fnmatch).
+    """Freeze a network and add adapters, which have no effect yet, to the layers that match `targets` (fnmatch). Heads
+    for training only are trained themselves: they are new, and not exported.
 
     weights: of a network on the meta device; they are returned under the new names, with the adapters' initial values,
     which depend only on the seed. Raises ValueError if a target matches no layer, or peft is not installed.
@@ -114,9 +116,9 @@ def attach(
     except ImportError as error:
         raise ValueError(f"trainer.lora_rank: {error}. Install it: pip install 'tinyflux-deep[lora]'") from error
 
-    paths = []
+    layers, paths = [path for path in linear_layers(model) if not path.startswith(HEADS)], []
     for pattern in targets:
-        if not (found := [path for path in linear_layers(model) if fnmatch(path, pattern)]):
+        if not (found := [path for path in layers if fnmatch(path, pattern)]):
             raise ValueError(
                 f"trainer.lora_targets: {pattern!r} matches no linear layer, such as single_blocks.0.attn.qkv"
             )
@@ -132,6 +134,7 @@ def attach(
         elif name.endswith(B):
             first[name] = torch.zeros(p.shape)
         else:
+            p.requires_grad_(name.startswith(HEADS))
             continue
         p.requires_grad_(True)
         if not p.is_meta:

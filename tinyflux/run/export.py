@@ -46,6 +46,7 @@ def export(folder: Path, config: TinyFluxConfig, out: Path, *, ema: bool = True)
         raise ValueError(f"{out}: a checkpoint is exported to .safetensors or .pt")
     content = read_checkpoint(folder, "model", "ema", "optimizer") | {"model_config": config.to_dict()}
     content |= {kind: to_published(content[kind], config) for kind in ("model", "ema")}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replaced(out) as temporary:
         torch.save(content, temporary)
     return out

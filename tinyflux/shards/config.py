@@ -67,6 +67,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} has {len(given)} entries for {len(self.sources)} sources")
         if self.weights is not None:
             require(any(self.weights), "data.weights", self.weights, "more than zero for one source at least")
+        once = len(self.stretches) == len(self.weights_at)
+        require(once, "data.weights_at", self.weights_at, "one entry a step")
         for step, weights in self.stretches.items():
             where, text = "data.weights_at", f"{step}:{','.join(map(str, weights))}"
             require(step > 0, where, text, "of step 1 or later")

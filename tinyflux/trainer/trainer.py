@@ -329,6 +329,8 @@ class Trainer:
         self.owed |= {name for name, is_due in (("epoch", by_epoch), ("upload", upload_by_epoch)) if is_due}
         if self.save_wanted:
             reasons.add("step")
+        if self.finished and c.hf_repo_id:  # recorded in the checkpoint: after a kill, the next start uploads it
+            reasons.add("upload")
         if reasons or (self.owed and not c.save_every_minutes):
             self.save_checkpoint(reasons)
         drawings = ((self.preview, c.sample_every, "samples"), (self.scoreboard, c.evaluate_every, "scores"))
@@ -375,8 +377,6 @@ class Trainer:
             say(f"error: step {self.step} could not be saved; fix the cause and run the same command again")
             return cli.FAILED
         if self.uploader:
-            if self.finished:
-                self.uploader.add(self.checkpointer.root / f"step_{self.step}")
             self.uploader.finish(c.upload_wait if self.finished else 0)
         if self.finished:
             return cli.DONE
