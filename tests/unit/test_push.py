@@ -399,6 +399,14 @@ def test_a_base_is_pulled_to_beside_its_overlay_alone(layered, tmp_path, capsys,
     assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "copy" / "text" / "manifest.json").exists()
 
 
+def test_an_overlay_is_not_pulled_to_the_place_of_its_base(layered, tmp_path, capsys):
+    out = tmp_path / "copy" / "portraits"
+    with store_server(tmp_path) as server:
+        assert pull.main([f"{server.url}/portraits-text", str(out), "--base"]) == 2
+    assert f"{out} is the place of the overlay's base, http" in capsys.readouterr().err
+    assert not list(out.glob("*.tar"))
+
+
 def test_a_repo_without_a_user_is_refused_before_anything_is_made(hub, client, source):
     done = client.process("-m", "sharding.push", source, "--repo", "photos")
     assert done.returncode == 2 and "--repo is 'photos': it must be USER/NAME" in done.stderr and not hub.repos

@@ -51,6 +51,8 @@ def pull(url: str, out: Path, *, with_base: bool = False, revision: str | None =
     old, missing = _shards_there(out, store.url, manifest), None
     if manifest.base is not None and "://" not in manifest.base.location:
         below, there = base_url(url, manifest.base.location), Path(base_url(str(out), manifest.base.location))
+        if there == Path(os.path.normpath(out)):
+            raise ValueError(f"{out} is the place of the overlay's base, {redacted(below)}: choose another folder")
         if with_base:
             _check_beside(manifest.base.location, below)
             pin = store.revision if repo_of(url) else manifest.base.sha256
