@@ -1,6 +1,7 @@
 """A real Slurm cluster of two nodes on this machine, for a `with` block (needs slurm-wlm and munge, as root)."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -37,6 +38,7 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     host, (control, n1, n2) = socket.gethostname(), free_ports(3)
+    first = random.SystemRandom().randrange(1, 10_000)  # jobs of two clusters here differ, and so do their ports
     (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -59,6 +61,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
+FirstJobId={first}
 KillWait=10
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2 State=UNKNOWN

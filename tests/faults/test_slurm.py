@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Forked
+from tests.held import holding
 from tests.slurm_cluster import missing, slurm_cluster
 from tests.training import ROOT, curve, environment, make_source, options_of_run, records, train
 
@@ -20,16 +22,24 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
 ]
 STEPS = 60
-PATIENCE = 180  # seconds
+PATIENCE = 300  # seconds
 SBATCH = ("sbatch", "--parsable", "--cpus-per-task=1")  # the nodes here are small
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder to submit from: the repository's entry points, and room for the logs."""
+    """A folder to submit from: the repository's entry points, and room for the logs. The training waits at places, if
+    its environment has any."""
     path = tmp_path_factory.mktemp("jobs")
-    for name in ("launch", "torchrun.sh"):
-        (path / name).symlink_to(ROOT / name)
+    (path / "torchrun.sh").symlink_to(ROOT / "torchrun.sh")
+    (path / "launch").mkdir()
+    for file in (ROOT / "launch").iterdir():
+        if file.name != "train.py":
+            (path / "launch" / file.name).symlink_to(file)
+    held, train = ROOT / "tests/held.py", ROOT / "launch/train.py"
+    (path / "launch" / "train.py").write_text(
+        f"import runpy, sys\nsys.argv.insert(1, {str(train)!r})\nrunpy.run_path({str(held)!r}, run_name='__main__')\n"
+    )
     return path
 
 
@@ -72,6 +82,12 @@ def rank_of(job: str, rank: int) -> int:
     raise LookupError(f"job {job} has no rank {rank}")
 
 
+def pending(pid: int) -> set[int]:
+    """Signals that wait for a process."""
+    masks = re.findall(r"^(?:Sig|Shd)Pnd:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return {number for number in range(1, 65) if any(int(mask, 16) >> number - 1 & 1 for mask in masks)}
+
+
 def wait_until(folder: Path, condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -84,25 +100,30 @@ def test_a_training_that_is_stopped_goes_on_by_itself(cluster, folder, tmp_path)
     written, for which one of them stands still until it has it. Then by another's hand."""
     sources = [make_source(tmp_path / "a", 1), make_source(tmp_path / "b", 2, samples=40)]
     run_dir = tmp_path / "run"
-    options = ["--model.hidden-size", 256, "--model.num-attention-heads", 2, "--model.attention-head-dim", 128]
-    options += ["--model.axes-dims-rope", 32, 48, 48]  # it takes a while to save
-    options += ["--trainer.total-steps", STEPS]
+    options = ["--trainer.total-steps", STEPS]
     saves = ["--trainer.save-every-steps", 8, "--trainer.keep-last-n-steps", 0]
     words = options_of_run(run_dir, sources, *options, *saves)
-    job = call(cluster, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *words)
+    told, requeued = tmp_path / "told", tmp_path / "requeued"
+    held = cluster | holding({"save 16": told, f"step {STEPS // 2}": requeued})
+    job = call(held, folder, *SBATCH, "--nodes=2", "launch/slurm/train.sbatch", *words)
     saving = run_dir / "checkpoints" / "step_16"
     wait_until(folder, (run_dir / "checkpoints" / "step_8" / "metadata.json").exists)
     still = rank_of(job, 1)
     wait_until(folder, lambda: list(saving.glob("__1_*.distcp")))
     os.kill(still, signal.SIGSTOP)  # a save is over when all ranks have written their part
     try:
-        call(cluster, folder, "scancel", "--signal=USR1", job)
-        wait_until(folder, lambda: "0000000000000200" in Path(f"/proc/{still}/status").read_text())  # it waits for it
-        assert not (saving / "metadata.json").exists(), "the save was over before it was seen"
+        deadline = time.monotonic() + PATIENCE
+        while signal.SIGUSR1 not in pending(still):  # again, in case a busy node has missed it
+            assert time.monotonic() < deadline, logs(folder)
+            call(cluster, folder, "scancel", "--signal=USR1", job)
+            time.sleep(2)
+        assert not (saving / "metadata.json").exists()
     finally:
         os.kill(still, signal.SIGCONT)
+        told.touch()
     wait(cluster, folder, job, lambda: any("resumed" in record for record in records(run_dir)))
     call(cluster, folder, "scontrol", "requeue", job)
+    requeued.touch()
     wait(cluster, folder, job)
     log = (folder / f"tinyflux-train-{job}-node0.log").read_text()
     assert "saved step_16" in log and "stopped by a signal at step" in log, logs(folder)
