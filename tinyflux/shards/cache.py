@@ -50,6 +50,7 @@ class NodeCache:
         self._evicting = threading.Lock()
         self._oldest: list[tuple[int, str]] | None = None  # heap of (date, path) as far as this process knows
         self._looked, self._looking = float("-inf"), 0.0  # when all files were last listed, and the duration
+        self._listed = 0  # number of files then
         self._holders: weakref.WeakSet = weakref.WeakSet()
 
     @property
@@ -188,14 +189,15 @@ class NodeCache:
         """
         evicted, now = False, time.time_ns()
         try:
-            for before in (now if due is None else min(now, due), due):  # first the files that no look-ahead keeps
+            first = now if due is None else min(now, due)  # first the files that no look-ahead keeps
+            for before, last in ((first, False), (due, False), (due, True)):
                 with self._evicting:
                     if self._oldest is None or (before == due and self._may_look()):
                         self._look()
                     with self._total() as total:
                         fits, removed = self._evict(total, size, size if on_disk is None else on_disk, before)
                         evicted = evicted or removed
-                        if fits or before is None:
+                        if fits or (last and before is None):
                             total[0] += size
                             return
             raise NoRoom(str(self.folder))
@@ -229,13 +231,17 @@ class NodeCache:
         return True, evicted
 
     def _may_look(self) -> bool:
-        return time.monotonic() - self._looked > max(1.0, 20 * self._looking)
+        """Whether to list all files again: others may have added some since all that were listed have gone, or it was
+        long ago."""
+        gone = self._listed and not self._oldest
+        return gone or time.monotonic() - self._looked > max(1.0, 20 * self._looking)
 
     def _look(self) -> None:
         """List all files, without the node's lock."""
         began = time.monotonic()
         self._oldest = [(_order(stat.st_mtime_ns), entry.path) for entry, stat in _files(self.folder)]
         heapq.heapify(self._oldest)
+        self._listed = len(self._oldest)
         self._looked = time.monotonic()
         self._looking = self._looked - began
 
