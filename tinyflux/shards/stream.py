@@ -81,6 +81,9 @@ class _Pipeline:
         self._threads = [
             threading.Thread(target=self._work, name=f"stream-{i}", daemon=True) for i in range(reader.config.threads)
         ]
+
+    def start(self) -> None:
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
@@ -206,6 +209,8 @@ class _Pipeline:
             return
         deadline = time.monotonic() + min(30, self.patience)
         for thread in self._threads:
+            if not thread.is_alive():  # also if it is not started yet; it will return at once
+                continue
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 log.warning("a thread of the stream is still reading; it is abandoned")
@@ -329,6 +334,7 @@ class Stream:
             # also when the stream is garbage collected, and before the interpreter ends
             self._shut_down = weakref.finalize(self, pipeline.close)
             self._pipeline = pipeline
+            pipeline.start()  # when `close` sees it
         try:
             counts, batch = pipeline.next()
         except BaseException:
