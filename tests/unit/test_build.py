@@ -47,18 +47,6 @@ PHOTOS = {
 }
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """A folder with a finished source of a dozen photographs in out/."""
@@ -255,12 +243,6 @@ def test_nothing_good_at_all(tmp_path, capsys):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-
-
-
-
-
-
 def test_inputs_that_change_are_noticed(tmp_path, capsys):
     """A build resumes only with the inputs that it began with."""
     damaged(tmp_path)
@@ -383,12 +365,6 @@ def test_tensors_that_must_not_be_written(name, change, reason):
     assert check_tensors(good, expected, (8, 8)) == (8, 8)
     with pytest.raises(Rejected, match=f"^{reason}"):
         check_tensors(good | {name: change(good[name].clone())}, expected, (8, 8))
-
-
-
-
-
-
 
 
 def test_previews_are_the_training_picture(photos):
