@@ -56,9 +56,7 @@ def test_kept_and_published(unbroken):
 
 def test_killed_at_a_random_step(unbroken, sources, tmp_path):
     step = random.SystemRandom().randrange(2, STEPS - 1)
-    status, output = train_until(
-        tmp_path / "run", sources, step, signal.SIGKILL, *OPTIONS, latest=f"step {STEPS - 1}"
-    )
+    status, output = train_until(tmp_path / "run", sources, step, signal.SIGKILL, *OPTIONS, latest=f"step {STEPS - 1}")
     assert status == -signal.SIGKILL, output
     done = train(tmp_path / "run", sources, *OPTIONS)
     assert done.returncode == 0, done.stdout
@@ -89,9 +87,7 @@ def test_full_disk(sources, tmp_path):
 
 def test_stopped_by_signals_and_requeued(unbroken, sources, tmp_path):
     for step, number in ((3, signal.SIGTERM), (9, signal.SIGUSR1)):
-        status, output = train_until(
-            tmp_path / "run", sources, step, number, *OPTIONS, latest=f"step {step + 1}"
-        )
+        status, output = train_until(tmp_path / "run", sources, step, number, *OPTIONS, latest=f"step {step + 1}")
         assert status == 75 and "stopped by a signal" in output, output
         assert (tmp_path / "run" / "checkpoints" / f"step_{len(curve(tmp_path / 'run'))}" / "metadata.json").exists()
     done = train(tmp_path / "run", sources, *OPTIONS)

@@ -265,7 +265,7 @@ def test_what_becomes_of_it(tmp_path, case):
     if expected == PASSED:
         assert not found
         return
-    (origin, outcome), = found.items()
+    ((origin, outcome),) = found.items()
     if isinstance(expected, dict):
         assert [origin] == [*expected]
         expected = expected[origin]

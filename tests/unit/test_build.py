@@ -51,18 +51,6 @@ PHOTOS = {
 }
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """A folder with a finished source of a dozen photographs in out/."""
@@ -257,12 +245,6 @@ def test_nothing_good_at_all(tmp_path, capsys):
     assert run(tmp_path) == 2
     assert "no sample is left, 1 of 1 inputs rejected" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-
-
-
-
 
 
 def test_inputs_that_change_are_noticed(tmp_path, capsys):
@@ -480,12 +462,6 @@ def test_tensors_that_must_not_be_written(name, change, reason):
     assert check_tensors(good, expected, (8, 8)) == (8, 8)
     with pytest.raises(Rejected, match=f"^{reason}"):
         check_tensors(good | {name: change(good[name].clone())}, expected, (8, 8))
-
-
-
-
-
-
 
 
 def test_previews_are_the_training_picture(photos):

@@ -1,6 +1,5 @@
 """Building sources: the models' precision, memory, compilation and timesteps, and what depends on them."""
 
-
 import pytest
 import torch
 

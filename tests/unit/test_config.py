@@ -40,9 +40,7 @@ def test_presets_are_valid(name):
 
 
 def test_unknown_preset():
-    with pytest.raises(
-        FileNotFoundError, match="did you mean demo. Accepted here: deep-1gpu, deep-8gpu, deep-m"
-    ):
+    with pytest.raises(FileNotFoundError, match="did you mean demo. Accepted here: deep-1gpu, deep-8gpu, deep-m"):
         load_config(["--config", "dmo"])
 
 

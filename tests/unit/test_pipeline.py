@@ -55,8 +55,6 @@ def test_the_same_pixels_three_ways(model, pipe, tmp_path, one_thread):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"a-{k}.png")), sampled[k])
 
 
-
-
 def test_outputs(pipe):
     pt = draw(pipe, "a red ring")
     assert pt.shape == (1, 3, 64, 64) and pt.min() >= 0 and pt.max() <= 1
@@ -116,8 +114,6 @@ def test_callback_and_progress(pipe, capsys):
     assert "drawing" not in capsys.readouterr().err
 
 
-
-
 def embeds(t5: torch.Tensor, clip: torch.Tensor, kind: str = "") -> dict:
     return {f"{kind}prompt_embeds": t5, f"{kind}pooled_prompt_embeds": clip}
 
@@ -159,16 +155,6 @@ def test_bad_input(pipe, given, message):
 def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
     draw(pipe, "a red ring " * 60)
     assert "t5 keeps 32 of 182 tokens, up to '..." in caplog.text and "clip keeps 77 of 182 tokens" in caplog.text
-
-
-
-
-
-
-
-
-
-
 
 
 def test_unknown_arguments_are_refused_by_name(pipe, saved):
@@ -278,17 +264,3 @@ def test_adapters(saved, pipe, model, tmp_path):
     assert torch.equal(draw(adapted, "a red ring"), plain)  # bit for bit
     with pytest.raises(FileNotFoundError, match="no LoRA here"):
         adapted.load_lora_weights(tmp_path / "nothing")
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -52,9 +52,17 @@ def settings(**given):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"solver": "rk4"}, {"shift": 0.0}, {"shift": float("inf")},
-     {"guidance": float("nan")}, {"guidance_interval": (0.8, 0.2)}, {"guidance_rescale": 2.0},
-     {"timesteps": (0.5, 0.2)}, {"timesteps": (0.0,)}],
+    [
+        {"steps": 0},
+        {"solver": "rk4"},
+        {"shift": 0.0},
+        {"shift": float("inf")},
+        {"guidance": float("nan")},
+        {"guidance_interval": (0.8, 0.2)},
+        {"guidance_rescale": 2.0},
+        {"timesteps": (0.5, 0.2)},
+        {"timesteps": (0.0,)},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

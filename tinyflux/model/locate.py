@@ -93,8 +93,11 @@ def _checkpoints(folder: Path) -> list[str]:
     """Names of the checkpoints in a folder, by step: complete checkpoint folders and weights files."""
     if not folder.is_dir():
         return []
-    names = [path.name for path in folder.iterdir()
-             if (path / METADATA).is_file() or (path.suffix in (".safetensors", ".pt") and path.name[0] != ".")]
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if (path / METADATA).is_file() or (path.suffix in (".safetensors", ".pt") and path.name[0] != ".")
+    ]
     return sorted(names, key=lambda name: (step_in(name) or 0, name))
 
 

@@ -60,9 +60,7 @@ def build(recipe: Recipe, *, quiet: bool = False) -> int:
         ledger.close()
     if not quiet:
         say_speed(engine, time.perf_counter() - start, recipe.truncated, recipe.seconds)
-    return finish(
-        ledger, producers, config.max_rejected, timesteps=recipe.timesteps, base=recipe.base, quiet=quiet
-    )
+    return finish(ledger, producers, config.max_rejected, timesteps=recipe.timesteps, base=recipe.base, quiet=quiet)
 
 
 def estimate(recipe: FromImages, world: int) -> int:

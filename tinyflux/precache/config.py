@@ -52,9 +52,9 @@ class BuildConfig:
     """The folder of the source that --only starts from; default: data/SOURCE."""
     append: bool = False
     """Add inputs that are new since the source was built, or a larger --limit; they go last, in new shards."""
-    shapes: Annotated[
-        tuple[str, ...], Match(r"square|auto|[1-9]\d*x[1-9]\d*", "square, auto or WIDTHxHEIGHT")
-    ] = ("square",)
+    shapes: Annotated[tuple[str, ...], Match(r"square|auto|[1-9]\d*x[1-9]\d*", "square, auto or WIDTHxHEIGHT")] = (
+        "square",
+    )
     """Shapes that images are cropped to: `square`; `auto`, the nearest of nine shapes of the same area from 1:2 to 2:1;
     or the nearest of your own shapes, in pixels: `--shapes 512x512 448x576`. A shard has one shape."""
     shard_size: Annotated[int, AtLeast(1)] = 256

@@ -24,9 +24,7 @@ class FromLegacy(Listed):
         if wrong := [name for name, value in others.items() if getattr(config, name) != value]:
             raise ValueError(f"--{wrong[0].replace('_', '-')} does not apply to a legacy cache: leave it out")
         names = ("shard_size", "lune", "sol")
-        return {
-            "settings": {"source": self.source.describe()} | {name: getattr(config, name) for name in names}
-        }
+        return {"settings": {"source": self.source.describe()} | {name: getattr(config, name) for name in names}}
 
     def probe(self) -> None:
         super().probe()

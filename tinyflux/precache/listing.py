@@ -247,9 +247,7 @@ class Counted(Listing):
 
     def _noted(self) -> Iterator[tuple[int, Input]]:
         """The inputs that were listed with their numbers, in order."""
-        runs = [
-            enumerate(self._read_run(run), first * self.part_size) for run, (first, _) in enumerate(self.runs)
-        ]
+        runs = [enumerate(self._read_run(run), first * self.part_size) for run, (first, _) in enumerate(self.runs)]
         if self.source.keeps_order:
             return chain(*runs)
         order = in_order(self.source, self.seed)

@@ -1,6 +1,6 @@
 """Export a checkpoint folder's weights in the published layout, beside the folder.
 
-    python -m tinyflux.run.export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
+python -m tinyflux.run.export RUN_DIR/checkpoints/step_N [--out FILE.safetensors|FILE.pt] [--no-ema]
 """
 
 import os

@@ -1,9 +1,9 @@
 """A run's folder: its lock, its checkpoints by name, and folders that are set aside.
 
-    .saved                      step of the newest checkpoint that was ever complete here
-    checkpoints/step_N/         a checkpoint; complete if it has a metadata.json
-    checkpoints/step_N.cut      an interrupted save; deleted when a later checkpoint is complete
-    checkpoints/step_N.damaged  a checkpoint with a wrong file size or checksum
+.saved                      step of the newest checkpoint that was ever complete here
+checkpoints/step_N/         a checkpoint; complete if it has a metadata.json
+checkpoints/step_N.cut      an interrupted save; deleted when a later checkpoint is complete
+checkpoints/step_N.damaged  a checkpoint with a wrong file size or checksum
 """
 
 import os

@@ -192,9 +192,7 @@ def data_report(loader: Stream, step: int, device: torch.device) -> dict:
     return {"sources": sources, **counts}
 
 
-def scalars(
-    record: dict, world: int, device: torch.device, *, flops: float, tokens: int
-) -> dict[str, float]:
+def scalars(record: dict, world: int, device: torch.device, *, flops: float, tokens: int) -> dict[str, float]:
     """TensorBoard scalars of a step's record with its `data_report`.
 
     flops: of the forward pass of one sample; tokens: of one sample.

@@ -74,5 +74,5 @@ def plot(title: str, series: dict[str, Points], earlier: dict[str, Points] | Non
     cursor = f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#111827" visibility="hidden"/>'
     return (
         f'<figure class="plot" data-values="{html.escape(json.dumps(data))}"><figcaption>{caption}</figcaption>'
-        f'<svg {size}>{"".join(parts)}{cursor}</svg><output></output></figure>'
+        f"<svg {size}>{''.join(parts)}{cursor}</svg><output></output></figure>"
     )

@@ -1,6 +1,6 @@
 """RUN_DIR/report.html: what a run did, on one self-contained page.
 
-    python -m tinyflux.run.report RUN_DIR [--earlier OTHER_RUN_DIR]
+python -m tinyflux.run.report RUN_DIR [--earlier OTHER_RUN_DIR]
 """
 
 import base64

@@ -33,9 +33,7 @@ class DownloadError(OSError):
     wrong: whether something other than the file was received: other content, or a web page.
     """
 
-    def __init__(
-        self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0, wrong: bool = False
-    ):
+    def __init__(self, message: str, *, again: bool = False, status: int = 0, after: float = 0.0, wrong: bool = False):
         super().__init__(redacted(message))
         self.again, self.status, self.after, self.wrong = again, status, after, wrong
 

@@ -193,9 +193,7 @@ def open_layers(
     return [*(layer.without(manifest.groups) for layer in layers), top]
 
 
-def _open(
-    url: str, dataset_id: int | None, cache: NodeCache | None, revision: str | None
-) -> tuple[Store, Manifest]:
+def _open(url: str, dataset_id: int | None, cache: NodeCache | None, revision: str | None) -> tuple[Store, Manifest]:
     """The store and the manifest of one folder."""
     store = open_store(url, cache, revision)
     where = f"{store.url}/manifest.json"

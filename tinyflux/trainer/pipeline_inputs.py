@@ -90,9 +90,7 @@ def encode_pictures(
     vae: AutoencoderKL, image: PipelineImageInput, height: int | None, width: int | None, count: int, times: int
 ) -> Tensor:
     """Latents [count, C, h, w] of the images to draw over: one for all, or one per prompt, each `times` in a row."""
-    processor = VaeImageProcessor(
-        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1), do_convert_rgb=True
-    )
+    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1), do_convert_rgb=True)
     pixels = processor.preprocess(image, height, width).to(device_of(vae), vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
     if len(latents) == 1:
