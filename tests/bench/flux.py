@@ -160,6 +160,9 @@ def main() -> None:
             print(*(f"  {name}" for name in hub.fetched), sep="\n")
             for name, fault in FAULTS.items():
                 for file in ("tokenizer.json", FLUX["lune"].file):
+                    for path in (work / "home").rglob(file):  # else it is taken from the Hub's cache
+                        path.resolve().unlink()
+                        path.unlink()
                     hub.faults = {file: fault}
                     status, output, _ = build(work, url, "--out", f"{name}-{file}", "--limit", "1")
                     said = [line for line in re.split("[\r\n]", output) if "rror" in line]
