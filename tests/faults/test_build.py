@@ -97,9 +97,12 @@ def test_killed_ranks_come_back(tars, world, kills):
         # shards finished when it strikes, or a few more
         finished(folder / out, int((kill + draw.random()) / kills * (shards - 1)))
         time.sleep(draw.random() * 0.1)
-        victim = draw.choice([index for index, process in ranks.items() if process.poll() is None])
-        ranks[victim].kill()
-        assert ranks[victim].wait(PATIENCE) == -signal.SIGKILL
+        while True:
+            victim = draw.choice([index for index, process in ranks.items() if process.poll() is None])
+            ranks[victim].kill()
+            if (status := ranks[victim].wait(PATIENCE)) == -signal.SIGKILL:
+                break
+            assert status == 0, (folder / f"{out}-{victim}.log").read_text()  # it has just found no part left to build
         ranks[victim] = begin(victim)
     atomic_write(most, f"{shards}")
     for index, process in ranks.items():
