@@ -106,8 +106,6 @@ def _stamp(image) -> list:
 
 
 def _describe(image) -> list:
-    if isinstance(image, (str, os.PathLike)):
-        return [os.fspath(image)]
     if isinstance(image, Image.Image):
         return [*image.size, image.mode]
     return [str(getattr(image, "dtype", type(image).__name__)), *getattr(image, "shape", ())]
