@@ -57,14 +57,16 @@ class Overlay(FromImages):
                 f"[{source.name}]"
             )
         there = next((group.timesteps for group in manifest.groups.values() if group.timesteps), None)
-        if there is not None:  # all teachers of a source have the same timesteps
+        if there is not None:  # a build gives all teachers the same timesteps
             if config.timesteps not in (None, len(there)):
                 raise LedgerError(f"--timesteps {config.timesteps}: the teachers of {self.folder} have {len(there)}")
             self.timesteps = there
         self.shards = {self._number(shard.name): k for k, shard in enumerate(manifest.shards)}
         if not self.shards:
             raise LedgerError(f"--from {where}: its manifest lists no shards")
-        ledger.subfolders = manifest.subfolders
+        self.base_ledger = Ledger(self.folder, source.name, source.dataset_id)
+        """What is known of the base's build."""
+        ledger.subfolders = self.base_ledger.subfolders = manifest.subfolders
         self.base = Base(os.path.relpath(self.folder.resolve(), ledger.out.resolve()), manifest.sha256)
 
     def _number(self, name: str) -> int:
@@ -81,7 +83,7 @@ class Overlay(FromImages):
     @cached_property
     def notes(self) -> dict:
         """The settings of the base's build, as far as they are known."""
-        path = self.folder / ".build" / "config.json"
+        path = self.base_ledger.notes / "config.json"
         return json.loads(path.read_bytes())["settings"] if path.is_file() else {}
 
     def asked(self, begun: dict) -> dict:
@@ -176,8 +178,8 @@ class Overlay(FromImages):
         return len(self.manifest.shapes) > 1
 
     def works(self, part: int) -> list[Work]:
-        file, tasks, note = self.open(part), [], self.folder / ".build" / f"{part:06d}.json"
-        contents = json.loads(note.read_bytes())["contents"] if note.is_file() else {}
+        file, tasks, note = self.open(part), [], self.base_ledger.note_of(part)
+        contents = note["contents"] if note else {}
         latent = self.manifest.shapes.index(self.manifest.shards[self.shards[part]].shape)
         if file.fault:
             raise file.fault
